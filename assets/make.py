@@ -1,0 +1,224 @@
+"""Makes the built-in backbones from scratch: `assets/vit`, which never saw a caption, and `assets/llm`, which never
+saw a picture; and the example pictures. Seeded; about half an hour on two CPU cores.
+
+    python assets/make.py [vit] [llm] [pictures]
+"""
+import collections
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))
+
+import numpy as np
+import regex
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import vit as vit_module
+import llm as llm_module
+from data import COLOURS, SHAPES, SIDE, SIZES, Scene, clean, write_json
+
+SEED = 1234
+VIT = dict(architectures=["ViTModel"], model_type="vit", hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
+           intermediate_size=512, hidden_act="gelu", image_size=SIDE, patch_size=12, num_channels=3, qkv_bias=True,
+           layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+LLM = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=128, intermediate_size=352,
+           num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_act="silu",
+           max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
+           bos_token_id=0, eos_token_id=0)
+
+
+def initialise(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02 if parameter.dim() == 2 and "embed" in name else
+                            min(0.1, parameter[0].numel() ** -0.5))
+
+
+def optimise(module: nn.Module, loss_of_step, steps: int, lr: float, label: str) -> None:
+    """AdamW with warm-up and cosine, bfloat16 autocast; `loss_of_step(step)` gives the loss and what to print."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
+    start = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, shown = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 99 or step == steps - 1:
+            print(f"{label} {step + 1}/{steps}: {shown}, {time.time() - start:.0f} s", flush=True)
+
+
+def save(module: nn.Module, family, prefix: str, folder: Path, config: dict) -> None:
+    """Writes a model in the public layout, in bfloat16: the family's table of names read the other way round."""
+    state = {}
+    for name, parameter in module.named_parameters():
+        (disk,) = family.source(name)[1]
+        value = parameter.detach().to(torch.bfloat16).contiguous()
+        state[disk if disk == "lm_head.weight" else prefix + disk] = (
+            value[None, None] if disk.endswith("cls_token") else value[None] if "position_emb" in disk else value)
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", {**config, "dtype": "bfloat16"})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The ViT: supervised patch by patch, as a detector is; no words
+
+def targets(scene: Scene, grid: int, patch: int) -> np.ndarray:
+    """For each patch: shape, colour, size of the thing it lies on (0: none), and the offset to its centre, in patches."""
+    out = np.zeros((grid * grid, 5), np.float32)
+    centres = (np.arange(grid) + 0.5) * patch
+    x, y = np.tile(centres, grid), np.repeat(centres, grid)
+    for thing in scene.things:
+        on = np.hypot(x - thing.x, y - thing.y) < thing.radius + 2
+        out[on, :3] = (SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1, list(SIZES).index(thing.size) + 1)
+        out[on, 3], out[on, 4] = (thing.x - x[on]) / patch, (thing.y - y[on]) / patch
+    return out
+
+
+def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None:
+    torch.manual_seed(SEED)
+    config = vit_module.FAMILIES["vit"].config(VIT)
+    model = vit_module.ViT(config)
+    initialise(model)
+    heads = nn.ModuleList(nn.Linear(config.hidden, n) for n in (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 2))
+
+    def draw(seeds):
+        drawn = [Scene.draw_from(seed, unseen=None) for seed in seeds]
+        return (np.stack([np.asarray(scene.picture()) for scene in drawn]),
+                np.stack([targets(scene, config.grid, config.patch_size) for scene in drawn]))
+
+    def loss_of(pictures, labels):
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        labels = torch.from_numpy(labels).flatten(0, 1)
+        features = model(pixels)[:, config.class_tokens:].flatten(0, 1)
+        *kinds, offset = [head(features).float() for head in heads]
+        on = labels[:, 0] > 0
+        loss = F.l1_loss(offset[on], labels[on, 3:])
+        right = on
+        for logits, label in zip(kinds, labels.T):
+            loss = loss + F.cross_entropy(logits, label.long())
+            right = right & (logits.argmax(-1) == label)
+        return loss, (right.sum() / on.sum()).item()
+
+    pictures, labels = draw(f"vit {SEED} {i}" for i in range(scenes))
+    print(f"vit: drew {scenes} scenes", flush=True)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def step(_):
+        chosen = torch.randint(scenes, (batch,), generator=generator).numpy()
+        loss, right = loss_of(pictures[chosen], labels[chosen])
+        return loss, f"loss {loss.item():.3f}, patches on things right {right:.3f}"
+
+    optimise(nn.ModuleList([model, heads]), step, steps, 1.5e-3, "vit")
+    model.eval()
+    with torch.no_grad():
+        _, right = loss_of(*draw(f"vit held-out {i}" for i in range(1000)))
+    print(f"vit: of the patches on things in 1000 held-out scenes, {100 * right:.2f} % have shape, colour and size right")
+    save(model, vit_module.FAMILIES["vit"], "", ASSETS / "vit", VIT)
+    write_json(ASSETS / "vit" / "preprocessor_config.json", dict(
+        image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=SIDE, width=SIDE), resample=3,
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The LLM: captions alone, those of one scene after each other, so that it learns to read what came before
+
+def document(seed: str) -> str:
+    """Two to four captions of one scene, each ended by a newline."""
+    rng = random.Random(seed)
+    scene = Scene.draw_from(seed, unseen=None)
+    captions = [scene.caption(rng, rng.randrange(4)) for _ in range(rng.randint(2, 4))]
+    return "".join(f"{clean(caption)}\n" for caption in captions)
+
+
+def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer:
+    """Byte-level BPE: merges the commonest pair until every word is one token; <|endoftext|> is id 0."""
+    alphabet = {b: c for c, b in llm_module.byte_alphabet().items()}
+    text = "".join(document(f"tokenizer {i}") for i in range(documents))
+    words = collections.Counter(regex.findall(llm_module.GPT2_SPLIT, text))
+    words = {tuple(alphabet[b] for b in word.encode()): n for word, n in words.items()}
+    merges = []
+    while True:
+        pairs = collections.Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        merged = {}
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == best else 1
+                out.append("".join(word[i:i + step]))
+                i += step
+            merged[tuple(out)] = n
+        words = merged
+    vocabulary = {token: i for i, token in enumerate(
+        ["<|endoftext|>", *alphabet.values(), *("".join(pair) for pair in merges)])}
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "tokenizer.json", dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, pre_tokenizer=level, post_processor=None, decoder=level,
+        added_tokens=[dict(id=0, content="<|endoftext|>", single_word=False, lstrip=False, rstrip=False, normalized=False,
+                           special=True)],
+        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocabulary, merges=merges)))
+    write_json(folder / "tokenizer_config.json", dict(tokenizer_class="GPT2Tokenizer", bos_token="<|endoftext|>",
+                                                      eos_token="<|endoftext|>", unk_token="<|endoftext|>"))
+    return llm_module.Tokenizer.from_pretrained(str(folder))
+
+
+def make_llm(steps: int = 3_000, batch: int = 64, length: int = 128) -> None:
+    torch.manual_seed(SEED)
+    tokenizer = make_tokenizer(ASSETS / "llm")
+    raw = {**LLM, "vocab_size": len(tokenizer.ids)}
+    family = llm_module.FAMILIES["llama"]
+    model = llm_module.LLM(family.config(raw))
+    initialise(model)
+
+    def rows(label, count):
+        tokens = torch.zeros(count, length + 1, dtype=torch.long)  # id 0 ends a document and fills the rest
+        for i in range(count):
+            ids = [0, *tokenizer.encode(document(f"llm {label} {i}"))][:length]
+            tokens[i, :len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def loss_of(tokens):
+        inside = tokens[:, :-1].cumsum(1) > 0  # the first fill token is a target, those after it are not
+        inside[:, 0] = True
+        inside = inside & ((tokens[:, :-1] != 0) | (torch.arange(length) == 0))
+        logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits[inside].float(), tokens[:, 1:][inside])
+
+    def step(i):
+        loss = loss_of(rows(f"{SEED} {i}", batch))
+        return loss, f"loss {loss.item():.3f} nats per token"
+
+    optimise(model, step, steps, 2e-3, "llm")
+    with torch.no_grad():
+        print(f"llm: {loss_of(rows('held-out', 1000)).item():.4f} nats per token on 1000 held-out documents")
+    save(model, family, "model.", ASSETS / "llm", raw)
+
+
+def make_pictures() -> None:
+    for name, seed in (("example-1", "example 5"), ("example-2", "example 8"), ("example-3", "example 12")):
+        Scene.draw_from(seed).picture().save(ASSETS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or ("vit", "llm", "pictures"):
+        {"vit": make_vit, "llm": make_llm, "pictures": make_pictures}[part]()

@@ -1,0 +1,557 @@
+"""What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
+
+Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
+safetensors); a *caption set* is anything with `len(s)`, `s.picture(i)` and `s.captions(i)`.
+"""
+import csv
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(Exception):
+    """What the user gave can't be used: the message names the file and the reason in one line."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command line's `main`: an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_file(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints: where a name leads, and how tensors leave the file
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+               "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: one, or those its index lists."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX}: no weight_map")
+    for file in weight_map.values():  # a shard's name comes from outside: it may not lead out of the folder
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            raise InputError(f"{folder / INDEX}: {file!r} is not a plain safetensors file name")
+    return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
+    cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
+    and `HF_HUB_CACHE` mean what they mean to the hub's own client. Raises InputError."""
+    for folder in (Path(name).expanduser(), HERE / name):
+        if folder.is_dir():
+            return folder
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = cache / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / "main"
+    if reference.is_file():
+        snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
+        if (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+            return snapshot
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
+    return download(name, repository)
+
+
+def download(name: str, repository: Path) -> Path:
+    """Fetches a checkpoint's files into `repository` (the cache's own layout); returns the snapshot folder.
+    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{endpoint}/api/models/{name}/revision/main?blobs=true", timeout=30) as reply:
+            info = json.load(reply)
+        revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
+        if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
+            raise ValueError(f"revision {revision!r}")
+        snapshot = repository / "snapshots" / revision
+        snapshot.mkdir(parents=True, exist_ok=True)
+
+        def fetch(file: str) -> None:
+            if (snapshot / file).is_file():
+                return
+            print(f"downloading {name}/{file}", file=sys.stderr)
+            digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
+            part = snapshot / f".{file}.part"
+            torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
+                                           progress=sys.stderr.isatty())
+            if part.stat().st_size != files[file].get("size", part.stat().st_size):
+                part.unlink()
+                raise ValueError(f"{file} came incomplete: run the command again")
+            os.replace(part, snapshot / file)
+
+        for file in SMALL_FILES:
+            if file in files:
+                fetch(file)
+        if WEIGHTS in files:
+            fetch(WEIGHTS)
+        elif INDEX in files:
+            fetch(INDEX)
+            for shard in shards(snapshot):
+                fetch(shard.name)
+        else:
+            raise ValueError("the repository holds no model.safetensors")
+        reference = repository / "refs" / "main"
+        reference.parent.mkdir(exist_ok=True)
+        write_file(reference, lambda path: path.write_text(revision))
+        return snapshot
+    except urllib.error.HTTPError as error:
+        hint = {401: "no such model, or it needs a login: download it with the hub's own client, then try again",
+                403: "access is restricted: ask for it on the model's page",
+                404: "no such model, or a file is gone"}.get(error.code, error.reason)
+        raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name}: no such folder, and the download failed: {error}") from None
+
+
+class Checkpoint:
+    """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
+
+    def __init__(self, name: str):
+        self.folder = find_checkpoint(name)
+        self.config = read_json(self.folder / "config.json")
+        self.where = {}  # tensor name -> (file, its open handle)
+        for path in shards(self.folder):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+            try:
+                handle = safe_open(path, framework="pt")
+                self.where.update((name, (path, handle)) for name in handle.keys())
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+    def json(self, file: str) -> dict:
+        """A JSON file of the folder; empty where there is none."""
+        return read_json(self.folder / file) if (self.folder / file).is_file() else {}
+
+    def family(self, families: dict):
+        """The row of `families` that config.json's `model_type` names, and the config it makes of it."""
+        path, kind = self.folder / "config.json", self.config.get("model_type")
+        if kind not in families:
+            raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
+        try:
+            return families[kind], families[kind].config(self.config)
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise InputError(f"{path}: can't be read as a {kind} config ({type(error).__name__}: {error})") from None
+
+
+class Family(NamedTuple):
+    """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
+    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk or
+    (function, name, …), the function making our tensor of theirs. `unused` is a regular expression of the
+    tensors on disk that we leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share."""
+    config: Callable[[dict], object]
+    names: dict
+    unused: str
+
+    def source(self, name: str) -> tuple:
+        """(function, names on disk) of our parameter `name`."""
+        number = re.search(r"\.(\d+)\.", name)
+        name = name.replace(number[0], ".{}.", 1) if number else name
+        module, _, leaf = name.rpartition(".")
+        entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
+        function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
+        return function, [d.replace("{}", number[1] if number else "") + leaf for d in disk]
+
+
+def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
+    """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
+    Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
+    _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
+    prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
+    left, state = set(checkpoint.where), {}
+    for name, parameter in module.named_parameters():
+        function, disk = family.source(name)
+        disk = [prefix + d if prefix + d in checkpoint.where else d for d in disk]  # lm_head has no prefix
+        tensors = []
+        for d in disk:
+            if d not in checkpoint.where:
+                files = {path for path, _ in checkpoint.where.values()}
+                where = files.pop() if len(files) == 1 else checkpoint.folder
+                raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
+            path, handle = checkpoint.where[d]
+            tensors.append(handle.get_tensor(d))
+            left.discard(d)
+        try:
+            tensor = function(*tensors)
+        except (RuntimeError, IndexError):  # cut or reshaped to no avail: the shapes below tell the story
+            tensor = tensors[0]
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+            raise InputError(f"{path}: tensor '{disk[0]}' is {found}; {name} wants {tuple(parameter.shape)}"
+                             + (f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""))
+        state[name] = tensor.to(dtype).contiguous()
+    for name in sorted(left):
+        if not re.fullmatch(family.unused, name.removeprefix(prefix)) and not re.fullmatch(family.unused, name):
+            kind = checkpoint.config.get("model_type")
+            raise InputError(f"{checkpoint.where[name][0]}: tensor '{name}' is not part of a {kind} model")
+    module.load_state_dict(state, assign=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the models share
+
+# config.json's names for activations; quick_gelu is CLIP's sigmoid approximation
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu,
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
+           causal: bool = False) -> torch.Tensor:
+    """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd), mask true where a query sees a key."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # the CPU's fused kernel is 4 to 8 times slower in its bfloat16 backward pass than these products
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB. 16- and 32-bit greys, which Pillow would clip at 255, are scaled instead."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        picture = picture.convert("F")
+        top = picture.getextrema()[1]
+        picture = picture.point(lambda v: v * (1 / 257 if top > 255 else 255 if top <= 1 else 1)).convert("L")
+    return picture.convert("RGB")
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Reads a picture file whole: upright as its EXIF says, in RGB. Raises InputError."""
+    try:
+        with Image.open(path) as picture:
+            return rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such picture") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture") from None
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: broken picture ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Caption sets
+
+def clean(caption: str) -> str:
+    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in."""
+    return " ".join(caption.split()).removesuffix(" .")
+
+
+class Captions(torch.utils.data.Dataset):
+    """Pictures on disk with one or more captions each.
+
+    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and `caption`
+    (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the caption).
+    Relative picture names are looked up in `images`, or beside the file. Raises InputError.
+    """
+
+    def __init__(self, file: str | Path, images: str | Path | None = None):
+        self.file, folder = Path(file), Path(images or Path(file).parent)
+        if images and not folder.is_dir():
+            raise InputError(f"{folder}: no such folder of pictures")
+        try:
+            text = self.file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        pairs: dict[str, list[str]] = {}
+        try:
+            for image, caption in read_pairs(text):
+                if isinstance(image, str) and image and isinstance(caption, str) and clean(caption):
+                    pairs.setdefault(image, []).append(clean(caption))
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise InputError(f"{self.file}: not a caption file that can be read ({type(error).__name__}: {error})") from None
+        if not pairs:
+            raise InputError(f"{self.file}: no usable pair of picture and caption")
+        self.paths, self.texts = [folder / image for image in pairs], list(pairs.values())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def picture(self, i: int) -> Image.Image:
+        return open_picture(self.paths[i])
+
+    def captions(self, i: int) -> list[str]:
+        return self.texts[i]
+
+    def drop(self, indices: set[int]) -> None:
+        """Leaves out pictures that turned out to be unreadable."""
+        keep = [i for i in range(len(self)) if i not in indices]
+        self.paths, self.texts = [self.paths[i] for i in keep], [self.texts[i] for i in keep]
+
+
+def read_pairs(text: str):
+    """Yields (image, caption) from the text of any of the formats that `Captions` lists."""
+    start = text.lstrip()[:1]
+    if start not in ("{", "["):
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        names = [name.strip() for name in rows.fieldnames or []]
+        if names[:2] != ["image", "caption"]:
+            raise ValueError("the first line must be 'image,caption'")
+        rows.fieldnames = names
+        for row in rows:
+            # an unquoted comma splits a caption: what csv puts under None is the rest of it
+            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])])
+        return
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(data, dict) and "annotations" in data:  # COCO
+        files = {image["id"]: image["file_name"] for image in data["images"]}
+        for note in data["annotations"]:
+            yield files[note["image_id"]], note["caption"]
+        return
+    for item in data if isinstance(data, list) else [data]:
+        if "conversations" in item:  # LLaVA; text-only conversations have no image
+            answers = [turn["value"] for turn in item["conversations"] if turn["from"] in ("gpt", "assistant")]
+            yield item.get("image"), (answers or [None])[0]
+        else:
+            captions = item["caption"]
+            for caption in captions if isinstance(captions, list) else [captions]:
+                yield item["image"], caption
+
+
+def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> str:
+    """The caption that picture `index` shows in `epoch`: a pure function of its arguments."""
+    return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The shapes world: scenes whose truth is known, so that a caption can be judged
+
+SIDE = 96  # pixels
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (250, 214, 40), "green": (40, 150, 60),
+           "cyan": (50, 200, 215), "blue": (40, 80, 200), "purple": (120, 45, 160), "pink": (245, 130, 185)}
+SIZES = {"large": (14.5, 17.0), "small": (7.5, 9.5)}  # radius, pixels
+SIZE_WORDS = {"large": "large", "big": "large", "small": "small", "little": "small"}
+RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right",
+                  "above": "above", "over": "above", "below": "below", "under": "below"}
+# one colour of each shape that no training scene shows
+UNSEEN = frozenset(zip(("green", "pink", "blue", "red", "cyan", "yellow"), SHAPES))
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+    x: float = 0.0  # centre and radius, pixels
+    y: float = 0.0
+    radius: float = 0.0
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep the two well apart)."""
+    dx, dy = a.x - b.x, a.y - b.y
+    return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+
+
+class Scene(NamedTuple):
+    """One to three things, all different, apart from each other, on a background."""
+    things: tuple[Thing, ...]
+    seed: str
+
+    @staticmethod
+    def draw_from(seed: str, unseen: bool | None = False) -> "Scene":
+        """A scene from a seed. `unseen`: False keeps UNSEEN pairs out, True puts at least one in, None is blind."""
+        rng = random.Random(seed)
+        count = rng.choices((1, 2, 3), (1, 2, 2))[0]
+        while True:
+            things: list[Thing] = []
+            for _ in range(count):
+                size = rng.choice(tuple(SIZES))
+                radius = rng.uniform(*SIZES[size])
+                x, y = (rng.uniform(radius + 2, SIDE - radius - 2) for _ in "xy")
+                things.append(Thing(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, radius))
+            pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
+            if all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
+                   and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10 for a, b in pairs):
+                if unseen is None or unseen == any((t.colour, t.shape) in UNSEEN for t in things):
+                    return Scene(tuple(things), seed)
+
+    def picture(self) -> Image.Image:
+        """The scene as a SIDE × SIDE RGB picture, drawn at four times the size for smooth edges."""
+        rng, scale = random.Random(self.seed + " picture"), 4
+        image = background(rng).resize((SIDE * scale,) * 2, Image.Resampling.BICUBIC)
+        draw = ImageDraw.Draw(image)
+        for thing in self.things:
+            colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
+            x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
+            if thing.shape == "circle":
+                draw.ellipse((x - r, y - r, x + r, y + r), colour)
+            else:
+                turn = rng.uniform(-0.15, 0.15)
+                draw.polygon([(x + r * d * math.cos(a + turn), y + r * d * math.sin(a + turn))
+                              for d, a in OUTLINES[thing.shape]], colour)
+        return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+    def captions(self) -> list[str]:
+        """Four captions in different wordings; each names every thing and, of two or more, one relation."""
+        rng = random.Random(self.seed + " captions")
+        return [self.caption(rng, wording) for wording in range(4)]
+
+    def caption(self, rng: random.Random, wording: int) -> str:
+        things = rng.sample(self.things, len(self.things))
+
+        def name(thing: Thing, article: str = "a") -> str:
+            size = rng.choice([word for word, size in SIZE_WORDS.items() if size == thing.size])
+            return f"{article} {size} {thing.colour} {thing.shape}"
+
+        if len(things) == 1:
+            return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(things[0]))
+        a, b = things[:2]
+        where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
+        rest = "".join(f" and {name(c)}" for c in things[2:])
+        count = ("two", "three")[len(things) - 2]
+        return (f"{name(a)} {where} {name(b)}{rest}",
+                f"there is {name(a)} {where} {name(b)}{rest}",
+                f"{count} objects: {name(a)} {where} {name(b)}{rest}",
+                f"{', '.join(map(name, things[:-1]))} and {name(things[-1])}; "
+                f"{name(a, 'the')} is {where} {name(b, 'the')}")[wording]
+
+
+def ring(corners: int, turn: float = -90, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+    """A polygon's corners as (radius, angle), the radii taken in turn."""
+    return [(radii[i % len(radii)], math.radians(turn + 360 / corners * i)) for i in range(corners)]
+
+
+OUTLINES = {"square": ring(4, 45), "triangle": ring(3), "diamond": ring(4, -90, (1.1, 0.62)),
+            "star": ring(10, -90, (1.05, 0.45)),
+            "cross": [(math.hypot(x, y), math.atan2(y, x)) for x, y in
+                      ((-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                       (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3))]}
+
+
+def background(rng: random.Random) -> Image.Image:
+    """A muted background: plain, a gradient, stripes, checks or blotches, as a small picture to be scaled up."""
+    def muted():
+        grey = rng.randint(30, 225)
+        return tuple(max(0, min(255, grey + rng.randint(-12, 12))) for _ in range(3))
+
+    first = muted()
+    second = tuple(max(0, min(255, c + rng.choice((-1, 1)) * rng.randint(8, 25))) for c in first)
+    kind, n = rng.choice(("plain", "gradient", "stripes", "checks", "blotches")), rng.randint(4, 9)
+    pattern = {"plain": lambda x, y: 0, "gradient": lambda x, y: (x + y) / (2 * n),
+               "stripes": lambda x, y: y % 2, "checks": lambda x, y: (x + y) % 2,
+               "blotches": lambda x, y: rng.random()}[kind]
+    image = Image.new("RGB", (n, n))
+    image.putdata([tuple(round(a + (b - a) * w) for a, b in zip(first, second))
+                   for y in range(n) for x in range(n) for w in [pattern(x, y)]])
+    return image
+
+
+class Shapes(torch.utils.data.Dataset):
+    """`size` scenes of one split: "train" and "test" without the UNSEEN pairs, "unseen" with at least one."""
+
+    def __init__(self, size: int, split: str = "train", seed: int = 0):
+        self.size, self.split, self.seed = size, split, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def scene(self, i: int) -> Scene:
+        return Scene.draw_from(f"{self.split} {self.seed} {i}", unseen=self.split == "unseen")
+
+    def picture(self, i: int) -> Image.Image:
+        return self.scene(i).picture()
+
+    def captions(self, i: int) -> list[str]:
+        return self.scene(i).captions()
+
+
+THING = rf"(a|the) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
+SKILLS = ("shape", "colour", "size", "count", "relation")
+
+
+def judge(caption: str, scene: Scene) -> dict[str, bool]:
+    """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only where
+    there are two things or more). Exact: every thing named once and nothing else, any number word right, and,
+    of two things or more, at least one relation stated and all stated relations true."""
+    def spoken(groups):
+        return SIZE_WORDS[groups[1]], groups[2], groups[3]
+
+    said = [spoken(groups) for groups in re.findall(THING, caption) if groups[0] == "a"]
+    truth = {thing[:3]: thing for thing in scene.things}
+    words = re.search(r"\b(one|two|three) objects?\b", caption)
+    result = {skill: sorted(t[k] for t in said) == sorted(t[k] for t in truth)
+              for skill, k in (("shape", 2), ("colour", 1), ("size", 0))}
+    result["count"] = len(said) == len(truth) and (
+        words is None or ("one", "two", "three").index(words[1]) + 1 == len(truth))
+    exact = sorted(said) == sorted(truth) and result["count"]
+    if len(truth) > 1:
+        stated = []
+        relations = "|".join(RELATION_WORDS)
+        # looked for from every thing on, so that "a … and a … above a …" is read as it is meant
+        for match in re.finditer(rf"(?={THING} (?:is )?({relations}) {THING})", caption):
+            a, b = spoken(match.groups()[:4]), spoken(match.groups()[5:])
+            stated.append(a in truth and b in truth and a != b
+                          and relation(truth[a], truth[b]) == RELATION_WORDS[match[5]])
+        result["relation"] = bool(stated) and all(stated)
+        exact = exact and result["relation"]
+    return {"exact": exact, **result}
