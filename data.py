@@ -1,8 +1,9 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.picture(i)` and `s.captions(i)`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.captions(i)`.
 """
+import copy
 import csv
 import io
 import json
@@ -339,10 +340,13 @@ class Captions(torch.utils.data.Dataset):
     def captions(self, i: int) -> list[str]:
         return self.texts[i]
 
-    def drop(self, indices: set[int]) -> None:
-        """Leaves out pictures that turned out to be unreadable."""
-        keep = [i for i in range(len(self)) if i not in indices]
-        self.paths, self.texts = [self.paths[i] for i in keep], [self.texts[i] for i in keep]
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def subset(self, indices: list[int]) -> "Captions":
+        part = copy.copy(self)
+        part.paths, part.texts = [self.paths[i] for i in indices], [self.texts[i] for i in indices]
+        return part
 
 
 def read_pairs(text: str):
@@ -377,9 +381,88 @@ def read_pairs(text: str):
                 yield item["image"], caption
 
 
+def held_out(captions, size: int, seed: int):
+    """Parts a caption set in two: the rest, and `size` pictures drawn from the seed."""
+    out = sorted(random.Random(f"{seed} held out").sample(range(len(captions)), size))
+    kept = sorted(set(range(len(captions))) - set(out))
+    return captions.subset(kept), captions.subset(out)
+
+
+def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
+    """Counts unreadable pictures {index: reason} in `bad`; InputError once they're more than a tenth of the set."""
+    bad.update(found)
+    if len(bad) > len(captions) / 10:
+        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {list(bad.values())[-1]}")
+
+
+def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
+    """Lists the pictures that were skipped, if any, in the run's folder."""
+    reasons = [reason for found in bad for reason in found.values()]
+    if reasons:
+        write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
+
+
 def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> str:
     """The caption that picture `index` shows in `epoch`: a pure function of its arguments."""
     return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+IMAGE = "<image>"  # where a picture stands in a text
+
+
+class Pixels(torch.utils.data.Dataset):
+    """The pictures of a caption set, preprocessed: item i is (i, pixels), or (i, the reason why it can't be read)."""
+
+    def __init__(self, captions, preprocess: Callable[[Image.Image], torch.Tensor]):
+        self.captions, self.preprocess = captions, preprocess
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, i: int) -> tuple[int, torch.Tensor | str]:
+        try:
+            return i, self.preprocess(self.captions.picture(i))
+        except InputError as error:
+            return i, str(error)
+
+    @staticmethod
+    def collate(items: list) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
+        """Indices of the readable pictures, their pixels (P,3,H,W) (None if P is 0), and what's wrong with the others."""
+        good = [(i, pixels) for i, pixels in items if not isinstance(pixels, str)]
+        pixels = torch.stack([pixels for _, pixels in good]) if good else None
+        return [i for i, _ in good], pixels, {i: reason for i, reason in items if isinstance(reason, str)}
+
+
+def in_order(size: int, batch: int) -> list[range]:
+    return [range(i, min(i + batch, size)) for i in range(0, size, batch)]
+
+
+def shuffled(size: int, batch: int, seed: int, step: int = 0):
+    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other, a pure
+    function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the next."""
+    orders = {}
+    while True:
+        places = range(step * batch, (step + 1) * batch)
+        epochs = range(places[0] // size, places[-1] // size + 1)
+        orders = {e: orders[e] if e in orders else random.Random(f"{seed} {e}").sample(range(size), size) for e in epochs}
+        yield [orders[place // size][place % size] for place in places]
+        step += 1
+
+
+def stack(sequences: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Joins sequences of (ids, number of ids before the target) into a batch: ids (B,T), padded on the right; the places
+    `where` (M,) in the flattened ids whose next token is a target; and these targets (M,)."""
+    T = max(len(ids) for ids, _ in sequences)
+    tokens = torch.zeros(len(sequences), T, dtype=torch.long)
+    where, targets = [], []
+    for row, (ids, before) in enumerate(sequences):
+        tokens[row, :len(ids)] = torch.tensor(ids)
+        where += range(row * T + before - 1, row * T + len(ids) - 1)
+        targets += ids[before:]
+    return tokens, torch.tensor(where), torch.tensor(targets)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -517,6 +600,9 @@ class Shapes(torch.utils.data.Dataset):
 
     def scene(self, i: int) -> Scene:
         return Scene.draw_from(f"{self.split} {self.seed} {i}", unseen=self.split == "unseen")
+
+    def name(self, i: int) -> str:
+        return f"{self.split} scene {i} of seed {self.seed}"
 
     def picture(self, i: int) -> Image.Image:
         return self.scene(i).picture()

@@ -63,15 +63,47 @@ class Block(nn.Module):
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
+class Preprocessor:
+    """A Pillow picture of any size and mode to pixels (3,H,W) float32, as preprocessor_config.json (`settings`) says."""
+
+    def __init__(self, settings: dict, image_size: int):
+        self.settings, self.image_size = settings, image_size
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        p, picture = self.settings, rgb(picture)
+        size, crop = p.get("size", self.image_size), p.get("crop_size", self.image_size)
+        if isinstance(size, int):  # old files: the shortest edge where a crop follows, else both edges
+            size = {"shortest_edge": size} if p.get("do_center_crop") else {"height": size, "width": size}
+        if isinstance(crop, int):
+            crop = {"height": crop, "width": crop}
+        if p.get("do_resize", True):
+            if "shortest_edge" in size:
+                short, edge = min(picture.size), size["shortest_edge"]
+                w, h = (max(edge, int(edge * side / short)) for side in picture.size)
+            else:
+                w, h = size["width"], size["height"]
+            picture = picture.resize((w, h), Image.Resampling(p.get("resample", 2)))
+        if p.get("do_center_crop"):  # outside the picture is black
+            left, top = (picture.width - crop["width"]) // 2, (picture.height - crop["height"]) // 2
+            picture = picture.crop((left, top, left + crop["width"], top + crop["height"]))
+        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)  # (3,H,W)
+        if p.get("do_rescale", True):
+            x = x * p.get("rescale_factor", 1 / 255)
+        if p.get("do_normalize", True):
+            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
+            x = (x - mean) / std
+        return x.contiguous()
+
+
 class ViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of any family in FAMILIES.
 
-    `preprocessor` is the family's preprocessor_config.json.
+    `preprocess(picture)` makes its pixels; `settings` are those of the checkpoint's preprocessor_config.json.
     """
 
-    def __init__(self, config: ViTConfig, preprocessor: dict | None = None):
+    def __init__(self, config: ViTConfig, settings: dict | None = None):
         super().__init__()
-        self.config, self.preprocessor = config, preprocessor or {}
+        self.config, self.preprocess = config, Preprocessor(settings or {}, config.image_size)
         self.patches = nn.Conv2d(3, config.hidden, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_tokens = nn.Parameter(torch.zeros(config.class_tokens, config.hidden)) if config.class_tokens else None
         self.positions = nn.Parameter(torch.zeros(config.class_tokens + config.grid ** 2, config.hidden))
@@ -100,33 +132,6 @@ class ViT(nn.Module):
         for block in self.blocks[:layer % (len(self.blocks) + 1)]:
             x = block(x)
         return x
-
-    def preprocess(self, picture: Image.Image) -> torch.Tensor:
-        """A Pillow picture of any size and mode to pixels (3,H,W) float32, as preprocessor_config.json says."""
-        p, picture = self.preprocessor, rgb(picture)
-        size, crop = p.get("size", self.config.image_size), p.get("crop_size", self.config.image_size)
-        if isinstance(size, int):  # old files: the shortest edge where a crop follows, else both edges
-            size = {"shortest_edge": size} if p.get("do_center_crop") else {"height": size, "width": size}
-        if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
-        if p.get("do_resize", True):
-            if "shortest_edge" in size:
-                w, h = picture.size
-                short, edge = min(w, h), size["shortest_edge"]
-                w, h = max(edge, int(edge * w / short)), max(edge, int(edge * h / short))
-            else:
-                w, h = size["width"], size["height"]
-            picture = picture.resize((w, h), Image.Resampling(p.get("resample", 2)))
-        if p.get("do_center_crop"):  # outside the picture is black
-            left, top = (picture.width - crop["width"]) // 2, (picture.height - crop["height"]) // 2
-            picture = picture.crop((left, top, left + crop["width"], top + crop["height"]))
-        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)  # (3,H,W)
-        if p.get("do_rescale", True):
-            x = x * p.get("rescale_factor", 1 / 255)
-        if p.get("do_normalize", True):
-            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
-            x = (x - mean) / std
-        return x.contiguous()
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "ViT":

@@ -1,0 +1,361 @@
+"""Captions in, trained adapter out: the ViT and the LLM stay frozen.
+
+    python train.py --adapter qformer
+    python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
+        --data captions.csv --images photos/
+
+Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import PIL
+import safetensors
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adapters import ADAPTERS, VLM, build
+from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
+                  run, shuffled, skip, stack, write_file, write_json)
+from sample import as_lines, caption_set, machine_options, pick_device, pick_precision, score, table
+
+SIZES = ("queries", "layers", "width", "heads", "dropout")  # of an adapter, as options of the command line
+FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
+    add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
+    add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
+    add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
+    add("--queries", type=int, help="qformer: embeddings a picture becomes (default: 32)")
+    add("--adapter-layers", type=int, help="qformer: blocks, every second reads the picture (default: 4)")
+    add("--adapter-width", type=int, help="qformer: hidden size (default: 256)")
+    add("--adapter-heads", type=int, help="qformer: attention heads (default: 8)")
+    add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
+    add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
+                                                     "<image>, or before it all (default: none)")
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--data", default="shapes", metavar="FILE", help="captions: CSV with the header image,caption; JSON lines; COCO's "
+                                                         "or LLaVA's JSON (default: shapes, the built-in world)")
+    add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
+    add("--val", metavar="FILE", help="captions to validate on, pictures in --images too (default: a part of --data held out)")
+    add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
+    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
+    add("--batch", type=int, default=64, help="pictures a step (default: 64)")
+    add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
+    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
+    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut (default: 128)")
+    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes (default: 0)")
+
+    speed = parser.add_argument_group("speed")
+    add = speed.add_argument
+    machine_options(speed)
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (default: on a CUDA GPU)")
+    add("--cache-features", action=argparse.BooleanOptionalAction,
+        help="encode every picture once, before the first step, and keep the features in memory (default: when they take "
+             "less than half of what is free, and the steps see each picture at least once)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="processes that read pictures (default: one a core, at most 8)")
+
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
+    add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
+    add("--log-every", type=int, default=100, help="steps between lines of progress and of metrics.jsonl (default: 100)")
+    add("--save-every", type=int, default=500, help="steps between validations and checkpoints (default: 500)")
+    return parser
+
+
+def read_options() -> argparse.Namespace:
+    """The command line; with --resume, the run's own options, which the command line may only repeat."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.resume:
+        path = find_checkpoint(args.resume) / "config.json"
+        saved = read_json(path).get("training")
+        if not isinstance(saved, dict):
+            raise InputError(f"{path}: not the folder of a run")
+        parser.set_defaults(**saved)
+        args = parser.parse_args()
+        for name, value in saved.items():
+            if name not in FREE and getattr(args, name, value) != value:
+                raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
+        args.out = args.resume
+    if args.adapter not in ADAPTERS:
+        raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
+    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.batch % args.accumulate:
+        raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts")
+    return args
+
+
+def adapter_sizes(args: argparse.Namespace) -> dict:
+    """All sizes of the chosen adapter: those on the command line, else its defaults."""
+    signature = inspect.signature(ADAPTERS[args.adapter]).parameters.values()
+    sizes = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    for size in SIZES:
+        option = size if size == "queries" else f"adapter_{size}"
+        if (value := getattr(args, option)) is not None:
+            if size not in sizes:
+                raise InputError(f"--{option.replace('_', '-')} means nothing to the {args.adapter} adapter")
+            sizes[size] = value
+    return sizes
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free on the device; 4 GiB where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler) -> None:
+    """adapter.safetensors for whoever uses the run; state.safetensors, complete in itself, for --resume."""
+    vlm.save(folder)
+    state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
+             for key, value in {"weight": p, **optimizer.state[p]}.items()}
+    state["scale"] = torch.tensor(scaler.get_scale())
+    write_file(folder / "state.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+
+
+def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
+    """Takes up what `save_checkpoint` left; returns the number of steps done."""
+    path = folder / "state.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: the run was stopped before its first checkpoint, start it anew")
+    try:
+        with safe_open(path, framework="pt") as file:
+            step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
+        vlm.load_trained({name[7:]: value for name, value in state.items() if name.startswith("weight.")}, path)
+        for name, p in vlm.trained.items():
+            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
+        return step
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a whole checkpoint ({error})") from None
+
+
+class Progress:
+    """What happened since the last line: mean loss, speed, time left. On a terminal the line is rewritten in place twice
+    a second; in a log it appears every `--log-every` steps."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.steps, self.terminal, self.drawn = args.steps, sys.stdout.isatty(), 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        self.start, self.losses, self.images, self.tokens = time.time(), [], 0, 0
+
+    def add(self, step: int, loss: torch.Tensor, images: int, tokens: int) -> None:
+        self.losses.append(loss)
+        self.images, self.tokens = self.images + images, self.tokens + tokens
+        if self.terminal and time.time() - self.drawn > 0.5:
+            self.show(self.line(step), "\r")
+
+    def line(self, step: int) -> dict:
+        seconds = time.time() - self.start
+        return {"step": step + 1, "loss": torch.stack(self.losses).mean().item(), "images_per_s": self.images / seconds,
+                "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
+
+    def show(self, line: dict, end: str = "\n") -> None:
+        self.drawn = time.time()
+        minutes, seconds = divmod(round(line["s_left"]), 60)
+        print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
+              + (f"val {line['val']:.4f}  " if "val" in line else "") +
+              f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
+              + " " * 8 * self.terminal, end=end, flush=True)
+
+
+def main() -> None:
+    args = read_options()
+
+    # Captions
+    if args.data == "shapes":
+        train = Shapes(args.scenes, "train", args.seed)
+        val, unseen = Shapes(args.val_size, "test"), Shapes(args.val_size, "unseen")
+    else:
+        train, unseen = Captions(args.data, args.images), None
+        if args.val:
+            val = Captions(args.val, args.images or Path(args.data).parent)
+            val = held_out(val, min(args.val_size, len(val)), args.seed)[1]
+        elif len(train) > 1:
+            train, val = held_out(train, min(args.val_size, max(1, len(train) // 20)), args.seed)
+        else:
+            raise InputError(f"{args.data}: one picture can't be parted in training and validation: give --val")
+
+    # Model
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision, device)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    torch.manual_seed(args.seed)
+    for name in ("vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
+        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
+            setattr(args, name, str(Path(value).resolve()))
+    config = dict(vit=args.vit, llm=args.llm, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
+                  prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+                      python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+                      tiktoken=tiktoken.__version__, safetensors=safetensors.__version__, pillow=PIL.__version__))
+    vlm = build(config, dtype).to(device).train()
+    trained = vlm.trained
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": args.weight_decay},
+                                   {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}],
+                                  args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
+
+    # The run's folder
+    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{args.adapter}")
+    first = 0
+    if args.resume:
+        first = load_checkpoint(folder, vlm, optimizer, scaler)
+    elif (folder / "config.json").exists():
+        raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}") from None
+        write_json(folder / "config.json", config)
+    print(f"{folder}: {args.adapter} adapter, {sum(p.numel() for p in trained.values()):,} trained parameters, "
+          f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
+
+    # Pictures, encoded once or step by step
+    unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
+
+    def encode_all(captions, bad: dict[int, str]) -> tuple[list[int], torch.Tensor]:
+        """Indices of the pictures that can be read, and their features (P,N,Dv)."""
+        start, parts = time.time(), []
+        for indices, features, found in vlm.encode_pictures(captions, in_order(len(captions), 64), args.workers):
+            skip(bad, found, captions)
+            if indices:
+                parts.append((indices, features))
+        print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
+        return [i for indices, _ in parts for i in indices], torch.cat([features for _, features in parts])
+
+    def pictures():
+        """Indices and features of each step's batch, from step `first` on."""
+        if cache:
+            kept, features = encode_all(train, unreadable[0])
+            for batch in shuffled(len(kept), args.batch, args.seed, first):
+                yield [kept[i] for i in batch], features[batch]
+        else:
+            batches = shuffled(len(train), args.batch, args.seed, first)
+            for indices, features, found in vlm.encode_pictures(train, batches, args.workers):
+                skip(unreadable[0], found, train)
+                yield indices, features
+
+    val_kept, val_features = encode_all(val, unreadable[1])
+    cache = args.cache_features
+    if cache is None:
+        fits = len(train) * val_features[0].nbytes < free_memory(device) / 2
+        cache = fits and args.steps * args.batch >= len(train)
+
+    def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
+        return [tensor.to(device, non_blocking=True) for tensor in stack([vlm.encode(
+            args.prompt, draw_caption(captions.captions(i), args.seed, epoch, i), args.max_tokens) for i in indices])]
+
+    @torch.no_grad()
+    def validate() -> float:
+        """Nats per token on the validation set, one caption a picture."""
+        vlm.eval()
+        total = count = 0
+        for i in range(0, len(val_kept), args.batch):
+            tokens, where, targets = batch_of(val, val_kept[i:i + args.batch], 0)
+            logits = forward(tokens, val_features[i:i + args.batch], where)
+            total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+            count += len(targets)
+        vlm.train()
+        return total / count
+
+    # Training
+    source, progress = pictures(), Progress(args)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        for step in range(first, args.steps):
+            indices, features = next(source)
+            if step == first:
+                progress.begin()
+            torch.manual_seed(args.seed * 1_000_003 + step)  # of dropout: a resumed run draws what an unbroken one draws
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
+            batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
+            count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
+            for part, (tokens, where, targets) in zip(parts, batches):
+                logits = forward(tokens, features[part], where)
+                part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
+                scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            progress.add(step, loss, len(indices), sum(tokens.numel() for tokens, _, _ in batches))
+
+            save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            if save or (step + 1) % args.log_every == 0:
+                line = {**progress.line(step), "lr": learning_rate(step, args)}
+                if save:
+                    line["val"] = validate()
+                    save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
+                    list_unreadable(folder, unreadable)
+                progress.show(line)
+                metrics.write(json.dumps(line) + "\n")
+                metrics.flush()
+                progress.begin()
+        source.close()
+
+        # What it learned
+        vlm.eval()
+        sets = {"test" if unseen else "val": (val, val_kept, val_features)}
+        if unseen:
+            sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
+        scores = {}
+        for label, (captions, kept, features) in sets.items():
+            texts = caption_set(vlm, ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64)), {})
+            scores[f"{label} ({len(kept)})"] = score(captions, texts)
+            lines = as_lines(captions, texts)
+            write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+        metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    run(main)
