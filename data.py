@@ -222,7 +222,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
-        disk = [prefix + d if prefix + d in checkpoint.where else d for d in disk]  # lm_head has no prefix
+        # lm_head has no prefix
+        disk = [d if prefix + d not in checkpoint.where and d in checkpoint.where else prefix + d for d in disk]
         tensors = []
         for d in disk:
             if d not in checkpoint.where:
@@ -323,7 +324,7 @@ class Captions(torch.utils.data.Dataset):
         pairs: dict[str, list[str]] = {}
         try:
             for image, caption in read_pairs(text):
-                if isinstance(image, str) and image and isinstance(caption, str) and clean(caption):
+                if isinstance(image, str) and image and isinstance(caption, str) and any(map(str.isalnum, caption)):
                     pairs.setdefault(image, []).append(clean(caption))
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise InputError(f"{self.file}: not a caption file that can be read ({type(error).__name__}: {error})") from None

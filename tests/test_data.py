@@ -1,0 +1,342 @@
+"""Captions, pictures, batches, checkpoints and the shapes world."""
+import hashlib
+import http.server
+import json
+import random
+import shutil
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, draw_caption, find_checkpoint, held_out, judge,
+                  open_picture, shuffled, skip, stack, write_file)
+from fixtures.pictures import picture
+from llm import LLM, Tokenizer
+from vit import ViT
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Captions and pictures
+
+EXPECTED = {"a.jpg": ['A dog, "Rex", runs', "a dog"], "b.jpg": ["naïve café"]}
+FORMATS = {
+    "flickr.csv": '\ufeffimage,caption\r\na.jpg,"A dog, ""Rex"", runs ."\r\nb.jpg,naïve  café\r\na.jpg,a dog .\r\nc.jpg,\r\n',
+    "unquoted.csv": 'image, caption\na.jpg,A dog, "Rex", runs\na.jpg,a dog\nb.jpg,naïve café\n',
+    "lines.jsonl": '{"image": "a.jpg", "caption": ["A dog, \\"Rex\\", runs .", "a dog"]}\n\n{"image": "b.jpg", "caption": "naïve café"}\n',
+    "one.jsonl": None,
+    "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}], "annotations": [
+        {"image_id": 7, "caption": 'A dog, "Rex", runs .\n'}, {"image_id": 9, "caption": "naïve café"},
+        {"image_id": 7, "caption": "a dog"}]}),
+    "llava.json": json.dumps([
+        {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+                                                        {"from": "gpt", "value": 'A dog, "Rex", runs'}]},
+        {"id": "2", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"id": "3", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a dog"}]},
+        {"id": "4", "image": "b.jpg", "conversations": [{"from": "human", "value": "<image>"},
+                                                        {"from": "gpt", "value": "naïve café"}]}]),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, text in FORMATS.items() if text])
+def test_caption_formats(name, tmp_path):
+    (tmp_path / name).write_bytes(FORMATS[name].encode())
+    captions = Captions(tmp_path / name)
+    assert {path.name: captions.captions(i) for i, path in enumerate(captions.paths)} == EXPECTED
+    assert captions.paths[0] == tmp_path / "a.jpg"
+
+
+def test_one_json_line(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
+    assert Captions(tmp_path / "one.jsonl").captions(0) == ["x"]
+
+
+@pytest.mark.parametrize("text", ("", "image,caption\n", "image,caption\na.jpg, . \n", "file,text\na.jpg,x\n", "[]", "[1]", "{", "{}",
+                                  '[{"image": "a.jpg"}]', '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}'))
+def test_captions_of_no_use(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(InputError, match="file: "):
+        Captions(tmp_path / "file")
+
+
+def test_captions_not_text(tmp_path):
+    (tmp_path / "file").write_bytes(b"image,caption\na.jpg,\xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        Captions(tmp_path / "file")
+    with pytest.raises(InputError, match="No such file"):
+        Captions(tmp_path / "none")
+
+
+def test_picture_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    picture(40, 20).save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg").size == (20, 40)
+
+
+def test_broken_pictures(tmp_path):
+    picture(200, 200).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    for name, reason in (("none.jpg", "no such picture"), ("cut.jpg", "broken picture"), ("text.jpg", "not a picture")):
+        with pytest.raises(InputError, match=f"{name}: {reason}"):
+            open_picture(tmp_path / name)
+
+
+def test_too_many_unreadable_pictures():
+    bad, captions = {}, Shapes(30)
+    skip(bad, {1: "a", 2: "b", 3: "c"}, captions)
+    with pytest.raises(InputError, match="4 of 30 pictures can't be read; the last: d"):
+        skip(bad, {4: "d"}, captions)
+
+
+def test_a_caption_a_picture_and_epoch():
+    captions = list("abcde")
+    drawn = [draw_caption(captions, 1, epoch, 5) for epoch in range(200)]
+    assert drawn == [draw_caption(captions, 1, epoch, 5) for epoch in range(200)] and set(drawn) == set(captions)
+    assert drawn != [draw_caption(captions, 2, epoch, 5) for epoch in range(200)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+def test_shuffled_covers_each_epoch_and_starts_anywhere():
+    batches = shuffled(10, 4, seed=3)
+    first = [next(batches) for _ in range(15)]
+    flat = sum(first, [])
+    epochs = [flat[i:i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
+    later = shuffled(10, 4, seed=3, step=7)
+    assert [next(later) for _ in range(8)] == first[7:]
+    assert next(shuffled(3, 8, seed=0)) and len(next(shuffled(3, 8, seed=0))) == 8  # a batch of several epochs
+
+
+def test_stack_marks_targets():
+    tokens, where, targets = stack([([5, 6, 7, 8], 2), ([9, 1], 1), ([4, 3, 2], 1)])
+    assert tokens.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [4, 3, 2, 0]]
+    assert targets.tolist() == [7, 8, 1, 3, 2]
+    assert where.tolist() == [1, 2, 4, 8, 9]  # the places before the targets
+
+
+def test_held_out_parts_the_set(tmp_path):
+    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(20)))
+    captions = Captions(tmp_path / "c.csv")
+    rest, out = held_out(captions, 5, seed=1)
+    assert len(out) == 5 and len(rest) == 15 and {*rest.paths, *out.paths} == set(captions.paths)
+    assert all(out.captions(i) == [f"caption {out.paths[i].stem}"] for i in range(5))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shapes
+
+def test_scenes_and_their_captions():
+    wordings, counts = set(), set()
+    for i in range(300):
+        scene = Shapes(300, "train").scene(i)
+        assert not any((thing.colour, thing.shape) in UNSEEN for thing in scene.things)
+        for caption in scene.captions():
+            assert all(judge(caption, scene).values()), caption
+        wordings.add(scene.captions()[i % 4].split()[0])
+        counts.add(len(scene.things))
+    assert counts == {1, 2, 3} and len(wordings) > 3
+    assert all(any((t.colour, t.shape) in UNSEEN for t in Shapes(50, "unseen").scene(i).things) for i in range(50))
+    a, b = (Shapes(9, "test").picture(4).tobytes() for _ in "ab")
+    assert a == b != Shapes(9, "train").picture(4).tobytes()
+
+
+def test_judge_finds_each_fault():
+    scene = Scene((Thing("large", "red", "circle", 20, 50, 15), Thing("small", "blue", "star", 70, 45, 8)), "")
+    right = "a large red circle to the left of a small blue star"
+    assert judge(right, scene) == dict(exact=True, shape=True, colour=True, size=True, count=True, relation=True)
+    assert judge("two objects: a little blue star right of a big red circle", scene)["exact"]
+    assert judge("a small blue star and a large red circle; the small blue star is right of the large red circle", scene)["exact"]
+    for caption, faults in ((right.replace("red", "pink"), {"colour", "relation"}),
+                            (right.replace("star", "cross"), {"shape", "relation"}),
+                            (right.replace("small", "large"), {"size", "relation"}),
+                            (right.replace("left", "right"), {"relation"}),
+                            ("a large blue circle to the left of a small red star", {"relation"}),  # each word right, bound wrong
+                            (right + " and a small red cross", {"shape", "colour", "size", "count"}),
+                            ("three objects: " + right, {"count"}),
+                            ("a large red circle and a small blue star", {"relation"}),
+                            ("a large red circle", {"shape", "colour", "size", "count", "relation"}),
+                            ("", {"shape", "colour", "size", "count", "relation"})):
+        judged = judge(caption, scene)
+        assert not judged["exact"] and {skill for skill, good in judged.items() if not good} == faults | {"exact"}, caption
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+@pytest.fixture
+def checkpoint(fixtures, tmp_path):
+    shutil.copytree(fixtures / "llama", tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def change(folder, edit) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors")
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_loading_is_strict(checkpoint):
+    def fails(*parts):
+        with pytest.raises(InputError) as error:
+            LLM.from_pretrained(str(checkpoint))
+        assert all(part in str(error.value) for part in (str(checkpoint), *parts)), error.value
+
+    change(checkpoint, lambda state: state.update({"model.layers.7.extra": torch.zeros(2)}))
+    fails("model.layers.7.extra", "not part of a llama model")
+    change(checkpoint, lambda state: (state.pop("model.layers.7.extra"), state.update({NORM: torch.ones(25)})))
+    fails(NORM, "(25,)", "(24,)")
+    change(checkpoint, lambda state: state.update({NORM: torch.ones(24, dtype=torch.int64)}))
+    fails(NORM, "int64")
+    change(checkpoint, lambda state: state.pop(NORM))
+    fails(NORM, "missing")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for edit, part in ((dict(model_type="mamba"), "'mamba' is not one of gpt2, llama"), (dict(num_attention_heads=0), "llama config"),
+                       (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(hidden_act="swish7"), "swish7"),
+                       (dict(num_hidden_layers="x"), "llama config")):
+        (checkpoint / "config.json").write_text(json.dumps({**config, **edit}))
+        fails("config.json", part)
+    (checkpoint / "config.json").write_text("{")
+    fails("config.json", "not valid JSON")
+    (checkpoint / "config.json").unlink()
+    fails("config.json", "No such file")
+
+
+def test_truncated_weights(checkpoint):
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    for size in (0, 5, 200, len(whole) - 1):
+        (checkpoint / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="model.safetensors: not a whole safetensors file"):
+            LLM.from_pretrained(str(checkpoint))
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.safetensors: no such file"):
+        LLM.from_pretrained(str(checkpoint))
+
+
+def test_shards_stay_in_their_folder(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    for name in ("../llama/model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "model.bin", 7):
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="not a plain safetensors file name"):
+            LLM.from_pretrained(str(checkpoint))
+
+
+def test_dtype_and_no_sharing_with_gradients(fixtures):
+    llm = LLM.from_pretrained(str(fixtures / "llama"), torch.bfloat16)
+    assert {p.dtype for p in llm.parameters()} == {torch.bfloat16} and not llm.training
+
+
+def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit, llm, tokenizer = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm")
+    assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 65, vit.config.hidden)
+    ids = tokenizer.encode("a large red circle above a small blue star\n")
+    assert len(ids) == 10 and tokenizer.decode(ids) == "a large red circle above a small blue star\n"
+    text = tokenizer.decode(llm.generate(torch.tensor([[0]]), max_tokens=40, temperature=1.0,
+                                         generator=torch.Generator().manual_seed(1))[0])
+    caption = text.split("\n")[0]
+    assert data.THING and any(shape in caption for shape in data.SHAPES), text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Download, from a server that answers as a hub does
+
+REVISION = "0123456789abcdef"
+
+
+@pytest.fixture
+def hub(fixtures, tmp_path, monkeypatch):
+    folder, faults = fixtures / "llama_sharded", {}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if "status" in faults:
+                return self.send_error(faults["status"])
+            path = self.path.split("?")[0]
+            if path == "/api/models/someone/tiny/revision/main":
+                files = [dict(rfilename=f.name, size=f.stat().st_size, lfs=dict(sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
+                         for f in folder.iterdir()]
+                return self.answer(json.dumps(dict(sha=REVISION, siblings=files)).encode())
+            if path.startswith("/someone/tiny/resolve/"):  # large files are kept elsewhere
+                self.send_response(302)
+                self.send_header("Location", path.replace("/someone/tiny/resolve", "/cdn"))
+                self.end_headers()
+                return
+            content = (folder / path.rsplit("/", 1)[1]).read_bytes()
+            if faults.get("corrupt") and path.endswith("00003-of-00007.safetensors"):
+                content = content[:-1] + b"x"
+            self.answer(content[:len(content) // 2] if faults.get("cut") and path.endswith("00003-of-00007.safetensors") else content,
+                        len(content))
+
+        def answer(self, content, length=None):
+            self.send_response(200)
+            self.send_header("Content-Length", str(length or len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield faults
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_fills_the_cache(hub, fixtures, tmp_path, monkeypatch):
+    llm = LLM.from_pretrained("someone/tiny")
+    reference = LLM.from_pretrained(str(fixtures / "llama_wide"))
+    assert all(torch.equal(a, b) for a, b in zip(llm.parameters(), reference.parameters()))
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / REVISION
+    assert find_checkpoint("someone/tiny") == snapshot
+    assert "golden.safetensors" not in {path.name for path in snapshot.iterdir()}  # just the files needed
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    LLM.from_pretrained("someone/tiny")  # from the cache
+
+
+@pytest.mark.parametrize("fault", ("cut", "corrupt"))
+def test_broken_download_is_never_taken_for_whole(fault, hub):
+    hub[fault] = True
+    with pytest.raises(InputError, match="someone/tiny: .*download failed"):
+        LLM.from_pretrained("someone/tiny")
+    with pytest.raises(InputError, match="someone/tiny: .*download failed"):
+        LLM.from_pretrained("someone/tiny")
+    hub.clear()
+    LLM.from_pretrained("someone/tiny")
+
+
+def test_download_errors_say_what_to_do(hub, monkeypatch):
+    for status, hint in ((401, "needs a login"), (403, "restricted"), (404, "no such model"), (500, "500")):
+        hub["status"] = status
+        with pytest.raises(InputError, match=hint):
+            find_checkpoint("someone/tiny")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        find_checkpoint("someone/tiny")
+    with pytest.raises(InputError, match="no such folder"):
+        find_checkpoint("../no/such/folder")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def fail(path):
+        path.write_text("half of the n")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="file: No space left"):
+        write_file(tmp_path / "file", fail)
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

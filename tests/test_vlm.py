@@ -1,0 +1,298 @@
+"""The VLM, the scores, and the two command lines from picture and caption to text."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from adapters import ADAPTERS, VLM, build
+from data import InputError, Shapes, run, stack
+from fixtures.pictures import picture
+
+
+def small(fixtures, adapter: str = "qformer", **sizes) -> VLM:
+    """CLIP and GPT-2 fixtures joined by a random adapter that says something about the picture."""
+    torch.manual_seed(0)
+    sizes = dict(queries=5, layers=3, width=16, heads=2, **sizes) if adapter == "qformer" else sizes
+    vlm = build(dict(vit=str(fixtures / "clip"), llm=str(fixtures / "gpt2"), adapter=adapter, adapter_sizes=sizes))
+    vlm.tokenizer = train_tokenizer(fixtures)
+    for p in vlm.trained.values():
+        torch.nn.init.normal_(p, std=0.5)
+    return vlm.eval()
+
+
+def train_tokenizer(fixtures):
+    """Letters to ids below 53, the fixture's vocabulary."""
+    class Letters:
+        bytes = {i: b"\n" if i == 52 else bytes([97 + i % 26]) for i in range(53)}
+
+        def encode(self, text, special=True):
+            return [52 if c == "\n" else ord(c) % 26 + 1 for c in text]
+
+        def decode(self, ids, special=True):
+            return b"".join(self.bytes[i] for i in ids).decode()
+    return Letters()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The VLM
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_adapters_turn_features_into_embeddings(adapter):
+    torch.manual_seed(0)
+    module = ADAPTERS[adapter](12, 20, 3, **(dict(width=16, heads=2) if adapter == "qformer" else {})).eval()
+    features = torch.randn(4, 10, 12)  # a class token and 3 × 3 patches
+    out = module(features)
+    assert out.shape == (4, module.queries, 20) and module.queries == (32 if adapter == "qformer" else 9)
+    assert torch.allclose(module(features[2:]), out[2:], atol=1e-6)
+    for i in range(1, 10):  # every patch counts
+        changed = features.clone()
+        changed[:, i] += 1
+        assert (module(changed) - out).abs().max() > 1e-5
+    if adapter != "qformer":  # patch by patch: the class token is left out, patches keep their order
+        assert torch.allclose(module(features[:, [0, 2, 1, *range(3, 10)]]), out[:, [1, 0, *range(2, 9)]], atol=1e-6)
+
+
+@torch.no_grad()
+def test_images_stand_where_the_text_says(fixtures):
+    vlm = small(fixtures)
+    V, Q = vlm.llm.config.vocabulary, 5
+    image = [V, *[V + 2] * Q, V + 1]
+    assert vlm.encode("")[0] == [0, *image]
+    assert vlm.encode("ab")[0] == [0, *image, 20, 21]
+    ids, before = vlm.encode("a<image>b<image>", "cd")
+    assert ids == [0, 20, *image, 21, *image, 22, 23, 52] and before == len(ids) - 3
+    assert vlm.encode("ab", "c")[0][-3:] == vlm.encode("", " c")[0][-3:]  # a space parts prompt and caption
+    assert len(vlm.encode("", "c" * 500)[0]) == 1 + len(image) + 128
+    features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
+    rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaa<image>")[0]])
+    x = vlm.embed(rows, features)
+    images = vlm.adapter(features)
+    assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5) and torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
+    assert torch.allclose(x[1, 10:10 + Q], images[2], atol=1e-5)
+    assert torch.equal(x[0, 2], vlm.markers[0]) and torch.equal(x[0, 3 + Q], vlm.markers[1])
+    assert torch.equal(x[1, :9], vlm.llm.embed(rows[1, :9]))
+
+
+@torch.no_grad()
+def test_forward_scores_the_targets_alone(fixtures):
+    vlm = small(fixtures)
+    features = vlm.features(torch.randn(2, 3, 30, 30))
+    tokens, where, targets = stack([vlm.encode("", "abc"), vlm.encode("a", "b")])
+    logits = vlm(tokens, features, where)
+    whole = vlm.llm(embeddings=vlm.embed(tokens, features))
+    expected = torch.cat([whole[0, 7:11], whole[1, 8:11]])
+    assert targets.tolist() == [20, 21, 22, 52, *vlm.encode("a", "b")[0][-3:]]
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_captions_do_not_depend_on_the_batch(fixtures):
+    vlm = small(fixtures)
+    pictures = [picture(40, 40), picture(31, 50), Image.new("RGB", (9, 9), "red")]
+    together = vlm.caption(pictures, max_tokens=12)
+    assert together == [vlm.caption([p], max_tokens=12)[0] for p in pictures] and len(set(together)) > 1
+    pair = vlm.caption([pictures[:2], pictures[1:]], prompt="<image>a<image>b", max_tokens=12)
+    assert pair == [vlm.caption([pictures[i:i + 2]], prompt="<image>a<image>b", max_tokens=12)[0] for i in (0, 1)]
+    with pytest.raises(InputError, match="room for 2 pictures, not 1"):
+        vlm.caption(pictures, prompt="<image><image>")
+
+
+def test_only_the_adapter_is_trained(fixtures):
+    vlm = small(fixtures).train()
+    assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
+    tokens, where, targets = stack([vlm.encode("", "abc")])
+    F.cross_entropy(vlm(tokens, vlm.features(torch.randn(1, 3, 30, 30)), where), targets).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items() if not name.endswith("k.bias"))
+    assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm) for p in part.parameters())
+    assert set(vlm.trained) == {name for name, p in vlm.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores
+
+def test_scores_equal_pycocoevalcap(fixtures):
+    golden = json.loads((fixtures / "scores.json").read_text())
+    candidates = [text.split() for text in golden["candidates"]]
+    references = [[text.split() for text in texts] for texts in golden["references"]]
+    assert sample.bleu(candidates, references) == pytest.approx(golden["bleu"], abs=1e-3)
+    assert sample.cider(candidates, references) == pytest.approx(golden["cider"], abs=1e-3)
+    assert golden["cider"] > 0.3 and golden["bleu"][3] > 0.05
+
+
+def test_words_of_a_caption():
+    assert sample.words("A man's dog, in a T-shirt, can't swim (yet).") == "a man 's dog in a t-shirt ca n't swim yet".split()
+
+
+def test_shapes_are_judged():
+    captions = Shapes(40, "test")
+    perfect = sample.score(captions, {i: captions.captions(i)[i % 4] for i in range(40)})
+    assert perfect == dict(exact=1, shape=1, colour=1, size=1, count=1, relation=1)
+    assert sample.score(captions, {i: captions.captions((i + 1) % 40)[0] for i in range(40)})["exact"] < 0.1
+    text = sample.table({"test": perfect, "val": {"BLEU-4": 0.1234}})
+    assert "100.0 %" in text and "0.123" in text and len(set(map(len, text.splitlines()))) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command lines
+
+QUICK = ["--scenes", "96", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0", "--save-every", "4", "--log-every", "2",
+         "--warmup", "2"]
+SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
+
+
+def command(monkeypatch, module, *arguments) -> int:
+    """Runs a command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    try:
+        run(module.main)
+        return 0
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = SMALL if adapter == "qformer" else []
+    assert command(monkeypatch, train, "--adapter", adapter, *sizes, *QUICK) == 0
+    out = capsys.readouterr().out
+    assert "step 8/8" in out and "val " in out and "| unseen (8) |" in out
+    folder, = Path("out").iterdir()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 8] and [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
+    assert lines[3]["loss"] < lines[0]["loss"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
+    assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl",
+                                                        "captions-test.jsonl", "captions-unseen.jsonl"}
+    picture(120, 80).save("a.png")
+    picture(30, 90).convert("L").save("b.jpg")
+    assert command(monkeypatch, sample, "a.png", "b.jpg", "--max-tokens", "5") == 0
+    both = capsys.readouterr().out.splitlines()
+    assert command(monkeypatch, sample, "a.png", "--max-tokens", "5", "--model", folder) == 0
+    assert both[0] == "a.png: " + capsys.readouterr().out.strip() and both[1].startswith("b.jpg: ")
+
+
+def test_scoring_a_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i % 3} of many things\n" for i in range(12)))
+    Path("5.png").write_text("no picture")
+    common = ["--data", "c.csv", "--workers", "0"]
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--out", "run", "--no-cache-features") == 0
+    assert "5.png: not a picture" in Path("run/unreadable.txt").read_text()
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "--model", "run", *common, "--save", "captions.jsonl", "--max-tokens", "8") == 0
+    captured = capsys.readouterr()
+    assert "c.csv (11)" in captured.out and "CIDEr-D" in captured.out and "skipped: 5.png" in captured.err
+    lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
+    assert len(lines) == 11 and lines[1]["references"] == ["a picture 1 of many things"]
+    Path("6.png").unlink()
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--out", "other") == 2
+    assert "2 of 12 pictures can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ("--cache-features", "--no-cache-features"))
+def test_resumed_run_equals_an_unbroken_one(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--adapter", "qformer", *SMALL, "--adapter-dropout", "0.2", *QUICK, cache]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    checkpoint = train.save_checkpoint
+
+    def stop(*arguments):
+        checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stop)
+    assert command(monkeypatch, train, *options, "--out", "parts") == 130
+    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+    assert command(monkeypatch, train, "--resume", "parts", "--lr", "0.5") == 2
+    assert "--lr can't change on --resume: the run has 0.001" in capsys.readouterr().err
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    whole, parts = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_accumulation_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parts in ("1", "4"):
+        assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--accumulate", parts, "--precision", "float32",
+                       "--out", parts) == 0
+    one, four = (load_file(f"{parts}/adapter.safetensors") for parts in ("1", "4"))
+    assert all(torch.allclose(one[name], four[name], atol=1e-4) for name in one)
+
+
+def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--out", "run") == 0
+    picture(90, 90).save("whole.jpg")
+    Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:900])
+    Path("text.jpg").write_text("hello")
+    Path("empty.csv").write_text("image,caption\n")
+    Path("one.csv").write_text("image,caption\nwhole.jpg,a picture\n")
+    shutil.copytree("run", "cut")
+    Path("cut/adapter.safetensors").write_bytes(Path("run/adapter.safetensors").read_bytes()[:300])
+    shutil.copytree("run", "other")
+    config = json.loads(Path("run/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps({**config, "adapter": "mlp"}))
+    shutil.copytree("run", "empty")
+    Path("empty/adapter.safetensors").unlink()
+    capsys.readouterr()
+    for module, arguments, part in (
+            (sample, ("none.jpg", "--model", "run"), "none.jpg: no such picture"),
+            (sample, ("text.jpg", "--model", "run"), "text.jpg: not a picture"),
+            (sample, ("cut.jpg", "--model", "run"), "cut.jpg: broken picture"),
+            (sample, ("whole.jpg", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
+            (sample, ("whole.jpg", "--model", "cut"), "cut/adapter.safetensors: not a whole safetensors file"),
+            (sample, ("whole.jpg", "--model", "other"), "other/adapter.safetensors: tensor 'adapter."),
+            (sample, ("whole.jpg", "--model", "empty"), "empty/adapter.safetensors: no such file"),
+            (sample, ("whole.jpg", "--model", fixtures / "vit"), "config.json: not the folder of a run"),
+            (sample, ("whole.jpg",), "no trained run in out/"),
+            (sample, ("whole.jpg", "--model", "run", "--device", "cuda:77"), "--device cuda:77"),
+            (sample, ("--data", "empty.csv", "--model", "run"), "empty.csv: no usable pair"),
+            (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, mlp, qformer"),
+            (train, ("--adapter", "linear", "--queries", "3"), "--queries means nothing to the linear adapter"),
+            (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
+            (train, ("--vit", "no/such/encoder"), "no/such/encoder: no such folder"),
+            (train, ("--llm", fixtures / "vit"), "model_type 'vit' is not one of gpt2, llama"),
+            (train, ("--data", "empty.csv"), "empty.csv: no usable pair"),
+            (train, ("--data", "one.csv"), "one.csv: one picture can't be parted"),
+            (train, ("--data", "none.csv"), "none.csv: No such file"),
+            (train, ("--data", "one.csv", "--images", "none"), "none: no such folder of pictures"),
+            (train, ("--layer", "9"), "layer 9"),
+            (train, ("--steps", "0"), "--steps must be at least 1"),
+            (train, ("--batch", "10", "--accumulate", "3"), "--accumulate 3 equal parts"),
+            (train, ("--out", "run"), "run: there is a run already"),
+            (train, ("--resume", "nowhere/at/all"), "nowhere/at/all: no such folder"),
+            (train, ("--resume", "empty"), "empty")):
+        if arguments == ("--resume", "empty"):
+            Path("empty/state.safetensors").unlink()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        code, captured = command(monkeypatch, module, *arguments), capsys.readouterr()
+        assert code == 2, arguments
+        assert part in captured.err and captured.err.count("\n") == 1, captured.err
+
+
+def test_a_bad_picture_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK) == 0
+    picture(90, 90).save("a.jpg")
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "a.jpg", "none.jpg", "a.jpg") == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("a.jpg: ") == 2 and captured.err.count("none.jpg: no such picture") == 1
+
+
+@pytest.mark.cuda
+def test_train_on_cuda(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for precision in ("bfloat16", "float16", "float32"):
+        assert command(monkeypatch, train, *SMALL, *QUICK, "--precision", precision, "--device", "cuda", "--out", precision) == 0
+        assert command(monkeypatch, sample, "--model", precision, "--data", "shapes", "--workers", "0", "--precision", precision) == 0
