@@ -190,7 +190,12 @@ class Checkpoint:
         if kind not in families:
             raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
         try:
-            return families[kind], families[kind].config(self.config)
+            config = families[kind].config(self.config)
+            for name, kind_of in getattr(config, "__annotations__", {}).items():
+                value = getattr(config, name)
+                if kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of):
+                    raise ValueError(f"{name} is {value!r}")
+            return families[kind], config
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise InputError(f"{path}: can't be read as a {kind} config ({type(error).__name__}: {error})") from None
 

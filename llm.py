@@ -33,7 +33,7 @@ class LLMConfig:
     end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.heads % self.kv_heads:
+        if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         ACTIVATIONS[self.activation]
 

@@ -91,7 +91,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for label, row in rows.items():
-        lines.append([label, *(f"{100 * row[n]:.1f} %" if n in ("exact", *SKILLS) else f"{row[n]:.3f}" for n in names)])
+        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in ("exact", *SKILLS) else f"{row[n]:.3f}" for n in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) + " |"
                      for line in lines)

@@ -12,33 +12,34 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from adapters import ADAPTERS, VLM, build
+from adapters import ADAPTERS, VLM, QFormer
 from data import InputError, Shapes, run, stack
+from fixtures.compare import close
 from fixtures.pictures import picture
+from llm import LLM
+from vit import ViT
 
 
 def small(fixtures, adapter: str = "qformer", **sizes) -> VLM:
-    """CLIP and GPT-2 fixtures joined by a random adapter that says something about the picture."""
+    """CLIP and Llama fixtures joined by a random adapter that says something about the picture."""
     torch.manual_seed(0)
     sizes = dict(queries=5, layers=3, width=16, heads=2, **sizes) if adapter == "qformer" else sizes
-    vlm = build(dict(vit=str(fixtures / "clip"), llm=str(fixtures / "gpt2"), adapter=adapter, adapter_sizes=sizes))
-    vlm.tokenizer = train_tokenizer(fixtures)
+    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / "llama")), Letters(),
+              dict(adapter=adapter, adapter_sizes=sizes))
     for p in vlm.trained.values():
         torch.nn.init.normal_(p, std=0.5)
     return vlm.eval()
 
 
-def train_tokenizer(fixtures):
-    """Letters to ids below 53, the fixture's vocabulary."""
-    class Letters:
-        bytes = {i: b"\n" if i == 52 else bytes([97 + i % 26]) for i in range(53)}
+class Letters:
+    """A tokenizer of letters to ids below 53, the fixture's vocabulary."""
+    bytes = {i: b"\n" if i == 52 else bytes([97 + i % 26]) for i in range(53)}
 
-        def encode(self, text, special=True):
-            return [52 if c == "\n" else ord(c) % 26 + 1 for c in text]
+    def encode(self, text, special=True):
+        return [52 if c == "\n" else ord(c) % 26 + 1 for c in text]
 
-        def decode(self, ids, special=True):
-            return b"".join(self.bytes[i] for i in ids).decode()
-    return Letters()
+    def decode(self, ids, special=True):
+        return b"".join(self.bytes[i] for i in ids).decode()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -73,13 +74,13 @@ def test_images_stand_where_the_text_says(fixtures):
     assert vlm.encode("ab", "c")[0][-3:] == vlm.encode("", " c")[0][-3:]  # a space parts prompt and caption
     assert len(vlm.encode("", "c" * 500)[0]) == 1 + len(image) + 128
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
-    rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaa<image>")[0]])
+    rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaaa<image>")[0]])
     x = vlm.embed(rows, features)
     images = vlm.adapter(features)
     assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5) and torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
-    assert torch.allclose(x[1, 10:10 + Q], images[2], atol=1e-5)
+    assert torch.allclose(x[1, 11:11 + Q], images[2], atol=1e-5)
     assert torch.equal(x[0, 2], vlm.markers[0]) and torch.equal(x[0, 3 + Q], vlm.markers[1])
-    assert torch.equal(x[1, :9], vlm.llm.embed(rows[1, :9]))
+    assert torch.equal(x[1, :10], vlm.llm.embed(rows[1, :10]))
 
 
 @torch.no_grad()
@@ -113,6 +114,12 @@ def test_only_the_adapter_is_trained(fixtures):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items() if not name.endswith("k.bias"))
     assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm) for p in part.parameters())
     assert set(vlm.trained) == {name for name, p in vlm.named_parameters() if p.requires_grad}
+
+
+def test_qformer_equals_blip2(fixtures):
+    qformer, golden = QFormer.from_pretrained(str(fixtures / "blip2")), load_file(fixtures / "blip2" / "golden.safetensors")
+    with torch.no_grad():
+        close(qformer(golden["features"]), golden["embeddings"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,7 +193,8 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i % 3} of many things\n" for i in range(12)))
     Path("5.png").write_text("no picture")
     common = ["--data", "c.csv", "--workers", "0"]
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--out", "run", "--no-cache-features") == 0
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--val-size", "12", "--out", "run",
+                   "--no-cache-features") == 0
     assert "5.png: not a picture" in Path("run/unreadable.txt").read_text()
     capsys.readouterr()
     assert command(monkeypatch, sample, "--model", "run", *common, "--save", "captions.jsonl", "--max-tokens", "8") == 0
@@ -195,7 +203,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
     assert len(lines) == 11 and lines[1]["references"] == ["a picture 1 of many things"]
     Path("6.png").unlink()
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--out", "other") == 2
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--val-size", "12", "--out", "other") == 2
     assert "2 of 12 pictures can't be read" in capsys.readouterr().err
 
 

@@ -1,59 +1,17 @@
-"""The models equal the reference implementations (see fixtures/make.py), and generation is one text, however it is batched."""
+"""The language model equals the reference implementations (see fixtures/make.py), and generation is one text, however it
+is batched."""
 import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from adapters import QFormer
 from data import InputError
-from fixtures.pictures import picture
-from llm import LLM, Tokenizer, sample
-from vit import ViT
+from fixtures.compare import close
+from llm import LLM, KVCache, sample
 
-ENCODERS = ("vit", "deit", "clip", "clip_vision", "siglip")
 DECODERS = ("gpt2", "gpt2_old", "llama", "llama_wide", "llama_sharded")
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-4) -> None:
-    assert ours.shape == reference.shape
-    assert reference.abs().mean() > 0.05  # not a comparison of nothing with nothing
-    assert (ours - reference).abs().max() < tolerance
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-@torch.no_grad()
-def test_encoder_equals_reference(name, fixtures):
-    vit, golden = ViT.from_pretrained(str(fixtures / name)), load_file(fixtures / name / "golden.safetensors")
-    close(vit(golden["pixels"]), golden["last"])
-    for layer in (0, 1, -1, -2):
-        close(vit(golden["pixels"], layer=layer), golden[f"layer{layer}"])
-    with pytest.raises(InputError, match="layer 4"):
-        vit(golden["pixels"], layer=4)
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_preprocess_equals_reference(name, fixtures):
-    vit, golden = ViT.from_pretrained(str(fixtures / name)), load_file(fixtures / name / "golden.safetensors")
-    for i, size in enumerate(((53, 37), (20, 61))):
-        close(vit.preprocess(picture(*size)), golden[f"preprocessed{i}"], 1e-5)
-
-
-@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"))
-def test_preprocess_takes_every_mode(mode, fixtures):
-    vit = ViT.from_pretrained(str(fixtures / "vit"))
-    source = picture(53, 37)
-    if mode == "I;16":
-        converted = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
-        source = source.convert("L")
-    else:
-        converted = source.convert("L").convert(mode) if mode in ("I", "F") else source.convert(mode)
-        source = converted.convert("L") if mode in ("1", "L", "LA", "I", "F") else converted.convert("RGB")
-    # a 16-bit picture must look like its 8-bit self, not be clipped white
-    assert (vit.preprocess(converted) - vit.preprocess(source)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -74,7 +32,6 @@ def test_decoder_equals_reference(name, fixtures):
 
 @torch.no_grad()
 def test_prefill_in_parts_equals_prefill_at_once(fixtures):
-    from llm import KVCache
     for name in ("gpt2", "llama"):
         llm, golden = LLM.from_pretrained(str(fixtures / name)), load_file(fixtures / name / "golden.safetensors")
         x = llm.embed(golden["tokens"])
@@ -96,48 +53,15 @@ def test_sample_narrows_the_choice():
     assert draw(temperature=0.5)[0] > 0.5
 
 
-def test_qformer_equals_blip2(fixtures):
-    qformer, golden = QFormer.from_pretrained(str(fixtures / "blip2")), load_file(fixtures / "blip2" / "golden.safetensors")
-    with torch.no_grad():
-        close(qformer(golden["features"]), golden["embeddings"])
-
-
-@pytest.mark.parametrize("name", ("gpt2", "digits", "split"))
-def test_tokenizer_equals_reference(name, fixtures):
-    folder = fixtures / f"tokenizer_{name}"
-    tokenizer = Tokenizer.from_pretrained(str(folder))
-    for text, ids, decoded in json.loads((folder / "golden.json").read_text()):
-        assert tokenizer.encode(text) == ids, text
-        assert tokenizer.decode(ids) == decoded
-    end = tokenizer.special["<|endoftext|>"]
-    assert end not in tokenizer.encode("<|endoftext|>", special=False)  # text that spells control is data
-    assert tokenizer.decode([end], special=False) == ""
-    assert tokenizer.decode(tokenizer.encode("half \ud83d")) == "half \ufffd"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Real checkpoints, where they are at hand
 
 @torch.no_grad()
 def test_real_checkpoints_equal_reference(shared, fixtures):
-    golden, folder = load_file(fixtures / "real.safetensors"), shared / "checkpoints"
-    vit = ViT.from_pretrained(str(folder / "vit-tiny"))
-    pixels = vit.preprocess(picture(300, 200))[None]
-    close(vit(pixels)[:, ::20], golden["vit-tiny.last"])
-    close(vit(pixels, layer=-2)[:, ::20], golden["vit-tiny.layer-2"])
+    golden = load_file(fixtures / "real.safetensors")
     for name in ("caption-lm-llama", "caption-lm-gpt2", "stories260K"):
-        llm = LLM.from_pretrained(str(folder / name))
+        llm = LLM.from_pretrained(str(shared / "checkpoints" / name))
         close(llm(golden[f"{name}.tokens"])[:, ::6, ::17], golden[f"{name}.logits"])
-
-
-def test_gpt2_vectors(shared):
-    folder = shared / "tokenizers" / "gpt2"
-    tokenizer = Tokenizer.from_pretrained(str(folder))
-    texts = (folder / "vectors.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")[:-1]
-    lines = (folder / "vectors.out").read_text().splitlines()
-    assert len(texts) == len(lines) > 40
-    for text, line in zip(texts, lines):
-        assert tokenizer.encode(text) == [int(i) for i in line.split()], text
 
 
 def test_stories_tell_the_published_text(shared, fixtures):
