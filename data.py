@@ -170,15 +170,26 @@ class Checkpoint:
     def __init__(self, name: str):
         self.folder = find_checkpoint(name)
         self.config = read_json(self.folder / "config.json")
-        self.where = {}  # tensor name -> (file, its open handle)
+        self.where: dict[str, Path] = {}  # tensor name -> its file
+        self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
         for path in shards(self.folder):
             if not path.is_file():
                 raise InputError(f"{path}: no such file")
             try:
-                handle = safe_open(path, framework="pt")
-                self.where.update((name, (path, handle)) for name in handle.keys())
+                with safe_open(path, framework="pt") as file:
+                    self.where.update((name, path) for name in file.keys())
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as it lies in the mapped file. The file is mapped anew every 128 MiB: where converted copies replace
+        the tensors, the pages read so far are let go, so that the weights are never held twice."""
+        path = self.where[name]
+        if path != self.mapped[0] or self.mapped[2] > 1 << 27:
+            self.mapped = [path, safe_open(path, framework="pt"), 0]
+        tensor = self.mapped[1].get_tensor(name)
+        self.mapped[2] += tensor.nbytes
+        return tensor
 
     def json(self, file: str) -> dict:
         """A JSON file of the folder; empty where there is none."""
@@ -232,11 +243,10 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
         tensors = []
         for d in disk:
             if d not in checkpoint.where:
-                files = {path for path, _ in checkpoint.where.values()}
+                files = set(checkpoint.where.values())
                 where = files.pop() if len(files) == 1 else checkpoint.folder
                 raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
-            path, handle = checkpoint.where[d]
-            tensors.append(handle.get_tensor(d))
+            tensors.append(checkpoint.tensor(d))
             left.discard(d)
         try:
             tensor = function(*tensors)
@@ -244,13 +254,13 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
             tensor = tensors[0]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-            raise InputError(f"{path}: tensor '{disk[0]}' is {found}; {name} wants {tuple(parameter.shape)}"
+            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; {name} wants {tuple(parameter.shape)}"
                              + (f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""))
         state[name] = tensor.to(dtype).contiguous()
     for name in sorted(left):
         if not re.fullmatch(family.unused, name.removeprefix(prefix)) and not re.fullmatch(family.unused, name):
             kind = checkpoint.config.get("model_type")
-            raise InputError(f"{checkpoint.where[name][0]}: tensor '{name}' is not part of a {kind} model")
+            raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
     module.load_state_dict(state, assign=True)
 
 

@@ -9,9 +9,11 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip, write_file
@@ -149,6 +151,19 @@ def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the human ones, one JSON object a line."""
     return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=captions.captions(i)),
                               ensure_ascii=False) + "\n" for i, text in texts.items())
+
+
+def contact_sheet(captions, texts: dict[int, str], columns: int = 4, rows: int = 3, side: int = 240) -> Image.Image:
+    """The first pictures of a set with their generated captions, as one picture."""
+    line, lines = 16, 5  # pixels, lines of text under each picture
+    sheet = Image.new("RGB", (columns * side, rows * (side + lines * line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (i, text) in enumerate(list(texts.items())[:columns * rows]):
+        x, y = place % columns * side, place // columns * (side + lines * line)
+        sheet.paste(ImageOps.contain(captions.picture(i), (side - 8, side - 8)), (x + 4, y + 4))
+        wrapped = textwrap.wrap(text, 36)[:lines]
+        draw.multiline_text((x + 4, y + side), "\n".join(wrapped), "black", ImageFont.load_default(12))
+    return sheet
 
 
 def main() -> None:

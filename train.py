@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from adapters import ADAPTERS, VLM, build
 from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
                   run, shuffled, skip, stack, write_file, write_json)
-from sample import as_lines, caption_set, machine_options, pick_device, pick_precision, score, table
+from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
 SIZES = ("queries", "layers", "width", "heads", "dropout")  # of an adapter, as options of the command line
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
@@ -353,6 +353,8 @@ def main() -> None:
             scores[f"{label} ({len(kept)})"] = score(captions, texts)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+            sheet = contact_sheet(captions, texts)
+            write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
         metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
     print(table(scores))
 
