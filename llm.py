@@ -378,7 +378,7 @@ class Pieces:
     """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, with "▁" for a space, and bytes for a
     character that is not in the vocabulary."""
 
-    def __init__(self, model: dict, prefix: str = "never", split: bool = False):
+    def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
         self.vocabulary, self.prefix = model["vocab"], prefix
         merges = [as_pair(merge) for merge in model["merges"]]
         self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
@@ -396,9 +396,9 @@ class Pieces:
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
     def encode(self, text: str, first: bool) -> list[int]:
-        if self.prefix != "never":
+        if self.prefix:
             text = text.replace(" ", "▁")
-            text = "▁" * (text[0] != "▁" and (first or self.prefix == "always")) + text
+            text = "▁" * (text[0] != "▁" and (self.prefix == "always" or first and self.prefix == "first")) + text
         return [id for word in self.words.findall(text) for id in self.word(word)]
 
     def merge(self, word: str) -> tuple[int, ...]:
@@ -494,7 +494,7 @@ class Tokenizer:
                 case _:
                     raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
-        ids = model["vocab"] | {content: token["id"] for content, token in added.items()}
+        ids = model["vocab"] | {self.normalise(content) if token.get("normalized") else content: token["id"] for content, token in added.items()}
         self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
         self.fallback = {id for token, id in ids.items() if BYTE.fullmatch(token)} if isinstance(self.model, Pieces) else set()
         # added tokens that are looked for in the text as it comes, and in the normalised text
@@ -516,8 +516,8 @@ class Tokenizer:
         end = 0  # of what has been yielded
         for match in pattern.finditer(text):
             token, (start, stop) = tokens[match[0]], match.span()
-            within_word = regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])
-            if token.get("single_word") and within_word or token["special"] and not special:
+            if token["special"] and not special or token.get("single_word") and (
+                    regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
                 continue
             while token.get("lstrip") and start > end and text[start - 1] in WHITE_SPACE:
                 start -= 1
