@@ -315,13 +315,13 @@ DIGIT = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
 DIGITS_SPLIT = rf"""[{DIGIT}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"""
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte in the files of SentencePiece's kind
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
-# Characters that NFC composes or reorders, of newer Unicode than the reference's NFC: it leaves them as they stand
-NEWER = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c 105d2-105da
+# Characters that NFC composes or reorders, but of a newer Unicode than the reference's NFC: it leaves them as they stand
+NEWER_CODES = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c 105d2-105da
     10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10eff 10f46-10f50 10f82-10f85 11070 11241 1133b 113b8-113e2 1145e
     11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11b60-11b67 11d42 11d44-11d45 11d97 11df0 11f00-11f03
     11f34-11f5a 13440-13455 1611e-1612f 16d63-16d68 16ff0-16ff1 1d127-1d128 1d250-1d281 1e08f 1e130-1e136 1e2ae
     1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5"""
-NEWER = re.compile("([%s])" % "".join(re.sub(r"\w+", lambda code: chr(int(code[0], 16)), NEWER).split()))
+NEWER = re.compile("([%s])" % "".join(re.sub(r"\w+", lambda code: chr(int(code[0], 16)), NEWER_CODES).split()))
 
 
 def nfc(text: str) -> str:
@@ -329,9 +329,8 @@ def nfc(text: str) -> str:
     return text if text.isascii() else "".join(unicodedata.normalize("NFC", part) for part in NEWER.split(text))
 
 
-def as_pair(merge: str | list[str]) -> tuple[str, str]:
-    a, b = merge.split(" ") if isinstance(merge, str) else merge
-    return a, b
+def as_pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def steps(part: dict | None, inner: str) -> list[dict]:
@@ -340,7 +339,7 @@ def steps(part: dict | None, inner: str) -> list[dict]:
 
 
 class ByteLevel:
-    """Byte-level BPE (Radford et al., 2019): a pattern cuts a text into words, and the bytes of a word are merged. By tiktoken."""
+    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts a text into words, whose bytes are merged."""
 
     # the characters that stand for the 256 bytes in the files: printable ones for themselves, the rest from U+0100 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -349,7 +348,9 @@ class ByteLevel:
 
     def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
         vocabulary, self.prefix_space = model["vocab"], prefix_space
-        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another order
+        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another order.
+        # It merges any two tokens that make a third, the reference only pairs that are listed: the same where the
+        # list was made by training or has all pairs, since no other pair that makes a token then comes about.
         ranks = {bytes([b]): i for i, b in enumerate(self.alphabet.values())}
         self.ids = [vocabulary[c] for c in self.alphabet]  # our rank -> the file's id
         for a, b in map(as_pair, model["merges"]):
@@ -363,8 +364,8 @@ class ByteLevel:
                 ranks[word] = len(ranks)
                 self.ids.append(vocabulary[token])
         # what the pattern leaves between its matches are words too
-        self.encoding = tiktoken.Encoding(
-            "checkpoint", pat_str=rf"{split}|(?:(?!{split})[\s\S])+", mergeable_ranks=ranks, special_tokens={})
+        split = rf"{split}|(?:(?!{split})[\s\S])+"
+        self.encoding = tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens={})
 
     def spell(self, token: str) -> bytes:
         return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
@@ -375,8 +376,8 @@ class ByteLevel:
 
 
 class Pieces:
-    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, with "▁" for a space, and bytes for a
-    character that is not in the vocabulary."""
+    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes for a
+    character that the vocabulary lacks."""
 
     def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
         self.vocabulary, self.prefix = model["vocab"], prefix
@@ -384,10 +385,11 @@ class Pieces:
         self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
         self.merged = [self.vocabulary[a + b] for a, b in merges]
         self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
-        self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") for b in range(256)] if model.get("byte_fallback") else [None] * 256
-        self.ignore_merges = model.get("ignore_merges")
-        # no merge reaches over the start of a run of "▁": what lies between two such starts can be merged by itself
-        apart = "▁" in self.vocabulary and not self.ignore_merges and not any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
+        self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") if fallback else None for b in range(256)]
+        # where no merge reaches over the start of a run of "▁", what lies between two such starts is merged by itself
+        across = any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        apart = "▁" in self.vocabulary and not across and not self.ignore_merges
         self.words = re.compile("▁[^▁]*|[^▁]+" if split else "▁*[^▁]+|▁+" if apart else r"[\s\S]+")
         self.word = functools.lru_cache(1 << 16)(self.merge)
 
@@ -402,7 +404,7 @@ class Pieces:
         return [id for word in self.words.findall(text) for id in self.word(word)]
 
     def merge(self, word: str) -> tuple[int, ...]:
-        """Ids of a word: the pair whose merge comes first in the list is merged, the leftmost first, until none is left."""
+        """Ids of a word: of all pairs, the one listed first is merged, the leftmost of its kind, until none is left."""
         if self.ignore_merges and word in self.vocabulary:
             return self.vocabulary[word],
         ids = []
@@ -413,23 +415,17 @@ class Pieces:
             ids += spelled
         left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
         ids.append(None)  # ends in nothing, which merges with nothing
-        heap = []
-
-        def offer(i: int) -> None:
-            if (rank := self.ranks.get((ids[i], ids[right[i]]))) is not None:
-                heapq.heappush(heap, (rank, i))
-
-        for i in range(len(ids)):
-            offer(i)
+        heap = [(self.ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
+        heapq.heapify(heap)
         while heap:
             rank, i = heapq.heappop(heap)
             j = right[i]
             if self.ranks.get((ids[i], ids[j])) == rank:  # neither was merged with another since
-                ids[i], ids[j] = self.merged[rank], None
-                right[i] = right[j]
+                ids[i], ids[j], right[i] = self.merged[rank], None, right[j]
                 left[right[i]] = i
-                offer(left[i])
-                offer(i)
+                for k in (left[i], i):
+                    if (rank := self.ranks.get((ids[k], ids[right[k]]))) is not None:
+                        heapq.heappush(heap, (rank, k))
         return tuple(id for id in ids if id is not None)
 
 
@@ -444,8 +440,9 @@ class Tokenizer:
         model, self.prefix = file["model"], []
         if model.get("type", "BPE") != "BPE":
             raise ValueError(f"a {model['type']} model is not supported")
-        if name := [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]:
-            raise ValueError(f"{name[0]} is not supported")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise ValueError(f"{option} is not supported")
         self.normalisers = []
         for step in steps(file.get("normalizer"), "normalizers"):
             match step:
@@ -458,11 +455,8 @@ class Tokenizer:
                 case _:
                     raise ValueError(f"the normaliser {step} is not supported")
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
-        pre, decoder = steps(file.get("pre_tokenizer"), "pretokenizers"), steps(file.get("decoder"), "decoders")
-        match pre:
-            case [{"type": "ByteLevel", "use_regex": False} as last]:
-                self.model = ByteLevel(model, added, r"[\s\S]+", last.get("add_prefix_space"))
-            case [{"type": "ByteLevel"} as last]:
+        match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
+            case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
                 self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
             case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False} as last] \
                     if last.get("use_regex", True):
@@ -476,46 +470,39 @@ class Tokenizer:
                 self.model = Pieces(model)
             case _:
                 raise ValueError(f"the pre-tokenizer {pre} is not supported")
-        match decoder:
-            case [{"type": "ByteLevel"}] if isinstance(self.model, ByteLevel):
-                self.strip = ""
-            case [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip] \
-                    if isinstance(self.model, Pieces) and strip in ([], [dict(type="Strip", content=" ", start=1, stop=0)]):
-                self.strip = " " * len(strip)
-            case _:
-                raise ValueError(f"the decoder {decoder} is not supported")
+        decoder = steps(file.get("decoder"), "decoders")
+        strip, spaces = dict(type="Strip", content=" ", start=1, stop=0), dict(type="Replace", pattern=dict(String="▁"), content=" ")
+        self.strip = " " * (strip in decoder)
+        pieces = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
+        if decoder != pieces if isinstance(self.model, Pieces) else [step["type"] for step in decoder] != ["ByteLevel"]:
+            raise ValueError(f"the decoder {decoder} is not supported")
         for step in steps(file.get("post_processor"), "processors"):
-            match step:
-                case {"type": "ByteLevel"}:
-                    pass
-                case {"type": "TemplateProcessing", "single": template, "special_tokens": tokens}:
-                    before = itertools.takewhile(lambda part: "SpecialToken" in part, template)
-                    self.prefix += [id for part in before for id in tokens[part["SpecialToken"]["id"]]["ids"]]
-                case _:
-                    raise ValueError(f"the post-processor {step} is not supported")
+            if step["type"] == "TemplateProcessing":
+                before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
+                self.prefix += [id for part in before for id in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+            elif step["type"] != "ByteLevel":
+                raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
-        ids = model["vocab"] | {self.normalise(content) if token.get("normalized") else content: token["id"] for content, token in added.items()}
+        self.added = {}, {}  # the tokens that are looked for in the text as it comes, and in the normalised text
+        for content, token in added.items():
+            normalised = bool(token.get("normalized"))
+            self.added[normalised][self.normalise(content) if normalised else content] = token
+        self.patterns = [re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+                         for tokens in self.added]
+        ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
         self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
-        self.fallback = {id for token, id in ids.items() if BYTE.fullmatch(token)} if isinstance(self.model, Pieces) else set()
-        # added tokens that are looked for in the text as it comes, and in the normalised text
-        self.added = []
-        for normalised in (False, True):
-            tokens = {self.normalise(content) if normalised else content: token for content, token in added.items()
-                      if token.get("normalized", False) == normalised}
-            longest_first = sorted(tokens, key=len, reverse=True)
-            self.added.append((re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), tokens))
+        self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
 
     def normalise(self, text: str) -> str:
         for step in self.normalisers:
             text = step(text)
         return text
 
-    def cut(self, text: str, added: tuple, special: bool):
+    def cut(self, text: str, normalised: bool, special: bool):
         """Yields the added tokens in a text and what is between them: (start, None, id) and (start, text, None)."""
-        pattern, tokens = added
         end = 0  # of what has been yielded
-        for match in pattern.finditer(text):
-            token, (start, stop) = tokens[match[0]], match.span()
+        for match in self.patterns[normalised].finditer(text):
+            token, (start, stop) = self.added[normalised][match[0]], match.span()
             if token["special"] and not special or token.get("single_word") and (
                     regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
                 continue
@@ -531,22 +518,19 @@ class Tokenizer:
             yield end, text[end:], None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not control."""
+        """Text to ids, without `prefix`. `special=False` reads what spells a special token as plain text: data, not control."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no half of a surrogate pair
         ids = []
-        for start, piece, id in self.cut(text, self.added[False], special):
-            if id is not None:
-                ids.append(id)
-                continue
-            for begin, piece, id in self.cut(self.normalise(piece), self.added[True], special):
+        for start, piece, id in self.cut(text, False, special):
+            inner = self.cut(self.normalise(piece), True, special) if piece is not None else [(start, None, id)]
+            for begin, piece, id in inner:
                 ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
         return ids
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD. `special=False` leaves special tokens out."""
         hidden = () if special else set(self.special.values())
-        text = ""
-        shown = (id for id in ids if id in self.bytes and id not in hidden)
+        text, shown = "", (id for id in ids if id in self.bytes and id not in hidden)
         for fallback, run in itertools.groupby(shown, self.fallback.__contains__):
             raw = b"".join(map(self.bytes.get, run))
             try:
@@ -561,7 +545,7 @@ class Tokenizer:
         folder = find_checkpoint(name)
         path = folder / "tokenizer.json"
         try:
-            config = {"eos_token": "<|endoftext|>"}  # GPT-2's, where no file says more
+            config = {}
             for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
                 config |= read_json(path) if path.is_file() else {}
             path = folder / "tokenizer.json"
@@ -571,22 +555,23 @@ class Tokenizer:
                 path = folder / "vocab.json"
                 vocabulary = read_json(path)
                 path = folder / "merges.txt"
-                merges = [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+                lines = path.read_text(encoding="utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
                 level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
                 file = {"model": {"vocab": vocabulary, "merges": merges}, "pre_tokenizer": level, "decoder": level}
+                config = {"eos_token": "<|endoftext|>"} | config  # GPT-2's, where no file says
+            # added tokens that the file leaves out: the others give them in full, or name those with a role
             added = {token["content"]: token for token in file.get("added_tokens") or []}
             for id, token in config.get("added_tokens_decoder", {}).items():
                 added.setdefault(token["content"], {**token, "id": int(id)})
-            for role in ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"):
-                value = config.get(role) or []
-                for token in value if isinstance(value, list) else [value]:
-                    content = token if isinstance(token, str) else token["content"]
-                    if content in file["model"]["vocab"]:
-                        added.setdefault(content, {"content": content, "id": file["model"]["vocab"][content], "special": True})
+            roles = {role: config.get(role) or "" for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            roles = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()}
+            vocabulary = file["model"]["vocab"]
+            for content in (content for content in roles.values() if content in vocabulary):
+                added.setdefault(content, {"content": content, "id": vocabulary[content], "special": True})
             tokenizer = cls({**file, "added_tokens": list(added.values())})
             if config.get("add_bos_token") and not tokenizer.prefix:
-                bos = config["bos_token"]
-                tokenizer.prefix = [tokenizer.special[bos if isinstance(bos, str) else bos["content"]]]
+                tokenizer.prefix = [added[roles["bos_token"]]["id"]]
             return tokenizer
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise InputError(f"{path}: not a tokenizer that can be read ({type(error).__name__}: {error})") from None

@@ -1,8 +1,9 @@
 """Compares `Tokenizer` with the reference library, `tokenizers`, family by family: ids, decoded text, speed. Prints a table.
 
-    python tests/compare_tokenizers.py TEXT [--strings 20000] [--vocabulary 8000] [--families gpt2 llama2 ...]
+    python tests/compare_tokenizers.py TEXT [--strings 20000] [--vocabulary 8000] [--families gpt2 llama2 ...] [--folders F ...]
 
-TEXT is a file of ordinary text of about a megabyte, on which each family's tokenizer is trained and timed.
+TEXT is a file of ordinary text of about a megabyte, on which each family's tokenizer is trained and timed. A folder is a
+checkpoint's, with a tokenizer.json to compare as it is.
 """
 import argparse
 import random
@@ -93,8 +94,9 @@ def differences(tokenizer, reference, texts: list[str], seed: int = 0) -> list[t
     return found
 
 
-def speeds(tokenizer, reference, texts: list[str], runs: int = 5) -> tuple[float, float, float]:
-    """Ours and the reference's MB/s, and the ratio: medians of interleaved runs, one text after another."""
+def speeds(make_ours, make_reference, texts: list[str], runs: int = 5) -> tuple[float, float, float]:
+    """Ours and the reference's MB/s, and the ratio, one text after another: medians of interleaved runs, each of a new
+    tokenizer, so that no run finds its words in a cache."""
     size = sum(len(text.encode()) for text in texts) / 1e6
 
     def seconds(encode) -> float:
@@ -103,13 +105,16 @@ def speeds(tokenizer, reference, texts: list[str], runs: int = 5) -> tuple[float
             encode(text)
         return time.perf_counter() - start
 
-    pairs = [(seconds(tokenizer.encode), seconds(lambda text: reference.encode(text, add_special_tokens=False).ids))
-             for _ in range(runs + 1)][1:]
+    def reference_ids(encode):
+        return lambda text: encode(text, add_special_tokens=False).ids
+
+    pairs = [(seconds(make_ours().encode), seconds(reference_ids(make_reference().encode))) for _ in range(runs)]
     ours, theirs = (statistics.median(column) for column in zip(*pairs))
     return size / ours, size / theirs, statistics.median(b / a for a, b in pairs)
 
 
 def main() -> None:
+    import tokenizers
     from make import tokenizer_families, write_tokenizer
     from llm import Tokenizer
     parser = argparse.ArgumentParser()
@@ -117,23 +122,30 @@ def main() -> None:
     parser.add_argument("--strings", type=int, default=20_000)
     parser.add_argument("--vocabulary", type=int, default=8_000)
     parser.add_argument("--families", nargs="*")
+    parser.add_argument("--folders", nargs="*", default=[])
     parser.add_argument("--show", type=int, default=3, help="differences to print for each family")
     args = parser.parse_args()
     lines = args.text.read_text(encoding="utf-8").splitlines(keepends=True)
     print("| family | strings | differences | lines: ours MB/s | reference | ratio | one text: ours MB/s | reference | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, reference in tokenizer_families(args.vocabulary, lines):
-        if args.families and name not in args.families:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            write_tokenizer(name, reference, Path(folder))
-            tokenizer = Tokenizer.from_pretrained(folder)
+
+    def row(name: str, folder: str, reference) -> None:
+        tokenizer = Tokenizer.from_pretrained(folder)
         added = [token.content for token in reference.get_added_tokens_decoder().values()]
         found = differences(tokenizer, reference, [text for _, text in hard_strings(args.strings, added)])
-        cells = [cell for texts in (lines, ["".join(lines)]) for cell in speeds(tokenizer, reference, texts)]
+        cells = [cell for texts in (lines, ["".join(lines)]) for cell in speeds(
+            lambda: Tokenizer.from_pretrained(folder), lambda: reference.from_str(reference.to_str()), texts)]
         print(f"| {name} | {args.strings} | {len(found)} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |", flush=True)
         for difference in found[:args.show]:
             print(*map(ascii, difference), file=sys.stderr)
+
+    for folder in args.folders:
+        row(Path(folder).name, folder, tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+    for name, reference in tokenizer_families(args.vocabulary, lines):
+        if args.families is None or name in args.families:
+            with tempfile.TemporaryDirectory() as folder:
+                write_tokenizer(name, reference, Path(folder))
+                row(name, folder, reference)
 
 
 if __name__ == "__main__":

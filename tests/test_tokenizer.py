@@ -1,8 +1,11 @@
 """The tokenizer equals the reference implementation, and GPT-2's published vectors."""
+import itertools
 import json
 
 import pytest
 
+from compare_tokenizers import hard_strings
+from data import InputError
 from llm import Tokenizer
 
 
@@ -35,3 +38,58 @@ def test_gpt2_vectors(shared):
     assert len(texts) == len(lines) > 40
     for text, line in zip(texts, lines):
         assert tokenizer.encode(text) == [int(i) for i in line.split()], text
+
+
+@pytest.mark.parametrize("folder", ("tokenizers/gpt2", "checkpoints/caption-lm-llama"))
+def test_real_vocabularies_lose_nothing(folder, shared):
+    tokenizer = Tokenizer.from_pretrained(str(shared / folder))
+    for _, text in itertools.islice(hard_strings(20_000, list(tokenizer.special), seed=3), 500):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, special=False), special=False) == text
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama2", "gemma"))
+def test_text_is_data(family, fixtures):
+    tokenizer = Tokenizer.from_pretrained(str(fixtures / f"tokenizer_{family}"))
+    for token, id in tokenizer.special.items():
+        assert tokenizer.encode(token) == [id] and tokenizer.decode([id]) == token and tokenizer.decode([id], special=False) == ""
+        assert id not in tokenizer.encode(token, special=False)
+    assert tokenizer.decode(tokenizer.encode("half \ud83d")) == "half \ufffd"
+    newlines = {id for id, token in tokenizer.bytes.items() if b"\n" in token}
+    assert newlines & {*tokenizer.encode("a\nb")} and not newlines & {*tokenizer.encode("a b")}
+    assert tokenizer.decode([10 ** 6]) == ""
+
+
+def test_other_files_add_what_tokenizer_json_lacks(fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    end = file["added_tokens"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert Tokenizer.from_pretrained(str(tmp_path)).special == {}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": end["content"], "bos_token": {"content": "<image>"}}))
+    image = dict(content="<image>", lstrip=True, rstrip=False, single_word=False, normalized=False, special=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"900": image}, "add_bos_token": True}))
+    tokenizer = Tokenizer.from_pretrained(str(tmp_path))
+    assert tokenizer.special == {end["content"]: end["id"], "<image>": 900} and tokenizer.prefix == [900]
+    assert tokenizer.encode("a \n<image>") == [*tokenizer.encode("a"), 900]
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece"), ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"), ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": None}, "pre-tokenizer"), ({"decoder": None}, "decoder"), ({"decoder": {"type": "Metaspace"}}, "Metaspace"),
+    ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"), ({"added_tokens": [{"content": "x"}]}, "special"),
+    ({"model": {"vocab": {"a": 0}, "merges": []}}, "KeyError"), ({"model": {"vocab": {}, "merges": ["a"]}}, "tokenizer.json")])
+def test_refuses_by_name(change, name, fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file | change))
+    with pytest.raises(InputError, match=name):
+        Tokenizer.from_pretrained(str(tmp_path))
+
+
+def test_refuses_a_token_that_a_missing_merge_could_make(fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_llama3" / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = file["model"]["merges"]
+    file["model"]["merges"] = [m for m in merges if "".join(m) != "".join(merges[-1])]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(InputError, match="merge"):
+        Tokenizer.from_pretrained(str(tmp_path))
