@@ -458,8 +458,8 @@ class Tokenizer:
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
             case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
                 self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
-            case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False} as last] \
-                    if last.get("use_regex", True):
+            case [{"type": "Digits", "individual_digits": True},
+                  {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
                 self.model = ByteLevel(model, added, DIGITS_SPLIT)
             case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
                   {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
@@ -471,10 +471,13 @@ class Tokenizer:
             case _:
                 raise ValueError(f"the pre-tokenizer {pre} is not supported")
         decoder = steps(file.get("decoder"), "decoders")
-        strip, spaces = dict(type="Strip", content=" ", start=1, stop=0), dict(type="Replace", pattern=dict(String="▁"), content=" ")
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         self.strip = " " * (strip in decoder)
-        pieces = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
-        if decoder != pieces if isinstance(self.model, Pieces) else [step["type"] for step in decoder] != ["ByteLevel"]:
+        known = [step["type"] for step in decoder] == ["ByteLevel"]
+        if isinstance(self.model, Pieces):
+            spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+            known = decoder == [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
+        if not known:
             raise ValueError(f"the decoder {decoder} is not supported")
         for step in steps(file.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
