@@ -432,8 +432,8 @@ class Pieces:
 class Tokenizer:
     """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out), `special` the
-    ids of the special tokens by their text, `bytes` the bytes each id stands for.
+    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out), `special`
+    the ids of the special tokens by their text, `bytes` the bytes each id stands for.
     """
 
     def __init__(self, file: dict):
@@ -482,7 +482,8 @@ class Tokenizer:
         for step in steps(file.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
-                self.prefix += [id for part in before for id in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+                names = [part["SpecialToken"]["id"] for part in before]
+                self.prefix += [id for name in names for id in step["special_tokens"][name]["ids"]]
             elif step["type"] != "ByteLevel":
                 raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
@@ -521,8 +522,9 @@ class Tokenizer:
             yield end, text[end:], None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text to ids, without `prefix`. `special=False` reads what spells a special token as plain text: data, not control."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no half of a surrogate pair
+        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
+        control. Half a surrogate pair is read as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
         for start, piece, id in self.cut(text, False, special):
             inner = self.cut(self.normalise(piece), True, special) if piece is not None else [(start, None, id)]
