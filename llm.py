@@ -1,6 +1,12 @@
 """The language model: text ↔ ids (`Tokenizer`), ids → logits → text (`LLM`). One `LLM` reads every family."""
+import functools
+import heapq
+import itertools
+import re
+import unicodedata
 from dataclasses import dataclass
 
+import regex
 import tiktoken
 import torch
 import torch.nn as nn
@@ -303,53 +309,240 @@ FAMILIES = {  # config.json's model_type -> family
 # Tokenizer
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The same with each digit alone: a run of white space before a digit then stays whole, as before the text's end
-DIGITS_SPLIT = r"""\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
+# The same with each digit alone: a run of white space before a digit then stays whole, as before the text's end.
+# The reference takes these digits from a newer Unicode than its regular expressions do.
+DIGIT = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
+DIGITS_SPLIT = rf"""[{DIGIT}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"""
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte in the files of SentencePiece's kind
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
+# Characters that NFC composes or reorders, but of a newer Unicode than the reference's NFC: it leaves them as they stand
+NEWER_CODES = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c 105d2-105da
+    10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10eff 10f46-10f50 10f82-10f85 11070 11241 1133b 113b8-113e2 1145e
+    11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11b60-11b67 11d42 11d44-11d45 11d97 11df0 11f00-11f03
+    11f34-11f5a 13440-13455 1611e-1612f 16d63-16d68 16ff0-16ff1 1d127-1d128 1d250-1d281 1e08f 1e130-1e136 1e2ae
+    1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5"""
+NEWER = re.compile("([%s])" % "".join(re.sub(r"\w+", lambda code: chr(int(code[0], 16)), NEWER_CODES).split()))
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The characters that stand for the 256 bytes in the files of byte-level BPE (Radford et al., 2019):
-    printable ones for themselves, the rest, in order, from U+0100 on."""
+def nfc(text: str) -> str:
+    """Unicode's normalisation form C, as far as the reference knows it."""
+    return text if text.isascii() else "".join(unicodedata.normalize("NFC", part) for part in NEWER.split(text))
+
+
+def as_pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def steps(part: dict | None, inner: str) -> list[dict]:
+    """The steps of a part of tokenizer.json: none, the one, or those of a `Sequence`."""
+    return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
+
+
+class ByteLevel:
+    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts a text into words, whose bytes are merged."""
+
+    # the characters that stand for the 256 bytes in the files: printable ones for themselves, the rest from U+0100 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    alphabet = {chr(b): b for b in printable}
+    alphabet |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
+
+    def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
+        vocabulary, self.prefix_space = model["vocab"], prefix_space
+        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another order.
+        # It merges any two tokens that make a third, the reference only pairs that are listed: the same where the
+        # list was made by training or has all pairs, since no other pair that makes a token then comes about.
+        ranks = {bytes([b]): i for i, b in enumerate(self.alphabet.values())}
+        self.ids = [vocabulary[c] for c in self.alphabet]  # our rank -> the file's id
+        for a, b in map(as_pair, model["merges"]):
+            if ranks.setdefault(self.spell(a + b), len(ranks)) == len(self.ids):
+                self.ids.append(vocabulary[a + b])
+        if model.get("ignore_merges"):  # a word in the vocabulary is its token, even where no merge leads to it
+            for token in (token for token in vocabulary if token not in added and self.spell(token) not in ranks):
+                word = self.spell(token)
+                if any(word[:i] in ranks and word[i:] in ranks for i in range(1, len(word))):
+                    raise ValueError(f"{token!r} is in the vocabulary, but not the merge that could make it")
+                ranks[word] = len(ranks)
+                self.ids.append(vocabulary[token])
+        # what the pattern leaves between its matches are words too
+        split = rf"{split}|(?:(?!{split})[\s\S])+"
+        self.encoding = tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+    def spell(self, token: str) -> bytes:
+        return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        text = " " * (self.prefix_space and text[0] != " ") + text
+        return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+
+
+class Pieces:
+    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes for a
+    character that the vocabulary lacks."""
+
+    def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
+        self.vocabulary, self.prefix = model["vocab"], prefix
+        merges = [as_pair(merge) for merge in model["merges"]]
+        self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
+        self.merged = [self.vocabulary[a + b] for a, b in merges]
+        self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
+        fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
+        self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") if fallback else None for b in range(256)]
+        # where no merge reaches over the start of a run of "▁", what lies between two such starts is merged by itself
+        across = any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        apart = "▁" in self.vocabulary and not across and not self.ignore_merges
+        self.words = re.compile("▁[^▁]*|[^▁]+" if split else "▁*[^▁]+|▁+" if apart else r"[\s\S]+")
+        self.word = functools.lru_cache(1 << 16)(self.merge)
+
+    def spell(self, token: str) -> bytes:
+        byte = BYTE.fullmatch(token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        if self.prefix:
+            text = text.replace(" ", "▁")
+            text = "▁" * (text[0] != "▁" and (self.prefix == "always" or first and self.prefix == "first")) + text
+        return [id for word in self.words.findall(text) for id in self.word(word)]
+
+    def merge(self, word: str) -> tuple[int, ...]:
+        """Ids of a word: of all pairs, the one listed first is merged, the leftmost of its kind, until none is left."""
+        if self.ignore_merges and word in self.vocabulary:
+            return self.vocabulary[word],
+        ids = []
+        for c in word:
+            spelled = [self.vocabulary[c]] if c in self.vocabulary else [self.bytes[b] for b in c.encode()]
+            if None in spelled:
+                spelled = [] if self.unknown is None or self.fuse and ids[-1:] == [self.unknown] else [self.unknown]
+            ids += spelled
+        left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
+        ids.append(None)  # ends in nothing, which merges with nothing
+        heap = [(self.ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = right[i]
+            if self.ranks.get((ids[i], ids[j])) == rank:  # neither was merged with another since
+                ids[i], ids[j], right[i] = self.merged[rank], None, right[j]
+                left[right[i]] = i
+                for k in (left[i], i):
+                    if (rank := self.ranks.get((ids[k], ids[right[k]]))) is not None:
+                        heapq.heappush(heap, (rank, k))
+        return tuple(id for id in ids if id is not None)
 
 
 class Tokenizer:
-    """Byte-level BPE, run by tiktoken, as a checkpoint's tokenizer.json (or vocab.json and merges.txt) says."""
+    """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    def __init__(self, vocabulary: dict[str, int], merges: list, special: dict[str, int], split: str = GPT2_SPLIT):
-        alphabet = byte_alphabet()
+    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out), `special`
+    the ids of the special tokens by their text, `bytes` the bytes each id stands for.
+    """
 
-        def as_bytes(token: str) -> bytes:
-            return bytes(alphabet[c] for c in token)
+    def __init__(self, file: dict):
+        model, self.prefix = file["model"], []
+        if model.get("type", "BPE") != "BPE":
+            raise ValueError(f"a {model['type']} model is not supported")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise ValueError(f"{option} is not supported")
+        self.normalisers = []
+        for step in steps(file.get("normalizer"), "normalizers"):
+            match step:
+                case {"type": "NFC"}:
+                    self.normalisers.append(nfc)
+                case {"type": "Prepend", "prepend": prefix}:
+                    self.normalisers.append(prefix.__add__)
+                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                    self.normalisers.append(lambda text, old=old, new=new: text.replace(old, new))
+                case _:
+                    raise ValueError(f"the normaliser {step} is not supported")
+        added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
+        match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
+            case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
+                self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
+            case [{"type": "Digits", "individual_digits": True},
+                  {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+                self.model = ByteLevel(model, added, DIGITS_SPLIT)
+            case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+                  {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
+                self.model = ByteLevel(model, added, split)
+            case [{"type": "Metaspace", "replacement": "▁"} as last]:
+                self.model = Pieces(model, last.get("prepend_scheme", "always"), last.get("split", True))
+            case [{"type": "Split", "pattern": {"String": " "}}] | [] if " " not in self.normalise(" "):
+                self.model = Pieces(model)
+            case _:
+                raise ValueError(f"the pre-tokenizer {pre} is not supported")
+        decoder = steps(file.get("decoder"), "decoders")
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        self.strip = " " * (strip in decoder)
+        known = [step["type"] for step in decoder] == ["ByteLevel"]
+        if isinstance(self.model, Pieces):
+            spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+            known = decoder == [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
+        if not known:
+            raise ValueError(f"the decoder {decoder} is not supported")
+        for step in steps(file.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing":
+                before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
+                names = [part["SpecialToken"]["id"] for part in before]
+                self.prefix += [id for name in names for id in step["special_tokens"][name]["ids"]]
+            elif step["type"] != "ByteLevel":
+                raise ValueError(f"the post-processor {step} is not supported")
+        self.special = {content: token["id"] for content, token in added.items() if token["special"]}
+        self.added = {}, {}  # the tokens that are looked for in the text as it comes, and in the normalised text
+        for content, token in added.items():
+            normalised = bool(token.get("normalized"))
+            self.added[normalised][self.normalise(content) if normalised else content] = token
+        self.patterns = [re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+                         for tokens in self.added]
+        ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
+        self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
+        self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
 
-        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another order
-        ranks = {bytes([b]): i for i, b in enumerate(alphabet.values())}
-        ids = [vocabulary.get(c, -1) for c in alphabet]
-        for merge in merges:
-            a, b = merge.split(" ") if isinstance(merge, str) else merge
-            if ranks.setdefault(as_bytes(a + b), len(ranks)) == len(ids):
-                ids.append(vocabulary[a + b])
-        self.special = special
-        self.encoding = tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens={
-            token: len(ranks) + i for i, token in enumerate(special)})
-        self.ids = [*ids, *special.values()]  # our rank -> the file's id
-        self.bytes = {id: token for token, rank in ranks.items() for id in [self.ids[rank]]}
-        self.bytes |= {id: token.encode() for token, id in special.items()}
+    def normalise(self, text: str) -> str:
+        for step in self.normalisers:
+            text = step(text)
+        return text
+
+    def cut(self, text: str, normalised: bool, special: bool):
+        """Yields the added tokens in a text and what is between them: (start, None, id) and (start, text, None)."""
+        end = 0  # of what has been yielded
+        for match in self.patterns[normalised].finditer(text):
+            token, (start, stop) = self.added[normalised][match[0]], match.span()
+            if token["special"] and not special or token.get("single_word") and (
+                    regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
+                continue
+            while token.get("lstrip") and start > end and text[start - 1] in WHITE_SPACE:
+                start -= 1
+            while token.get("rstrip") and stop < len(text) and text[stop] in WHITE_SPACE:
+                stop += 1
+            if end < start:
+                yield end, text[end:start], None
+            yield start, None, token["id"]
+            end = stop
+        if end < len(text):
+            yield end, text[end:], None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Text to ids. `special=False` reads the text of a special token as plain text: data, not control."""
-        try:
-            ranks = self.encoding.encode(text, allowed_special="all" if special else set(), disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair
-            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), special)
-        return [self.ids[rank] for rank in ranks]
+        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
+        control. Half a surrogate pair is read as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = []
+        for start, piece, id in self.cut(text, False, special):
+            inner = self.cut(self.normalise(piece), True, special) if piece is not None else [(start, None, id)]
+            for begin, piece, id in inner:
+                ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
+        return ids
 
     def decode(self, ids: list[int], special: bool = True) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD. `special=False` leaves special tokens out."""
         hidden = () if special else set(self.special.values())
-        return b"".join(self.bytes.get(i, b"") for i in ids if i not in hidden).decode(errors="replace")
+        text, shown = "", (id for id in ids if id in self.bytes and id not in hidden)
+        for fallback, run in itertools.groupby(shown, self.fallback.__contains__):
+            raw = b"".join(map(self.bytes.get, run))
+            try:
+                text += raw.decode()
+            except UnicodeDecodeError:  # a byte of its own for each, where the file spells characters with bytes
+                text += "\ufffd" * len(raw) if fallback else raw.decode(errors="replace")
+        return text.removeprefix(self.strip)
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Tokenizer":
@@ -357,35 +550,33 @@ class Tokenizer:
         folder = find_checkpoint(name)
         path = folder / "tokenizer.json"
         try:
+            config = {}
+            for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+                config |= read_json(path) if path.is_file() else {}
+            path = folder / "tokenizer.json"
             if path.is_file():
                 file = read_json(path)
-                if file["model"].get("type", "BPE") != "BPE" or file.get("normalizer"):
-                    raise ValueError("only byte-level BPE without a normaliser is supported yet")
-                special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-                return cls(file["model"]["vocab"], file["model"]["merges"], special, split_pattern(file["pre_tokenizer"]))
-            path = folder / "vocab.json"
-            vocabulary = read_json(path)
-            path = folder / "merges.txt"
-            lines = path.read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-            special = {t: vocabulary[t] for t in ("<|endoftext|>",) if t in vocabulary}
-            return cls(vocabulary, merges, special)
+            else:
+                path = folder / "vocab.json"
+                vocabulary = read_json(path)
+                path = folder / "merges.txt"
+                lines = path.read_text(encoding="utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
+                level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
+                file = {"model": {"vocab": vocabulary, "merges": merges}, "pre_tokenizer": level, "decoder": level}
+                config = {"eos_token": "<|endoftext|>"} | config  # GPT-2's, where no file says
+            # added tokens that the file leaves out: the others give them in full, or name those with a role
+            added = {token["content"]: token for token in file.get("added_tokens") or []}
+            for id, token in config.get("added_tokens_decoder", {}).items():
+                added.setdefault(token["content"], {**token, "id": int(id)})
+            roles = {role: config.get(role) or "" for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            roles = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()}
+            vocabulary = file["model"]["vocab"]
+            for content in (content for content in roles.values() if content in vocabulary):
+                added.setdefault(content, {"content": content, "id": vocabulary[content], "special": True})
+            tokenizer = cls({**file, "added_tokens": list(added.values())})
+            if config.get("add_bos_token") and not tokenizer.prefix:
+                tokenizer.prefix = [added[roles["bos_token"]]["id"]]
+            return tokenizer
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise InputError(f"{path}: not a tokenizer that can be read ({type(error).__name__}: {error})") from None
-
-
-def split_pattern(pre_tokenizer: dict) -> str:
-    """The regular expression that cuts a text into words, from tokenizer.json's `pre_tokenizer`."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    match [(step["type"], step) for step in steps]:
-        case [("ByteLevel", last)] if last.get("use_regex", True):
-            split = GPT2_SPLIT
-        case [("Digits", digits), ("ByteLevel", last)] if digits["individual_digits"] and last.get("use_regex", True):
-            split = DIGITS_SPLIT
-        case [("Split", first), ("ByteLevel", last)] if not last.get("use_regex", True) and first["behavior"] == "Isolated":
-            split = first["pattern"]["Regex"]
-        case steps:
-            raise ValueError(f"the pre-tokenizer {[kind for kind, _ in steps]} is not supported yet")
-    if last.get("add_prefix_space"):
-        raise ValueError("add_prefix_space is not supported yet")
-    return split

@@ -186,7 +186,7 @@ def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer
 def make_llm(steps: int = 5_000, batch: int = 32, length: int = 256) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
-    raw = {**LLM, "vocab_size": len(tokenizer.ids)}
+    raw = {**LLM, "vocab_size": len(tokenizer.bytes)}
     family = llm_module.FAMILIES["llama"]
     model = llm_module.LLM(family.config(raw))
     initialise(model)

@@ -1,22 +1,34 @@
 """The tokenizer equals the reference implementation, and GPT-2's published vectors."""
+import itertools
 import json
 
 import pytest
 
+from compare_tokenizers import hard_strings
+from data import InputError
 from llm import Tokenizer
 
 
-@pytest.mark.parametrize("name", ("gpt2", "digits", "split"))
-def test_tokenizer_equals_reference(name, fixtures):
-    folder = fixtures / f"tokenizer_{name}"
+FAMILIES = ("gpt2", "opt", "neox", "prefix_space", "smollm2", "llama3", "qwen2",
+            "llama2", "mistral", "metaspace", "phi3", "flags", "gemma", "unknown", "crossing")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizer_equals_reference(family, fixtures):
+    folder = fixtures / f"tokenizer_{family}"
     tokenizer = Tokenizer.from_pretrained(str(folder))
-    for text, ids, decoded in json.loads((folder / "golden.json").read_text()):
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    assert tokenizer.prefix == golden["prefix"]
+    for row in golden["texts"]:
+        text, ids = row["text"], row["ids"]
+        decoded = row.get("decoded", text)
         assert tokenizer.encode(text) == ids, text
+        assert tokenizer.encode(text, special=False) == row.get("plain", ids), text
         assert tokenizer.decode(ids) == decoded
-    end = tokenizer.special["<|endoftext|>"]
-    assert end not in tokenizer.encode("<|endoftext|>", special=False)  # text that spells control is data
-    assert tokenizer.decode([end], special=False) == ""
-    assert tokenizer.decode(tokenizer.encode("half \ud83d")) == "half \ufffd"
+        assert tokenizer.decode(ids, special=False) == row.get("shown", decoded)
+    for ids, decoded, shown in golden["cut"]:
+        assert tokenizer.decode(ids) == decoded
+        assert tokenizer.decode(ids, special=False) == shown
 
 
 def test_gpt2_vectors(shared):
@@ -27,3 +39,65 @@ def test_gpt2_vectors(shared):
     assert len(texts) == len(lines) > 40
     for text, line in zip(texts, lines):
         assert tokenizer.encode(text) == [int(i) for i in line.split()], text
+
+
+@pytest.mark.parametrize("folder", ("tokenizers/gpt2", "checkpoints/caption-lm-llama"))
+def test_real_vocabularies_lose_nothing(folder, shared):
+    tokenizer = Tokenizer.from_pretrained(str(shared / folder))
+    for _, text in itertools.islice(hard_strings(20_000, list(tokenizer.special), seed=3), 500):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, special=False), special=False) == text
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama2", "gemma"))
+def test_text_is_data(family, fixtures):
+    tokenizer = Tokenizer.from_pretrained(str(fixtures / f"tokenizer_{family}"))
+    for token, id in tokenizer.special.items():
+        assert tokenizer.encode(token) == [id] and tokenizer.decode([id]) == token
+        assert tokenizer.decode([id], special=False) == ""
+        assert id not in tokenizer.encode(token, special=False)
+    assert tokenizer.decode(tokenizer.encode("half \ud83d")) == "half \ufffd"
+    newlines = {id for id, token in tokenizer.bytes.items() if b"\n" in token}
+    assert newlines & {*tokenizer.encode("a\nb")} and not newlines & {*tokenizer.encode("a b")}
+    assert tokenizer.decode([10 ** 6]) == ""
+
+
+def test_other_files_add_what_tokenizer_json_lacks(fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    end = file["added_tokens"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert Tokenizer.from_pretrained(str(tmp_path)).special == {}
+    roles = {"eos_token": end["content"], "bos_token": {"content": "<image>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
+    image = dict(content="<image>", lstrip=True, rstrip=False, single_word=False, normalized=False, special=True)
+    config = {"added_tokens_decoder": {"900": image}, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_pretrained(str(tmp_path))
+    assert tokenizer.special == {end["content"]: end["id"], "<image>": 900} and tokenizer.prefix == [900]
+    assert tokenizer.encode("a \n<image>") == [*tokenizer.encode("a"), 900]
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece"),
+    ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": None}, "pre-tokenizer"),
+    ({"decoder": {"type": "Metaspace"}}, "Metaspace"),
+    ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+    ({"added_tokens": [{"content": "x"}]}, "special"),
+    ({"model": {"vocab": {"a": 0}, "merges": []}}, "KeyError")])
+def test_refuses_by_name(change, name, fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file | change))
+    with pytest.raises(InputError, match=name):
+        Tokenizer.from_pretrained(str(tmp_path))
+
+
+def test_refuses_a_token_that_a_missing_merge_could_make(fixtures, tmp_path):
+    file = json.loads((fixtures / "tokenizer_llama3" / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = file["model"]["merges"]
+    file["model"]["merges"] = [m for m in merges if "".join(m) != "".join(merges[-1])]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(InputError, match="merge"):
+        Tokenizer.from_pretrained(str(tmp_path))
