@@ -52,19 +52,11 @@ class ViTConfig:
         return self.neck or self.width
 
 
-def split(x: torch.Tensor, grid: int, window: int) -> torch.Tensor:
-    """Tokens (B,grid²,D), zero-padded to whole windows, to windows (B·n²,window²,D)."""
-    pad = -grid % window
-    x = F.pad(x.unflatten(1, (grid, grid)), (0, 0, 0, pad, 0, pad))  # (B,G,G,D)
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # (B,n,n,w,w,D)
-    return x.flatten(0, 2).flatten(1, 2)
-
-
-def join(x: torch.Tensor, grid: int, window: int) -> torch.Tensor:
-    """Windows back to tokens, without the padding: undoes `split`."""
-    n = -(-grid // window)
-    x = x.unflatten(0, (-1, n, n)).unflatten(3, (window, window)).transpose(2, 3)  # (B,n,w,n,w,D)
-    return x.flatten(3, 4).flatten(1, 2)[:, :grid, :grid].flatten(1, 2)
+def places(grid: int, window: int, device: torch.device) -> torch.Tensor:
+    """Where each of grid² tokens, row by row, stands among those of n² windows of window² tokens: (grid²,)."""
+    at, n = torch.arange(grid, device=device), -(-grid // window)
+    of, inside = at // window, at % window
+    return ((of[:, None] * n + of) * window ** 2 + inside[:, None] * window + inside).flatten()
 
 
 class Attention(nn.Module):
@@ -75,8 +67,9 @@ class Attention(nn.Module):
         self.heads, self.grid, self.window, self.side = config.heads, config.grid, window, window or config.grid
         self.q, self.k, self.v = (nn.Linear(config.width, config.width, config.qkv_bias) for _ in "qkv")
         self.out = nn.Linear(config.width, config.width)
-        distances = 2 * self.side - 1, config.width // config.heads
-        self.rows, self.columns = (nn.Parameter(torch.zeros(distances)) if config.relative_positions else None for _ in "yx")
+        shape = 2 * self.side - 1, config.width // config.heads
+        self.rows, self.columns = (nn.Parameter(torch.zeros(shape)) if config.relative_positions else None
+                                   for _ in "yx")
 
     def bias(self, q):  # (B,H,N,hd) to (B,H,N,N)
         """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526): q · (row distance + column distance)."""
@@ -88,12 +81,15 @@ class Attention(nn.Module):
         return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
     def forward(self, x):  # (B,N,D)
+        B, D = len(x), x.shape[2]
         if self.window:
-            x = split(x, self.grid, self.window)
+            place, n = places(self.grid, self.window, x.device), -(-self.grid // self.window)
+            windows = x.new_zeros(B, (n * self.window) ** 2, D)  # zeros stay where a window leaves the picture
+            windows[:, place] = x
+            x = windows.view(B * n * n, -1, D)
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
-        bias = None if self.rows is None else self.bias(q)
-        x = self.out(attend(q, k, v, bias).transpose(1, 2).flatten(2))
-        return join(x, self.grid, self.window) if self.window else x
+        x = attend(q, k, v, None if self.rows is None else self.bias(q)).transpose(1, 2).flatten(2)
+        return self.out(x.reshape(B, -1, D)[:, place] if self.window else x)
 
 
 class Block(nn.Module):
@@ -138,8 +134,8 @@ class Preprocessor:
     """A Pillow picture of any size and mode to pixels (3,S,S) float32, as preprocessor_config.json (`settings`) says.
 
     S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
-    scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop to
-    224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares.
+    scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
+    to 224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares.
     """
 
     def __init__(self, settings: dict, default: int, image_size: int | None = None):
@@ -190,9 +186,9 @@ class ViT(nn.Module):
         self.config, self.preprocess = config, Preprocessor(PROCESSORS[config.processor], config.image_size)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.positions = nn.Parameter(torch.zeros(config.grid ** 2, config.width))
-        first = config.class_tokens + config.registers
+        prefix = config.class_tokens + config.registers
         # class and register tokens; their positions, if any, are added at load
-        self.first = nn.Parameter(torch.zeros(first, config.width)) if first else None
+        self.prefix = nn.Parameter(torch.zeros(prefix, config.width)) if prefix else None
         self.pre_norm = nn.LayerNorm(config.width, config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, 0 if i in config.global_blocks else config.window)
                                     for i in range(config.layers))
@@ -211,16 +207,16 @@ class ViT(nn.Module):
         if layer is not None and not -len(self.blocks) - 1 <= layer <= len(self.blocks):
             raise InputError(f"layer {layer} of an encoder with {len(self.blocks)} blocks")
         x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2) + self.positions  # (B,grid²,D)
-        if self.first is not None:
-            x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)  # (B,N,D)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
         x = self.pre_norm(x)
         for block in self.blocks if layer is None else self.blocks[:layer % (len(self.blocks) + 1)]:
             x = block(x)
         return self.neck(self.norm(x)) if layer is None else x
 
     def resize(self, image_size: int) -> None:
-        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches. Raises InputError
-        below one patch, and for SAM, whose relative positions are made for one size."""
+        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches. Raises
+        InputError below one patch, and for SAM, whose relative positions are made for one size."""
         old = self.config
         if image_size < old.patch_size or image_size != old.image_size and old.window:
             least = f"{old.image_size} px alone" if old.window else f"{old.patch_size} px, one patch, or more"
@@ -265,8 +261,8 @@ BASE = dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12
 
 
 def reader(defaults: dict, **fields):
-    """Makes a `Family.config`. BASE and the family's `defaults` tell which keys of config.json the family reads, and what
-    the reference takes for one that isn't there; `fields` are those of ViTConfig that no key tells."""
+    """Makes a `Family.config`. BASE and the family's `defaults` tell which keys of config.json the family reads, and
+    what the reference takes for one that isn't there; `fields` are those of ViTConfig that no key tells."""
     defaults = BASE | defaults
 
     def read(c: dict) -> ViTConfig:
@@ -290,89 +286,75 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def after(n: int):
-    """Makes the positions of the patches from those of all tokens, `n` class tokens before them."""
-    return lambda positions: rows(positions)[n:]
+def prefix(positions: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+    """Class tokens, each with its position: the first ones."""
+    tokens = torch.cat([rows(token) for token in tokens]).float()
+    return torch.stack([tokens, rows(positions)[:len(tokens)].float()]).sum(0)
 
 
-def first(positions: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
-    """What stands before the patches: class tokens, each with its position."""
-    tokens = torch.cat([rows(token) for token in tokens])
-    return torch.stack([tokens.float(), rows(positions)[:len(tokens)].float()]).sum(0)
-
-
-def third(i: int):
-    """Cuts q, k or v from a fused projection."""
-    return lambda fused: fused.chunk(3)[i]
+def fused(qkv: str) -> dict:
+    """The names of q, k and v where a file keeps the three in one."""
+    return {f"blocks.{{}}.attention.{q}": (lambda tensor, i=i: tensor.chunk(3)[i], qkv) for i, q in enumerate("qkv")}
 
 
 VIT_NAMES = {
     "patches": "embeddings.patch_embeddings.projection",
-    "first": (first, "embeddings.position_embeddings", "embeddings.cls_token"),
-    "positions": (after(1), "embeddings.position_embeddings"),
-    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before",
+    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embeddings"),
+    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before", "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
     "blocks.{}.attention.q": "encoder.layer.{}.attention.attention.query",
     "blocks.{}.attention.k": "encoder.layer.{}.attention.attention.key",
     "blocks.{}.attention.v": "encoder.layer.{}.attention.attention.value",
     "blocks.{}.attention.out": "encoder.layer.{}.attention.output.dense",
-    "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    "blocks.{}.up": "encoder.layer.{}.intermediate.dense",
-    "blocks.{}.down": "encoder.layer.{}.output.dense",
+    "blocks.{}.up": "encoder.layer.{}.intermediate.dense", "blocks.{}.down": "encoder.layer.{}.output.dense",
     "norm": "layernorm",
 }
 DEIT_NAMES = VIT_NAMES | {
-    "first": (first, "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.distillation_token"),
-    "positions": (after(2), "embeddings.position_embeddings"),
+    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.distillation_token"),
+    "positions": (lambda tensor: rows(tensor)[2:], "embeddings.position_embeddings"),
 }
 DINOV2_NAMES = VIT_NAMES | {
-    "blocks.{}.norm1": "encoder.layer.{}.norm1",
+    "blocks.{}.norm1": "encoder.layer.{}.norm1", "blocks.{}.norm2": "encoder.layer.{}.norm2",
     "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.norm2": "encoder.layer.{}.norm2",
+    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
     "blocks.{}.up": "encoder.layer.{}.mlp.fc1|encoder.layer.{}.mlp.weights_in",  # SwiGLU: the gate, then its input
     "blocks.{}.down": "encoder.layer.{}.mlp.fc2|encoder.layer.{}.mlp.weights_out",
-    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
 }
 REGISTERS_NAMES = DINOV2_NAMES | {
-    "first": (lambda positions, token, registers: torch.cat([first(positions, token), rows(registers).float()]),
+    "prefix": (lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
               "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.register_tokens"),
 }
 CLIP_NAMES = {
     "patches": "embeddings.patch_embedding",
-    "first": (first, "embeddings.position_embedding.weight", "embeddings.class_embedding"),
-    "positions": (after(1), "embeddings.position_embedding.weight"),
+    "prefix": (prefix, "embeddings.position_embedding.weight", "embeddings.class_embedding"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding.weight"),
     "pre_norm": "pre_layrnorm",  # so spelled on disk
-    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
+    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1", "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
     "blocks.{}.attention.q": "encoder.layers.{}.self_attn.q_proj",
     "blocks.{}.attention.k": "encoder.layers.{}.self_attn.k_proj",
     "blocks.{}.attention.v": "encoder.layers.{}.self_attn.v_proj",
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
-    "blocks.{}.up": "encoder.layers.{}.mlp.fc1",
-    "blocks.{}.down": "encoder.layers.{}.mlp.fc2",
+    "blocks.{}.up": "encoder.layers.{}.mlp.fc1", "blocks.{}.down": "encoder.layers.{}.mlp.fc2",
     "norm": "post_layernorm",
 }
 SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}
 EVA_NAMES = CLIP_NAMES | {
-    "first": (first, "embeddings.position_embedding", "embeddings.class_embedding"),
-    "positions": (after(1), "embeddings.position_embedding"),
-    **{f"blocks.{{}}.attention.{part}": (third(i), "encoder.layers.{}.self_attn.qkv") for i, part in enumerate("qkv")},
+    "prefix": (prefix, "embeddings.position_embedding", "embeddings.class_embedding"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding"),
+    **fused("encoder.layers.{}.self_attn.qkv"),
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.projection",
 }
 SAM_NAMES = {
     "patches": "patch_embed.projection",
     "positions": (rows, "pos_embed"),
-    "blocks.{}.norm1": "layers.{}.layer_norm1",
-    **{f"blocks.{{}}.attention.{part}": (third(i), "layers.{}.attn.qkv") for i, part in enumerate("qkv")},
-    "blocks.{}.attention.rows": "layers.{}.attn.rel_pos_h",
-    "blocks.{}.attention.columns": "layers.{}.attn.rel_pos_w",
+    "blocks.{}.norm1": "layers.{}.layer_norm1", "blocks.{}.norm2": "layers.{}.layer_norm2",
+    **fused("layers.{}.attn.qkv"),
+    "blocks.{}.attention.rows": "layers.{}.attn.rel_pos_h", "blocks.{}.attention.columns": "layers.{}.attn.rel_pos_w",
     "blocks.{}.attention.out": "layers.{}.attn.proj",
-    "blocks.{}.norm2": "layers.{}.layer_norm2",
-    "blocks.{}.up": "layers.{}.mlp.lin1",
-    "blocks.{}.down": "layers.{}.mlp.lin2",
+    "blocks.{}.up": "layers.{}.mlp.lin1", "blocks.{}.down": "layers.{}.mlp.lin2",
     "neck.reduce": (lambda kernel: kernel.flatten(1), "neck.conv1"),  # a 1×1 convolution
-    "neck.norm1": "neck.layer_norm1",
+    "neck.norm1": "neck.layer_norm1", "neck.norm2": "neck.layer_norm2",
     "neck.mix": "neck.conv2",
-    "neck.norm2": "neck.layer_norm2",
 }
 
 VIT = dict(intermediate_size=3072, qkv_bias=True, layer_norm_eps=1e-12)
@@ -383,8 +365,9 @@ deit = Family(reader(VIT, processor="DeiT", class_tokens=2), DEIT_NAMES,
 clip = Family(reader(dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
                      processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
               r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale|.*\.position_ids")
-siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"), processor="Siglip", class_tokens=0),
-                SIGLIP_NAMES, r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
+siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"),
+                       processor="Siglip", class_tokens=0), SIGLIP_NAMES,
+                r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
 dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
                 r"classifier\..*|embeddings\.mask_token")
@@ -411,8 +394,8 @@ FAMILIES = {  # config.json's model_type -> family
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 OPENAI = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
 
-# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there; `edges` are those
-# that a plain number as `size` is the length of, both unless given
+# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there. `edges`: which
+# ones a plain number as `size` is the length of, both unless given
 PROCESSORS = {
     "ViT": dict(resample=2),
     "DeiT": dict(resample=3, do_center_crop=True),
