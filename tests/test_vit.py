@@ -126,6 +126,8 @@ def test_config_defaults_are_the_references():
     assert (siglip.grid, siglip.activation, siglip.eps) == (27, "gelu_pytorch_tanh", 1e-6)
     giant = FAMILIES["dinov2"].config(dict(hidden_size=1536, mlp_ratio=4, use_swiglu_ffn=True, hidden_act="gelu"))
     assert (giant.mlp, giant.activation) == (4096, "silu")
+    rounded = FAMILIES["dinov2"].config(dict(hidden_size=20, num_attention_heads=2, use_swiglu_ffn=True))
+    assert rounded.mlp == 56  # two thirds of 80, up to a multiple of 8
     sam = FAMILIES["sam"].config(dict(vision_config=dict(intermediate_size=6144, mlp_dim=None)))  # the first is unread
     assert (sam.mlp, sam.grid, sam.hidden, sam.window, sam.global_blocks) == (3072, 64, 256, 14, (2, 5, 8, 11))
     eva = FAMILIES["blip-2"].config({})
