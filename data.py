@@ -213,9 +213,10 @@ class Checkpoint:
 
 class Family(NamedTuple):
     """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk or
-    (function, name, …), the function making our tensor of theirs. `unused` is a regular expression of the
-    tensors on disk that we leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share."""
+    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b" where some
+    files have a, others b) or (function, name, …), the function making our tensor of theirs. `unused` is a regular
+    expression of the tensors on disk that we leave unread. The first entry of `names`, a module with a weight, also
+    finds the prefix that all share."""
     config: Callable[[dict], object]
     names: dict
     unused: str
@@ -227,7 +228,7 @@ class Family(NamedTuple):
         module, _, leaf = name.rpartition(".")
         entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
         function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
-        return function, [d.replace("{}", number[1] if number else "") + leaf for d in disk]
+        return function, [d.replace("{}", number[1] if number else "").replace("|", leaf + "|") + leaf for d in disk]
 
 
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
@@ -239,7 +240,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
         # lm_head has no prefix
-        disk = [d if prefix + d not in checkpoint.where and d in checkpoint.where else prefix + d for d in disk]
+        disk = [next((p + d for d in names.split("|") for p in (prefix, "") if p + d in checkpoint.where),
+                     prefix + names.split("|")[0]) for names in disk]
         tensors = []
         for d in disk:
             if d not in checkpoint.where:
@@ -275,14 +277,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
            causal: bool = False) -> torch.Tensor:
-    """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd), mask true where a query sees a key."""
+    """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd); mask true where a query sees a key, or added to
+    the scores."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         # the CPU's fused kernel is 4 to 8 times slower in its bfloat16 backward pass than these products
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
@@ -291,11 +294,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 # Pictures
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. 16- and 32-bit greys, which Pillow would clip at 255, are scaled instead."""
+    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow would clip
+    at 255, are scaled instead."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         picture = picture.convert("F")
         top = picture.getextrema()[1]
         picture = picture.point(lambda v: v * (1 / 257 if top > 255 else 255 if top <= 1 else 1)).convert("L")
+    elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 

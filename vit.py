@@ -1,9 +1,11 @@
 """The image encoder: picture → pixels → patch features. One `ViT` reads every family; see FAMILIES."""
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
 from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, load_weights, rgb
@@ -13,199 +15,393 @@ from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, load_weigh
 class ViTConfig:
     image_size: int  # pixels, square
     patch_size: int
-    hidden: int
+    width: int  # of the tokens in the blocks
     layers: int
     heads: int
     mlp: int  # hidden size of the feed-forward layers
     activation: str
     eps: float
+    processor: str  # in PROCESSORS: whose preprocessing it is where preprocessor_config.json doesn't say
     class_tokens: int = 1  # learned tokens before the patches: 1, 2 (DeiT's distillation token) or 0
+    registers: int = 0  # more of them, after the class token and without a position
     patch_bias: bool = True
     qkv_bias: bool = True
+    gated: bool = False  # SwiGLU feed-forward layers
+    layer_scale: bool = False  # a learned factor per channel on what each sublayer adds
     pre_norm: bool = False  # a norm before the first block
     post_norm: bool = True  # a norm after the last block
+    antialias: bool = False  # in the interpolation of position embeddings
+    window: int = 0  # side, in patches, of the windows that attention stays in; 0: the whole picture
+    global_blocks: tuple[int, ...] = ()  # blocks without windows
+    relative_positions: bool = False
+    neck: int = 0  # channels after SAM's convolutional neck; 0: no neck
 
     def __post_init__(self):
-        if self.image_size % self.patch_size or self.hidden % self.heads:
-            raise ValueError("image_size must be a multiple of patch_size, hidden_size of num_attention_heads")
+        if self.image_size < self.patch_size or self.width % self.heads:
+            raise ValueError("image_size must be at least patch_size, hidden_size a multiple of num_attention_heads")
         ACTIVATIONS[self.activation]
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Patches along one side; pixels beyond the last whole patch are not seen."""
         return self.image_size // self.patch_size
+
+    @property
+    def hidden(self) -> int:
+        """Width of the features that the encoder gives."""
+        return self.neck or self.width
+
+
+def places(grid: int, window: int, device: torch.device) -> torch.Tensor:
+    """Where each of grid² tokens, row by row, stands among those of n² windows of window² tokens: (grid²,)."""
+    at, n = torch.arange(grid, device=device), -(-grid // window)
+    of, inside = at // window, at % window
+    return ((of[:, None] * n + of) * window ** 2 + inside[:, None] * window + inside).flatten()
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ViTConfig):
+    """Self-attention over all tokens or, with `window`, within square windows of the patches."""
+
+    def __init__(self, config: ViTConfig, window: int):
         super().__init__()
-        self.heads = config.heads
-        self.q, self.k, self.v = (nn.Linear(config.hidden, config.hidden, config.qkv_bias) for _ in "qkv")
-        self.out = nn.Linear(config.hidden, config.hidden)
+        self.heads, self.grid, self.window, self.side = config.heads, config.grid, window, window or config.grid
+        self.q, self.k, self.v = (nn.Linear(config.width, config.width, config.qkv_bias) for _ in "qkv")
+        self.out = nn.Linear(config.width, config.width)
+        shape = 2 * self.side - 1, config.width // config.heads
+        self.rows, self.columns = (nn.Parameter(torch.zeros(shape)) if config.relative_positions else None
+                                   for _ in "yx")
+
+    def bias(self, q):  # (B,H,N,hd) to (B,H,N,N)
+        """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526): q · (row distance + column distance)."""
+        at = torch.arange(self.side, device=q.device)
+        distance = at[:, None] - at + self.side - 1  # (side,side), none below 0
+        q = q.unflatten(2, (self.side, self.side))  # (B,H,y,x,hd)
+        rows = torch.einsum("bhyxd,ykd->bhyxk", q, self.rows[distance])
+        columns = torch.einsum("bhyxd,xkd->bhyxk", q, self.columns[distance])
+        return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
     def forward(self, x):  # (B,N,D)
+        B, D = len(x), x.shape[2]
+        if self.window:
+            place, n = places(self.grid, self.window, x.device), -(-self.grid // self.window)
+            windows = x.new_zeros(B, (n * self.window) ** 2, D)  # zeros stay where a window leaves the picture
+            windows[:, place] = x
+            x = windows.view(B * n * n, -1, D)
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        x = attend(q, k, v, None if self.rows is None else self.bias(q)).transpose(1, 2).flatten(2)
+        return self.out(x.reshape(B, -1, D)[:, place] if self.window else x)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, window: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden, config.eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden, config.eps)
-        self.up = nn.Linear(config.hidden, config.mlp)
-        self.down = nn.Linear(config.mlp, config.hidden)
-        self.activation = ACTIVATIONS[config.activation]
+        self.norm1 = nn.LayerNorm(config.width, config.eps)
+        self.attention = Attention(config, window)
+        self.norm2 = nn.LayerNorm(config.width, config.eps)
+        self.up = nn.Linear(config.width, config.mlp * (2 if config.gated else 1))
+        self.down = nn.Linear(config.mlp, config.width)
+        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        # LayerScale (Touvron et al., 2021, arXiv:2103.17239)
+        self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else 1 for _ in "12")
+
+    def mlp(self, x):  # (B,N,D)
+        if self.gated:  # SwiGLU (Shazeer, 2020, arXiv:2002.05202)
+            gate, x = self.up(x).chunk(2, -1)
+            return self.down(self.activation(gate) * x)
+        return self.down(self.activation(self.up(x)))
 
     def forward(self, x):  # (B,N,D)
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+        x = x + self.scale1 * self.attention(self.norm1(x))
+        return x + self.scale2 * self.mlp(self.norm2(x))
+
+
+class Neck(nn.Module):
+    """SAM's neck: to fewer channels, then a 3×3 convolution over the patches, each with its norm."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.grid = config.grid
+        self.reduce = nn.Linear(config.width, config.neck, bias=False)
+        self.mix = nn.Conv2d(config.neck, config.neck, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(config.neck, 1e-6), nn.LayerNorm(config.neck, 1e-6)
+
+    def forward(self, x):  # (B,N,D) to (B,N,C)
+        x = self.norm1(self.reduce(x)).transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B,C,G,G)
+        return self.norm2(self.mix(x).flatten(2).transpose(1, 2))
 
 
 class Preprocessor:
-    """A Pillow picture of any size and mode to pixels (3,H,W) float32, as preprocessor_config.json (`settings`) says."""
+    """A Pillow picture of any size and mode to pixels (3,S,S) float32, as preprocessor_config.json (`settings`) says.
 
-    def __init__(self, settings: dict, image_size: int):
-        self.settings, self.image_size = settings, image_size
+    S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
+    scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
+    to 224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares.
+    """
+
+    def __init__(self, settings: dict, default: int, image_size: int | None = None):
+        self.settings, square = settings, ("height", "width")
+        size, crop, pad = (dict.fromkeys(edges, value) if isinstance(value, int) else value  # a number in old files
+                           for edges, value in ((settings.get("edges", square), settings.get("size", default)),
+                                                (square, settings.get("crop_size", default)),
+                                                (square, settings.get("pad_size", default))))
+        last = crop if settings.get("do_center_crop") else pad if settings.get("do_pad") else size
+        if not last.get("height") or last["height"] != last.get("width"):
+            raise ValueError(f"{last} is not a square")
+        self.image_size = image_size or last["height"]
+        self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        p, picture = self.settings, rgb(picture)
-        size, crop = p.get("size", self.image_size), p.get("crop_size", self.image_size)
-        if isinstance(size, int):  # old files: the shortest edge where a crop follows, else both edges
-            size = {"shortest_edge": size} if p.get("do_center_crop") else {"height": size, "width": size}
-        if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
+        p, picture, side = self.settings, rgb(picture), self.image_size
         if p.get("do_resize", True):
-            if "shortest_edge" in size:
-                short, edge = min(picture.size), size["shortest_edge"]
-                w, h = (max(edge, int(edge * side / short)) for side in picture.size)
+            if "longest_edge" in self.size:
+                scale = self.size["longest_edge"] / max(picture.size)
+                w, h = (max(1, int(edge * scale + 0.5)) for edge in picture.size)
+            elif "shortest_edge" in self.size:
+                w, h = (self.size["shortest_edge"] * edge // min(picture.size) for edge in picture.size)
             else:
-                w, h = size["width"], size["height"]
+                w, h = self.size["width"], self.size["height"]
             picture = picture.resize((w, h), Image.Resampling(p.get("resample", 2)))
         if p.get("do_center_crop"):  # outside the picture is black
-            left, top = (picture.width - crop["width"]) // 2, (picture.height - crop["height"]) // 2
-            picture = picture.crop((left, top, left + crop["width"], top + crop["height"]))
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
         x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)  # (3,H,W)
         if p.get("do_rescale", True):
             x = x * p.get("rescale_factor", 1 / 255)
         if p.get("do_normalize", True):
             mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
             x = (x - mean) / std
+        if p.get("do_pad"):  # right and bottom, with zeros, that is the mean
+            x = F.pad(x, (0, side - x.shape[2], 0, side - x.shape[1]))
         return x.contiguous()
 
 
 class ViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of any family in FAMILIES.
 
-    `preprocess(picture)` makes its pixels; `settings` are those of the checkpoint's preprocessor_config.json.
+    `config` tells the sizes; `preprocess(picture)` makes the pixels.
     """
 
-    def __init__(self, config: ViTConfig, settings: dict | None = None):
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.config, self.preprocess = config, Preprocessor(settings or {}, config.image_size)
-        self.patches = nn.Conv2d(3, config.hidden, config.patch_size, config.patch_size, bias=config.patch_bias)
-        self.class_tokens = nn.Parameter(torch.zeros(config.class_tokens, config.hidden)) if config.class_tokens else None
-        self.positions = nn.Parameter(torch.zeros(config.class_tokens + config.grid ** 2, config.hidden))
-        self.pre_norm = nn.LayerNorm(config.hidden, config.eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden, config.eps) if config.post_norm else nn.Identity()
+        self.config, self.preprocess = config, Preprocessor(PROCESSORS[config.processor], config.image_size)
+        self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.positions = nn.Parameter(torch.zeros(config.grid ** 2, config.width))
+        prefix = config.class_tokens + config.registers
+        # class and register tokens; their positions, if any, are added at load
+        self.prefix = nn.Parameter(torch.zeros(prefix, config.width)) if prefix else None
+        self.pre_norm = nn.LayerNorm(config.width, config.eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, 0 if i in config.global_blocks else config.window)
+                                    for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.eps) if config.post_norm else nn.Identity()
+        self.neck = Neck(config) if config.neck else nn.Identity()
 
     def forward(self, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """Pixels (B,3,H,W) to features (B,N,Dv): class tokens first, then the patches row by row.
+        """Pixels (B,3,S,S) to features (B,N,Dv): class and register tokens first, then the patches row by row.
 
         `layer=None` gives the reference's `last_hidden_state`. An integer gives its `hidden_states[layer]`:
-        0 is what enters the first block, i what leaves block i, -1 the last block's output without the final norm.
+        0 is what enters the first block, i what leaves block i, -1 the last block's output without the final norm or
+        neck. S is `config.image_size`, Dv `config.hidden` (`config.width`, where `layer` is given). Raises InputError.
         """
         if pixels.shape[-2:] != (self.config.image_size,) * 2:
             raise InputError(f"the encoder takes {self.config.image_size} px squares, not {tuple(pixels.shape[-2:])}")
-        x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B,N,D)
-        if self.class_tokens is not None:
-            x = torch.cat([self.class_tokens.expand(len(x), -1, -1), x], 1)
-        x = self.pre_norm(x + self.positions)
-        if layer is None:
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)
-        if not -len(self.blocks) - 1 <= layer <= len(self.blocks):
+        if layer is not None and not -len(self.blocks) - 1 <= layer <= len(self.blocks):
             raise InputError(f"layer {layer} of an encoder with {len(self.blocks)} blocks")
-        for block in self.blocks[:layer % (len(self.blocks) + 1)]:
+        x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2) + self.positions  # (B,grid²,D)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
+        x = self.pre_norm(x)
+        for block in self.blocks if layer is None else self.blocks[:layer % (len(self.blocks) + 1)]:
             x = block(x)
-        return x
+        return self.neck(self.norm(x)) if layer is None else x
+
+    def resize(self, image_size: int) -> None:
+        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches. Raises
+        InputError below one patch, and for SAM, whose relative positions are made for one size."""
+        old = self.config
+        if image_size < old.patch_size or image_size != old.image_size and old.window:
+            least = f"{old.image_size} px alone" if old.window else f"{old.patch_size} px, one patch, or more"
+            raise InputError(f"image_size {image_size}: the encoder takes {least}")
+        self.config = replace(old, image_size=image_size)
+        if self.config.grid != old.grid:
+            x = self.positions.detach().float().T.unflatten(1, (old.grid, old.grid))[None]  # (1,D,G,G)
+            x = F.interpolate(x, (self.config.grid,) * 2, mode="bicubic", antialias=old.antialias)
+            self.positions = nn.Parameter(x[0].flatten(1).T.to(self.positions.dtype).contiguous())
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "ViT":
-        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError."""
+    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> "ViT":
+        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError.
+
+        `image_size`, pixels along a side: what `preprocess` makes and the encoder takes, unless given the size that
+        preprocessor_config.json states, else config.json's. Position embeddings are interpolated where it isn't theirs.
+        """
         checkpoint = Checkpoint(name)
         family, config = checkpoint.family(FAMILIES)
         with torch.device("meta"):
-            vit = cls(config, checkpoint.json("preprocessor_config.json"))
+            vit = cls(config)
         load_weights(vit, checkpoint, family, dtype)
+        path = checkpoint.folder / "preprocessor_config.json"
+        settings = checkpoint.json(path.name)
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or config.processor
+        kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
+        if kind not in PROCESSORS:
+            raise InputError(f"{path}: image processor {kind!r} is not one of {', '.join(PROCESSORS)}")
+        try:
+            vit.preprocess = Preprocessor(PROCESSORS[kind] | settings, config.image_size, image_size)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"{path}: can't be read ({error})") from None
+        vit.resize(vit.preprocess.image_size)
         return vit.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Families: what differs from one to the next, as data
 
-def reader(eps: float, activation: str, image_size: int = 224, patch_size: int = 16, **flags):
-    """Makes a `Family.config`: the keys of config.json with the reference's defaults, and the family's flags."""
+BASE = dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+            hidden_act="gelu", layer_norm_eps=1e-6)
+
+
+def reader(defaults: dict, **fields):
+    """Makes a `Family.config`. BASE and the family's `defaults` tell which keys of config.json the family reads, and
+    what the reference takes for one that isn't there; `fields` are those of ViTConfig that no key tells."""
+    defaults = BASE | defaults
+
     def read(c: dict) -> ViTConfig:
-        c = c.get("vision_config", c)  # two-tower files nest the image half
-        return ViTConfig(image_size=c.get("image_size", image_size), patch_size=c.get("patch_size", patch_size),
-                         hidden=c.get("hidden_size", 768), layers=c.get("num_hidden_layers", 12),
-                         heads=c.get("num_attention_heads", 12), mlp=c.get("intermediate_size", 3072),
-                         activation=c.get("hidden_act", activation), eps=c.get("layer_norm_eps", eps),
-                         qkv_bias=c.get("qkv_bias", True), **flags)
+        # two-tower files nest the image half; where old CLIP files do so twice, the reference follows the second
+        c = c.get("vision_config_dict") or c.get("vision_config") or c
+        c = {key: c.get(key, default) for key, default in defaults.items()}
+        mlp = c["intermediate_size"] if "intermediate_size" in c else int(c["hidden_size"] * c["mlp_ratio"])
+        mlp, gated = c.get("mlp_dim") or mlp, c.get("use_swiglu_ffn", False)
+        return ViTConfig(image_size=c["image_size"], patch_size=c["patch_size"], width=c["hidden_size"],
+                         layers=c["num_hidden_layers"], heads=c["num_attention_heads"], eps=c["layer_norm_eps"],
+                         mlp=(int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp, gated=gated,
+                         activation="silu" if gated else c["hidden_act"], qkv_bias=c.get("qkv_bias", True),
+                         registers=c.get("num_register_tokens", 0), window=c.get("window_size", 0),
+                         global_blocks=tuple(c.get("global_attn_indexes", ())),
+                         relative_positions=c.get("use_rel_pos", False), neck=c.get("output_channels", 0), **fields)
     return read
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(1,N,D), (N,D) or (D,) to (N,D)."""
-    return tensor.view(-1, tensor.shape[-1])
+    """(1,N,D), (1,G,G,D), (N,D) or (D,) to (N,D)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def prefix(positions: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+    """Class tokens, each with its position: the first ones."""
+    tokens = torch.cat([rows(token) for token in tokens]).float()
+    return torch.stack([tokens, rows(positions)[:len(tokens)].float()]).sum(0)
+
+
+def fused(qkv: str) -> dict:
+    """The names of q, k and v where a file keeps the three in one."""
+    return {f"blocks.{{}}.attention.{q}": (lambda tensor, i=i: tensor.chunk(3)[i], qkv) for i, q in enumerate("qkv")}
 
 
 VIT_NAMES = {
     "patches": "embeddings.patch_embeddings.projection",
-    "class_tokens": (rows, "embeddings.cls_token"),
-    "positions": (rows, "embeddings.position_embeddings"),
-    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before",
+    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embeddings"),
+    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before", "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
     "blocks.{}.attention.q": "encoder.layer.{}.attention.attention.query",
     "blocks.{}.attention.k": "encoder.layer.{}.attention.attention.key",
     "blocks.{}.attention.v": "encoder.layer.{}.attention.attention.value",
     "blocks.{}.attention.out": "encoder.layer.{}.attention.output.dense",
-    "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    "blocks.{}.up": "encoder.layer.{}.intermediate.dense",
-    "blocks.{}.down": "encoder.layer.{}.output.dense",
+    "blocks.{}.up": "encoder.layer.{}.intermediate.dense", "blocks.{}.down": "encoder.layer.{}.output.dense",
     "norm": "layernorm",
+}
+DEIT_NAMES = VIT_NAMES | {
+    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.distillation_token"),
+    "positions": (lambda tensor: rows(tensor)[2:], "embeddings.position_embeddings"),
+}
+DINOV2_NAMES = VIT_NAMES | {
+    "blocks.{}.norm1": "encoder.layer.{}.norm1", "blocks.{}.norm2": "encoder.layer.{}.norm2",
+    "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
+    "blocks.{}.up": "encoder.layer.{}.mlp.fc1|encoder.layer.{}.mlp.weights_in",  # SwiGLU: the gate, then its input
+    "blocks.{}.down": "encoder.layer.{}.mlp.fc2|encoder.layer.{}.mlp.weights_out",
+}
+REGISTERS_NAMES = DINOV2_NAMES | {
+    "prefix": (lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
+              "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.register_tokens"),
 }
 CLIP_NAMES = {
     "patches": "embeddings.patch_embedding",
-    "class_tokens": (rows, "embeddings.class_embedding"),
-    "positions": "embeddings.position_embedding.weight",
+    "prefix": (prefix, "embeddings.position_embedding.weight", "embeddings.class_embedding"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding.weight"),
     "pre_norm": "pre_layrnorm",  # so spelled on disk
-    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
+    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1", "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
     "blocks.{}.attention.q": "encoder.layers.{}.self_attn.q_proj",
     "blocks.{}.attention.k": "encoder.layers.{}.self_attn.k_proj",
     "blocks.{}.attention.v": "encoder.layers.{}.self_attn.v_proj",
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
-    "blocks.{}.up": "encoder.layers.{}.mlp.fc1",
-    "blocks.{}.down": "encoder.layers.{}.mlp.fc2",
+    "blocks.{}.up": "encoder.layers.{}.mlp.fc1", "blocks.{}.down": "encoder.layers.{}.mlp.fc2",
     "norm": "post_layernorm",
 }
-DEIT_NAMES = {**VIT_NAMES, "class_tokens": (lambda a, b: rows(torch.cat([a, b], 1)),
-                                            "embeddings.cls_token", "embeddings.distillation_token")}
+SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}
+EVA_NAMES = CLIP_NAMES | {
+    "prefix": (prefix, "embeddings.position_embedding", "embeddings.class_embedding"),
+    "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding"),
+    **fused("encoder.layers.{}.self_attn.qkv"),
+    "blocks.{}.attention.out": "encoder.layers.{}.self_attn.projection",
+}
+SAM_NAMES = {
+    "patches": "patch_embed.projection",
+    "positions": (rows, "pos_embed"),
+    "blocks.{}.norm1": "layers.{}.layer_norm1", "blocks.{}.norm2": "layers.{}.layer_norm2",
+    **fused("layers.{}.attn.qkv"),
+    "blocks.{}.attention.rows": "layers.{}.attn.rel_pos_h", "blocks.{}.attention.columns": "layers.{}.attn.rel_pos_w",
+    "blocks.{}.attention.out": "layers.{}.attn.proj",
+    "blocks.{}.up": "layers.{}.mlp.lin1", "blocks.{}.down": "layers.{}.mlp.lin2",
+    "neck.reduce": (lambda kernel: kernel.flatten(1), "neck.conv1"),  # a 1×1 convolution
+    "neck.norm1": "neck.layer_norm1", "neck.norm2": "neck.layer_norm2",
+    "neck.mix": "neck.conv2",
+}
 
-vit = Family(reader(1e-12, "gelu"), VIT_NAMES, r"(pooler|classifier)\..*")
-deit = Family(reader(1e-12, "gelu", class_tokens=2), DEIT_NAMES, r"(pooler|(cls_|distillation_)?classifier)\..*")
+VIT = dict(intermediate_size=3072, qkv_bias=True, layer_norm_eps=1e-12)
+vit = Family(reader(VIT, processor="ViT"), VIT_NAMES, r"(pooler|classifier)\..*|embeddings\.mask_token")
+deit = Family(reader(VIT, processor="DeiT", class_tokens=2), DEIT_NAMES,
+              r"(pooler|(cls_|distillation_)?classifier)\..*|embeddings\.mask_token")
 # CLIP's last_hidden_state is taken before its post_layernorm, which serves the class token's projection alone
-clip = Family(reader(1e-5, "quick_gelu", patch_size=32, patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
-              r"text_model\..*|(text|visual)_projection\.weight|logit_scale|post_layernorm\..*|.*\.position_ids")
-siglip = Family(reader(1e-6, "gelu_pytorch_tanh", class_tokens=0), CLIP_NAMES,
-                r"text_model\..*|head\..*|logit_(scale|bias)|.*\.position_ids")
+clip = Family(reader(dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
+                     processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
+              r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale|.*\.position_ids")
+siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"),
+                       processor="Siglip", class_tokens=0), SIGLIP_NAMES,
+                r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
+DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
+dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
+                r"classifier\..*|embeddings\.mask_token")
+registers = Family(reader(DINOV2 | dict(num_register_tokens=4), processor="Bit", layer_scale=True, antialias=True),
+                   REGISTERS_NAMES, r"classifier\..*|embeddings\.mask_token")
+eva = Family(reader(dict(patch_size=14, hidden_size=1408, num_hidden_layers=39, num_attention_heads=16,
+                         intermediate_size=6144, qkv_bias=True), processor="Blip"), EVA_NAMES,
+             r"(qformer|language_model|(language|vision|text)_projection|itm_head)\..*|query_tokens|.*\.position_ids"
+             r"|embeddings\.(word|position)_embeddings\.weight")
+sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=True, use_rel_pos=True, window_size=14,
+                         global_attn_indexes=(2, 5, 8, 11), output_channels=256),
+                    processor="Sam", class_tokens=0, post_norm=False), SAM_NAMES,
+             r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*")
 
 FAMILIES = {  # config.json's model_type -> family
     "vit": vit, "deit": deit,
     "clip": clip, "clip_vision_model": clip,
     "siglip": siglip, "siglip_vision_model": siglip,
+    "dinov2": dinov2, "dinov2_with_registers": registers,
+    "blip-2": eva, "blip_2_vision_model": eva,
+    "sam": sam, "sam_vision_model": sam,
+}
+
+IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+OPENAI = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+
+# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there. `edges`: which
+# ones a plain number as `size` is the length of, both unless given
+PROCESSORS = {
+    "ViT": dict(resample=2),
+    "DeiT": dict(resample=3, do_center_crop=True),
+    "CLIP": dict(resample=3, do_center_crop=True, edges=("shortest_edge",), **OPENAI),
+    "Bit": dict(resample=3, do_center_crop=True, edges=("shortest_edge",), **OPENAI),
+    "Siglip": dict(resample=3),
+    "Blip": dict(resample=3, **OPENAI),
+    "Sam": dict(resample=2, do_pad=True, edges=("longest_edge",), **IMAGENET),
 }
