@@ -150,7 +150,8 @@ class VLM(nn.Module):
 
     The vocabulary (V ids) grows by three: V and V+1, learned embeddings (`markers`) that begin and end an image;
     V+2, the placeholder where an image embedding stands, once for each of the adapter's queries. `config` is what
-    config.json of a run's folder holds: "vit" and "llm" (names), "layer" (of the ViT; null: the last), "adapter"
+    config.json of a run's folder holds: "vit" and "llm" (names), "image_size" (pixels; null: the
+    checkpoint's own), "layer" (of the ViT; null: the last), "adapter"
     (a name in ADAPTERS), "adapter_sizes", "prompt", and what train.py adds.
     """
 
@@ -160,7 +161,8 @@ class VLM(nn.Module):
             raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         try:
-            self.adapter = ADAPTERS[config["adapter"]](vit.config.hidden, llm.config.hidden, vit.config.grid,
+            vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
+            self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
                                                        **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
@@ -282,5 +284,5 @@ class VLM(nn.Module):
 
 def build(config: dict, dtype: torch.dtype = torch.float32) -> VLM:
     """A VLM with an untrained adapter: frozen backbones in `dtype`, adapter in float32."""
-    return VLM(ViT.from_pretrained(config["vit"], dtype), LLM.from_pretrained(config["llm"], dtype),
+    return VLM(ViT.from_pretrained(config["vit"], dtype, config.get("image_size")), LLM.from_pretrained(config["llm"], dtype),
                Tokenizer.from_pretrained(config["llm"]), config)

@@ -558,7 +558,8 @@ class Scene(NamedTuple):
         return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing and, of two or more, one relation."""
+        """Four captions in different wordings; each names every thing and, of two or more, one relation, as seen from
+        the left or upper one: which it is decides who is named first."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 
@@ -572,6 +573,8 @@ class Scene(NamedTuple):
         if len(things) == 1:
             return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(things[0]))
         a, b = things[:2]
+        if relation(a, b) in ("right", "below"):
+            things[:2] = a, b = b, a
         where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
         rest = "".join(f" and {name(c)}" for c in things[2:])
         count = ("two", "three")[len(things) - 2]

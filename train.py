@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = model.add_argument
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
+    add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
     add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
     add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
     add("--queries", type=int, help="qformer: embeddings a picture becomes (default: 32)")
@@ -228,7 +229,7 @@ def main() -> None:
     for name in ("vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
-    config = dict(vit=args.vit, llm=args.llm, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
+    config = dict(vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
                   prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
                       tiktoken=tiktoken.__version__, safetensors=safetensors.__version__, pillow=PIL.__version__))

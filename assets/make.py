@@ -63,10 +63,14 @@ def save(module: nn.Module, family, prefix: str, folder: Path, config: dict) -> 
     """Writes a model in the public layout, in bfloat16: the family's table of names read the other way round."""
     state = {}
     for name, parameter in module.named_parameters():
-        (disk,) = family.source(name)[1]
-        value = parameter.detach().to(torch.bfloat16).contiguous()
-        state[disk if disk == "lm_head.weight" else prefix + disk] = (
-            value[None, None] if disk.endswith("cls_token") else value[None] if "position_emb" in disk else value)
+        value = parameter.detach()
+        if name == "prefix":  # the class token and its position, together: the file's position is zero
+            disk, value = "embeddings.cls_token", value[None]
+        elif name == "positions":
+            disk, value = "embeddings.position_embeddings", F.pad(value, (0, 0, 1, 0))[None]
+        else:
+            (disk,) = family.source(name)[1]
+        state[disk if disk == "lm_head.weight" else prefix + disk] = value.to(torch.bfloat16).contiguous()
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {**config, "dtype": "bfloat16"})
