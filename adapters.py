@@ -203,7 +203,7 @@ class VLM(nn.Module):
 
     def embed(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D)."""
-        V, dtype = self.llm.config.vocabulary, self.llm.norm.weight.dtype
+        V, dtype = self.llm.config.vocabulary, self.llm.dtype
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
         marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
         x = torch.where((tokens >= V)[..., None], marks, x)

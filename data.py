@@ -214,11 +214,11 @@ class Checkpoint:
 class Family(NamedTuple):
     """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
     parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b" where some
-    files have a, others b) or (function, name, …), the function making our tensor of theirs. `unused` is a regular
-    expression of the tensors on disk that we leave unread. The first entry of `names`, a module with a weight, also
-    finds the prefix that all share."""
+    files have a, others b) or (function, name, …), the function making our tensor of theirs; where the table itself
+    depends on the config, a function of our config makes it. `unused` is a regular expression of the tensors on disk
+    that we leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share."""
     config: Callable[[dict], object]
-    names: dict
+    names: dict | Callable[[object], dict]
     unused: str
 
     def source(self, name: str) -> tuple:

@@ -2,9 +2,11 @@
 import functools
 import heapq
 import itertools
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import regex
 import tiktoken
@@ -15,10 +17,21 @@ import torch.nn.functional as F
 from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, find_checkpoint, load_weights, read_json
 
 
+class Rope(NamedTuple):
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of the first `size` numbers of each head."""
+    size: int
+    theta: float
+    kind: str = "default"  # how a longer context is reached: "linear", "dynamic" or "llama3"
+    factor: float = 1.0
+    original: int = 0  # positions before that
+    low: float = 1.0  # llama3: what turns less often than this over the original positions is slowed down
+    high: float = 4.0  # and what turns more often is left alone
+
+
 @dataclass
 class LLMConfig:
     vocabulary: int
-    hidden: int
+    hidden: int  # size of the embeddings, and of the states that the head reads
     layers: int
     heads: int
     kv_heads: int  # fewer than heads: grouped-query attention
@@ -27,10 +40,17 @@ class LLMConfig:
     max_positions: int
     activation: str
     eps: float
-    norm: str = "rms"  # or "layer"
-    position: str = "rope"  # or "learned"
-    rope_theta: float = 10000.0
+    width: int = 0  # size of the states between the blocks: `hidden`, unless given
+    norm: str = "rms"  # a name in NORMS
+    order: str = "before"  # where the norms stand: a name in ORDERS
+    final_norm: bool = True
+    ropes: tuple[Rope | None, ...] = ()  # rotary position embedding of each layer
+    windows: tuple[int | None, ...] = ()  # how many tokens, itself included, a token sees in each layer; None: all
+    position_offset: int | None = None  # row of position 0 in a table of learned positions; None: no table
+    embedding_scale: float = 1.0
+    query_scale: float = 1.0  # of the scores q kᵀ / √head_size
     gated: bool = True  # SwiGLU's gate
+    qk_norm: bool = False  # a norm of each head's queries and keys
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -39,9 +59,15 @@ class LLMConfig:
     end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
+        self.width = self.width or self.hidden
+        self.ropes, self.windows = (row or (None,) * self.layers for row in (self.ropes, self.windows))
         if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        ACTIVATIONS[self.activation]
+        if not self.layers == len(self.ropes) == len(self.windows):
+            raise ValueError(f"layer_types or no_rope_layers are not {self.layers}")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError("sliding_window is not positive")
+        ACTIVATIONS[self.activation], NORMS[self.norm]
 
 
 class KVCache:
@@ -58,22 +84,51 @@ class KVCache:
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, :, :, :, :end]
 
+    def take(self, rows: torch.Tensor) -> None:
+        """Goes on with these rows of the batch, in their order; a row may come more than once."""
+        self.buffer = self.buffer[:, :, rows]
 
-def rotary(positions: torch.Tensor, config: LLMConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,hd) of rotary position embedding (Su et al., 2021, arXiv:2104.09864), half-split."""
-    exponent = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
-    angles = positions[:, None, :, None].float() * config.rope_theta ** -exponent  # (B,1,T,hd/2)
+
+def rotary(positions: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B,1,T,size) of the angles at positions (B,T), half-split."""
+    exponent = torch.arange(0, rope.size, 2, device=positions.device, dtype=torch.float32) / rope.size
+    theta = rope.theta
+    if rope.kind == "dynamic":  # each row's own, growing with its length; keys in a cache stay as they were turned
+        length = positions.amax(-1)[:, None, None, None] + 1
+        stretch = rope.factor * length / rope.original - (rope.factor - 1)
+        theta = theta * stretch.clamp(min=1) ** (rope.size / (rope.size - 2))
+    frequencies = theta ** -exponent  # radians a token
+    if rope.kind == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original * frequencies / (2 * math.pi)
+        fast = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+        frequencies = frequencies * (fast + (1 - fast) / rope.factor)
+    angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,size/2)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     a, b = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+    x = x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+    return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
 
-def make_norm(config: LLMConfig) -> nn.Module:
-    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.hidden, config.eps)
+class ShiftedRMSNorm(nn.RMSNorm):
+    """Gemma's: the weight is stored less one, and applied in float32."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+NORMS = {"rms": nn.RMSNorm, "shifted rms": ShiftedRMSNorm, "layer": nn.LayerNorm}
+
+
+def table(rows: int, width: int) -> nn.Embedding:
+    # not nn.Embedding(rows, width): that draws numbers, for which torch imports 800 modules even on the meta device
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Attention(nn.Module):
@@ -81,18 +136,23 @@ class Attention(nn.Module):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
         self.head_size, self.groups = config.head_size, config.heads // config.kv_heads
-        self.q = nn.Linear(config.hidden, width, config.qkv_bias)
-        self.k, self.v = (nn.Linear(config.hidden, kv_width, config.qkv_bias) for _ in "kv")
-        self.out = nn.Linear(width, config.hidden, config.out_bias)
+        self.query_scale = config.query_scale
+        self.q = nn.Linear(config.width, width, config.qkv_bias)
+        self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
+        self.q_norm, self.k_norm = (
+            NORMS[config.norm](config.head_size, config.eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.out = nn.Linear(width, config.width, config.out_bias)
 
     def forward(self, x, turn, mask, cache, layer):  # x (B,T,D)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         if self.groups > 1:  # every key head serves `groups` query heads
             k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        q = q * self.query_scale if self.query_scale != 1 else q
         y = attend(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -100,18 +160,31 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.order, self.activation = config.order, ACTIVATIONS[config.activation]
+        self.norm1, self.norm2 = (NORMS[config.norm](config.width, config.eps) for _ in "12")
+        if self.order == "around":
+            self.after1, self.after2 = (NORMS[config.norm](config.width, config.eps) for _ in "12")
         self.attention = Attention(config)
-        self.gate = nn.Linear(config.hidden, config.mlp, config.mlp_bias) if config.gated else None
-        self.up = nn.Linear(config.hidden, config.mlp, config.mlp_bias)
-        self.down = nn.Linear(config.mlp, config.hidden, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.width, config.mlp, config.mlp_bias) if config.gated else None
+        self.up = nn.Linear(config.width, config.mlp, config.mlp_bias)
+        self.down = nn.Linear(config.mlp, config.width, config.mlp_bias)
 
-    def forward(self, x, turn, mask, cache, layer):  # x (B,T,D)
-        x = x + self.attention(self.norm1(x), turn, mask, cache, layer)
-        y = self.norm2(x)
-        y = self.activation(self.up(y)) if self.gate is None else self.activation(self.gate(y)) * self.up(y)
-        return x + self.down(y)
+    def mlp(self, x):
+        return self.down(self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x))
+
+    def forward(self, x, *context):  # x (B,T,D); context: turn, mask, cache, layer
+        match self.order:
+            case "before":
+                x = x + self.attention(self.norm1(x), *context)
+                return x + self.mlp(self.norm2(x))
+            case "after":
+                x = self.norm1(x + self.attention(x, *context))
+                return self.norm2(x + self.mlp(x))
+            case "around":
+                x = x + self.after1(self.attention(self.norm1(x), *context))
+                return x + self.after2(self.mlp(self.norm2(x)))
+            case "parallel":
+                return x + self.attention(self.norm1(x), *context) + self.mlp(self.norm2(x))
 
 
 class LLM(nn.Module):
@@ -120,39 +193,53 @@ class LLM(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.positions = nn.Embedding(config.max_positions, config.hidden) if config.position == "learned" else None
+        self.embedding = table(config.vocabulary, config.hidden)
+        learned, resized = config.position_offset is not None, config.width != config.hidden
+        self.positions = table(config.max_positions + config.position_offset, config.width) if learned else None
+        self.project_in = nn.Linear(config.hidden, config.width, bias=False) if resized else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config)
+        self.norm = NORMS[config.norm](config.width, config.eps) if config.final_norm else nn.Identity()
+        self.project_out = nn.Linear(config.width, config.hidden, bias=False) if resized else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.hidden, config.vocabulary, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids (B,T) to embeddings (B,T,D)."""
-        return self.embedding(tokens)
+        x = self.embedding(tokens)
+        # the scale is rounded as the weights are
+        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item() if self.config.embedding_scale != 1 else x
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
                mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
         positions (B,T): 0, 1, … after what the cache holds, unless given. mask (B,1,T,S): which of the S keys
-        (cached ones included) each token sees; causal unless given. Raises InputError past `max_positions`.
+        (cached ones included) each token sees; causal unless given, and within a layer's window in any case.
+        Raises InputError past `max_positions`.
         """
-        start, T = cache.length if cache else 0, embeddings.shape[1]
+        config, T, start = self.config, embeddings.shape[1], cache.length if cache else 0
+        end, device = start + T, embeddings.device
+        if end > config.max_positions:
+            raise InputError(f"{end} tokens are more than the language model's {config.max_positions} positions")
         if positions is None:
-            positions = torch.arange(start, start + T, device=embeddings.device)[None]
-        if start + T > self.config.max_positions:
-            raise InputError(f"{start + T} tokens are more than the language model's {self.config.max_positions} positions")
-        if mask is None and start and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=embeddings.device).tril(start)
-        x = embeddings.to(self.norm.weight.dtype)
-        turn = rotary(positions, self.config) if self.positions is None else None
+            positions = torch.arange(start, end, device=device)[None]
+        query, key = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
+        near = {window: window and window < end for window in config.windows}  # which windows hide anything
+        if mask is None and (start and T > 1 or any(near.values())):
+            mask = key <= query  # (T,S)
+        masks = {window: mask & (key > query - window) if cut else mask for window, cut in near.items()}
+        turns = {rope: rope and rotary(positions, rope) for rope in config.ropes}
+        x = self.project_in(embeddings.to(self.dtype))
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions(positions + config.position_offset)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, mask, cache, layer)
+            x = block(x, turns[config.ropes[layer]], masks[config.windows[layer]], cache, layer)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return self.project_out(self.norm(x))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (…,D) to scores (…,V) of the next token."""
@@ -164,13 +251,14 @@ class LLM(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens=None, *, embeddings=None, max_tokens: int = 50, temperature: float = 0.0,
-                 top_k: int = 0, top_p: float = 1.0, end_tokens: tuple[int, ...] | None = None,
+                 top_k: int = 0, top_p: float = 1.0, beams: int = 1, end_tokens: tuple[int, ...] | None = None,
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
         Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
         padded on the left and get the text each would get alone. temperature 0 is greedy; top_k (0: off) and top_p
-        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice. Returns B lists of new ids, without the end token.
+        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice. beams above 1 is beam search, and looks at none
+        of these. Returns B lists of new ids, without the end token.
         """
         if embeddings is None:
             embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
@@ -179,20 +267,32 @@ class LLM(nn.Module):
         B, T = len(lengths), max(lengths)
         if not min(lengths):
             raise InputError("there is nothing to continue: a row is empty")
-        x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.norm.weight.dtype)
+        x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.dtype)
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
         key = torch.arange(T + max_tokens, device=x.device)
-        mask = None
-        if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
-            mask = (key <= key[:, None]) & ((key >= pad[:, :, None]) | (key == key[:, None]))  # (B,S,S)
-        cache, ids = KVCache(self.config, B, T + max_tokens, x), []
-        done = torch.zeros(B, dtype=torch.bool, device=x.device)
+        cache = KVCache(self.config, B, T + max_tokens, x)
+
+        def read(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+            """Embeddings (R,T,D) that go on the given rows of the cache to the scores (R,V) of what comes next."""
+            nonlocal pad
+            if rows is not None:
+                cache.take(rows)
+                pad = pad[rows]
+            seen = key[:cache.length + x.shape[1]]
+            query, mask = seen[cache.length:], None
+            if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
+                mask = (seen <= query[:, None]) & (seen >= pad[:, :, None]) | (seen == query[:, None])  # (R,T,S)
+                mask = mask[:, None]
+            hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
+            return self.logits(hidden[:, -1]).float()
+
+        if beams > 1:
+            return beam_search(lambda tokens, rows: read(self.embed(tokens)[:, None] if rows is not None else x, rows),
+                               B, beams, max_tokens, end_tokens)
+        ids, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
         ends = torch.tensor(end_tokens, dtype=torch.long, device=x.device)
         while len(ids) < max_tokens:
-            start, end = cache.length, cache.length + x.shape[1]
-            hidden = self.hidden(x, (key[start:end] - pad).clamp(min=0),
-                                 None if mask is None else mask[:, None, start:end, :end], cache)
-            chosen = sample(self.logits(hidden[:, -1]).float(), temperature, top_k, top_p, generator)  # (B,)
+            chosen = sample(read(x), temperature, top_k, top_p, generator)  # (B,)
             ids.append(chosen)
             done |= torch.isin(chosen, ends)
             if done.all():
@@ -211,7 +311,9 @@ class LLM(nn.Module):
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
         with torch.device("meta"):
             llm = cls(config)
-        load_weights(llm, checkpoint, family._replace(unused=family.unused + r"|lm_head\.weight" * config.tied), dtype)
+        names = family.names(config) if callable(family.names) else family.names
+        unused = family.unused + rf"|{re.escape(names['head'])}\.weight" * config.tied
+        load_weights(llm, checkpoint, family._replace(names=names, unused=unused), dtype)
         return llm.eval()
 
 
@@ -232,32 +334,154 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def beam_search(read, B: int, beams: int, max_tokens: int, end_tokens: tuple[int, ...]) -> list[list[int]]:
+    """Keeps the `beams` likeliest beginnings of each of B rows, and returns the finished text whose tokens, its end
+    included, are the likeliest on average. read(tokens, rows) continues rows (R,) of those it read last by one token each
+    and scores (R,V) what comes next; read(None, None) reads the prompts.
+    """
+    texts, finished = [[[]] for _ in range(B)], [[] for _ in range(B)]  # finished: [(score, text), …], the best first
+    done, total, tokens, rows = [max_tokens < 1] * B, 0.0, None, None
+    for length in range(1, max_tokens + 1):
+        scores = read(tokens, rows).log_softmax(-1).unflatten(0, (B, -1)) + total  # (B,beams,V), at first (B,1,V)
+        width, V = scores.shape[1:]
+        best, places = scores.flatten(1).topk(min(beams, width * V))
+        for b, row in enumerate(zip(best.tolist(), places.tolist())):
+            ended = [(score, divmod(place, V)) for score, place in zip(*row) if place % V in end_tokens or length == max_tokens]
+            ended = [(score / length, texts[b][i] + [token] * (token not in end_tokens)) for score, (i, token) in ended]
+            if not done[b]:
+                finished[b] = sorted(finished[b] + ended, key=lambda text: -text[0])[:beams]
+        scores[..., [token for token in end_tokens if token < V]] = -torch.inf
+        best, places = scores.flatten(1).topk(min(beams, width * V))  # (B,beams)
+        texts = [[texts[b][place // V] + [place % V] for place in row] for b, row in enumerate(places.tolist())]
+        done = [done[b] or len(finished[b]) == beams and best[b, 0].item() / length <= finished[b][-1][0] for b in range(B)]
+        if all(done):
+            break
+        total, tokens = best[..., None], places.flatten() % V
+        rows = (places // V + width * torch.arange(B, device=places.device)[:, None]).flatten()
+    return [texts[0][1] if texts else [] for texts in finished]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Families: what differs from one to the next, as data
 
 def gpt2_config(c: dict) -> LLMConfig:
     hidden, heads = c["n_embd"], c["n_head"]
+    if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
+        raise ValueError("only scores scaled by the head's size are supported")
     return LLMConfig(vocabulary=c["vocab_size"], hidden=hidden, layers=c["n_layer"], heads=heads, kv_heads=heads,
                      head_size=hidden // heads, mlp=c.get("n_inner") or 4 * hidden, max_positions=c["n_positions"],
                      activation=c.get("activation_function", "gelu_new"), eps=c.get("layer_norm_epsilon", 1e-5),
-                     norm="layer", position="learned", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+                     norm="layer", position_offset=0, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
                      tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id"),
                      end_tokens=c.get("eos_token_id"))
 
 
-def llama_config(c: dict) -> LLMConfig:
-    heads, rope = c["num_attention_heads"], c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rotary scaling {rope} is not supported yet")
-    bias = c.get("attention_bias", False)
-    return LLMConfig(vocabulary=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
-                     kv_heads=c.get("num_key_value_heads") or heads,
-                     head_size=c.get("head_dim") or c["hidden_size"] // heads, mlp=c["intermediate_size"],
-                     max_positions=c.get("max_position_embeddings", 2048), activation=c.get("hidden_act", "silu"),
-                     eps=c.get("rms_norm_eps", 1e-6), rope_theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
-                     qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False),
-                     tied=c.get("tie_word_embeddings", False), start_token=c.get("bos_token_id"),
-                     end_tokens=c.get("eos_token_id"))
+def opt_config(c: dict) -> LLMConfig:
+    width, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("enable_bias", True)
+    if not c.get("layer_norm_elementwise_affine", True):
+        raise ValueError("norms without a weight are not supported")
+    before = c.get("do_layer_norm_before", True)
+    return LLMConfig(vocabulary=c.get("vocab_size", 50272), hidden=c.get("word_embed_proj_dim") or width, width=width,
+                     layers=c["num_hidden_layers"], heads=heads, kv_heads=heads, head_size=width // heads,
+                     mlp=c["ffn_dim"], max_positions=c.get("max_position_embeddings", 2048),
+                     activation=c.get("activation_function", "relu"), eps=1e-5, norm="layer",
+                     order="before" if before else "after",
+                     final_norm=before and not c.get("_remove_final_layer_norm", False), position_offset=2,
+                     gated=False, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
+                     tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id", 2),
+                     end_tokens=c.get("eos_token_id", 2))
+
+
+def read_rope(c: dict, size: int, **defaults) -> Rope:
+    """The rotary position embedding of heads of `size`: `rope_parameters`, or the older `rope_scaling` and its kin."""
+    given = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if c.get(key) is not None}
+    r = dict(rope_theta=10000.0, partial_rotary_factor=1.0) | defaults | given
+    r |= c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = r.get("rope_type") or r.get("type", "default")
+    if kind not in ("default", "linear", "dynamic", "llama3"):
+        raise ValueError(f"rotary scaling {kind!r} is not supported")
+    original = c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
+    original = original if original and kind == "llama3" else c.get("max_position_embeddings", 2048)
+    return Rope(int(size * r["partial_rotary_factor"]), float(r["rope_theta"]), kind,
+                1.0 if kind == "default" else float(r["factor"]), original,
+                float(r.get("low_freq_factor", 1.0)), float(r.get("high_freq_factor", 4.0)))
+
+
+def llama_config(c: dict, **changes) -> LLMConfig:
+    heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
+    head_size = c.get("head_dim") or c["hidden_size"] // heads
+    rope = read_rope(c, head_size)
+    longer = rope.factor if rope.kind in ("linear", "dynamic") else 1  # files of these give the original positions
+    return LLMConfig(**dict(
+        vocabulary=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads, head_size=head_size, mlp=c["intermediate_size"],
+        max_positions=int(c.get("max_position_embeddings", 2048) * longer), activation=c.get("hidden_act", "silu"),
+        eps=c.get("rms_norm_eps", 1e-6), ropes=(rope,) * c["num_hidden_layers"], qkv_bias=bias, out_bias=bias,
+        mlp_bias=c.get("mlp_bias", False), tied=c.get("tie_word_embeddings", False), start_token=c.get("bos_token_id"),
+        end_tokens=c.get("eos_token_id")) | changes)
+
+
+def by_layer(c: dict, slides, sliding, full=None) -> tuple:
+    """`sliding` for each layer that sees a window only, `full` for the others: as `layer_types` says, or slides(layer)."""
+    kinds = {"sliding_attention": sliding, "full_attention": full}
+    types = c.get("layer_types") or [list(kinds)[not slides(i)] for i in range(c["num_hidden_layers"])]
+    return tuple(kinds[kind] for kind in types)
+
+
+def windowed_config(c: dict) -> LLMConfig:
+    """Mistral and Phi-3: one window for all layers."""
+    return llama_config(c, windows=(c.get("sliding_window"),) * c["num_hidden_layers"])
+
+
+def qwen_config(c: dict, **changes) -> LLMConfig:
+    c = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096) | c
+    window = c["sliding_window"] if c.get("use_sliding_window") else None
+    return llama_config(c, windows=by_layer(c, lambda i: i >= c.get("max_window_layers", 28), window), **changes)
+
+
+def smollm3_config(c: dict) -> LLMConfig:
+    c = dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2e6, tie_word_embeddings=True) | c
+    turned = c.get("no_rope_layers") or [
+        (i + 1) % c.get("no_rope_layer_interval", 4) for i in range(c["num_hidden_layers"])]
+    window = c.get("sliding_window") if c.get("use_sliding_window") else None
+    config = llama_config(c, windows=by_layer(c, lambda i: not turned[i], window))
+    config.ropes = tuple(rope if turn else None for rope, turn in zip(config.ropes, turned, strict=True))
+    return config
+
+
+def neox_config(c: dict) -> LLMConfig:
+    hidden, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("attention_bias", True)
+    rope = read_rope(c, hidden // heads, rope_theta=c.get("rotary_emb_base", 10000.0),
+                     partial_rotary_factor=c.get("rotary_pct", 0.25))
+    return llama_config(
+        c, norm="layer", eps=c.get("layer_norm_eps", 1e-5), activation=c.get("hidden_act", "gelu"), gated=False,
+        order="parallel" if c.get("use_parallel_residual", True) else "before",
+        ropes=(rope,) * c["num_hidden_layers"], qkv_bias=bias, out_bias=bias, mlp_bias=True)
+
+
+def gemma3_config(c: dict) -> LLMConfig:
+    c = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, bos_token_id=2,
+             eos_token_id=1, max_position_embeddings=131072, sliding_window=4096, tie_word_embeddings=True) | c
+    if c.get("final_logit_softcapping") or c.get("attn_logit_softcapping") or c.get("use_bidirectional_attention"):
+        raise ValueError("soft-capped scores and bidirectional attention are not supported")
+    ropes, pattern = c.pop("rope_parameters", None) or {}, c.get("sliding_window_pattern", 6)
+    wide = read_rope(c | {"rope_parameters": ropes.get("full_attention")}, c["head_dim"], rope_theta=1e6)
+    local = {"rope_parameters": ropes.get("sliding_attention"), "rope_scaling": None,
+             "rope_theta": c.get("rope_local_base_freq", 1e4)}
+    local = read_rope(c | local, c["head_dim"])
+    return llama_config(
+        c, norm="shifted rms", order="around", qk_norm=True, activation=c.get("hidden_activation", "gelu_pytorch_tanh"),
+        embedding_scale=c["hidden_size"] ** 0.5, query_scale=(c["head_dim"] / c.get("query_pre_attn_scalar", 256)) ** 0.5,
+        windows=by_layer(c, lambda i: (i + 1) % pattern > 0, c["sliding_window"]),
+        ropes=by_layer(c, lambda i: (i + 1) % pattern > 0, local, wide), max_positions=c["max_position_embeddings"])
+
+
+def text_part(c: dict, kind: str) -> dict:
+    """The language model's part of a multimodal model's config.json."""
+    found = c["text_config"].get("model_type", kind)
+    if found != kind:
+        raise ValueError(f"its language model is {found!r}, not {kind!r}")
+    return c["text_config"]
 
 
 def third(i: int):
@@ -284,12 +508,30 @@ GPT2_NAMES = {
     "norm": "ln_f",
     "head": "lm_head",
 }
+OPT_NAMES = {
+    "embedding": "embed_tokens",
+    "positions": "embed_positions",
+    "project_in": "project_in",
+    "blocks.{}.norm1": "layers.{}.self_attn_layer_norm",
+    "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
+    "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
+    "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
+    "blocks.{}.attention.out": "layers.{}.self_attn.out_proj",
+    "blocks.{}.norm2": "layers.{}.final_layer_norm",
+    "blocks.{}.up": "layers.{}.fc1",
+    "blocks.{}.down": "layers.{}.fc2",
+    "norm": "final_layer_norm",
+    "project_out": "project_out",
+    "head": "lm_head",
+}
 LLAMA_NAMES = {
     "embedding": "embed_tokens",
     "blocks.{}.norm1": "layers.{}.input_layernorm",
     "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
     "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
     "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
+    "blocks.{}.attention.q_norm": "layers.{}.self_attn.q_norm",
+    "blocks.{}.attention.k_norm": "layers.{}.self_attn.k_norm",
     "blocks.{}.attention.out": "layers.{}.self_attn.o_proj",
     "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
     "blocks.{}.gate": "layers.{}.mlp.gate_proj",
@@ -298,10 +540,63 @@ LLAMA_NAMES = {
     "norm": "norm",
     "head": "lm_head",
 }
+GEMMA3_NAMES = LLAMA_NAMES | {
+    "blocks.{}.after1": "layers.{}.post_attention_layernorm",
+    "blocks.{}.norm2": "layers.{}.pre_feedforward_layernorm",
+    "blocks.{}.after2": "layers.{}.post_feedforward_layernorm",
+}
 
+
+def phi3_names(config: LLMConfig) -> dict:
+    q, kv = config.heads * config.head_size, config.kv_heads * config.head_size
+
+    def part(i: int, *sizes: int):
+        return lambda tensor: tensor.split(sizes)[i]
+
+    return LLAMA_NAMES | {
+        "blocks.{}.attention.q": (part(0, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
+        "blocks.{}.attention.k": (part(1, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
+        "blocks.{}.attention.v": (part(2, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
+        "blocks.{}.gate": (part(0, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
+        "blocks.{}.up": (part(1, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
+    }
+
+
+def neox_names(config: LLMConfig) -> dict:
+    def part(i: int):  # q, k, v of the first head, of the second, …
+        return lambda tensor: tensor.unflatten(0, (config.heads, 3, -1))[:, i].flatten(0, 1)
+
+    return {
+        "embedding": "embed_in",
+        "blocks.{}.norm1": "layers.{}.input_layernorm",
+        "blocks.{}.attention.q": (part(0), "layers.{}.attention.query_key_value"),
+        "blocks.{}.attention.k": (part(1), "layers.{}.attention.query_key_value"),
+        "blocks.{}.attention.v": (part(2), "layers.{}.attention.query_key_value"),
+        "blocks.{}.attention.out": "layers.{}.attention.dense",
+        "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
+        "blocks.{}.up": "layers.{}.mlp.dense_h_to_4h",
+        "blocks.{}.down": "layers.{}.mlp.dense_4h_to_h",
+        "norm": "final_layer_norm",
+        "head": "embed_out",
+    }
+
+
+INV_FREQ = r".*\.rotary_emb\.inv_freq"  # old files carry these buffers, and causal masks
 FAMILIES = {  # config.json's model_type -> family
-    "gpt2": Family(gpt2_config, GPT2_NAMES, r"h\.\d+\.attn\.(masked_)?bias"),  # causal masks of old files
-    "llama": Family(llama_config, LLAMA_NAMES, r".*\.rotary_emb\.inv_freq"),
+    "gpt2": Family(gpt2_config, GPT2_NAMES, r"h\.\d+\.attn\.(masked_)?bias"),
+    "opt": Family(opt_config, OPT_NAMES, "(?!)"),
+    "blip-2": Family(lambda c: opt_config(text_part(c, "opt")), OPT_NAMES,
+                     r"(vision_model|qformer|language_projection)\..*|query_tokens|language_model\.lm_head\.weight"),
+    "llama": Family(llama_config, LLAMA_NAMES, INV_FREQ),
+    "smollm3": Family(smollm3_config, LLAMA_NAMES, INV_FREQ),
+    "mistral": Family(lambda c: windowed_config(dict(num_key_value_heads=8, sliding_window=4096) | c), LLAMA_NAMES, INV_FREQ),
+    "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, INV_FREQ),
+    "qwen3": Family(lambda c: qwen_config(dict(head_dim=128) | c, qk_norm=True), LLAMA_NAMES, INV_FREQ),
+    "phi3": Family(lambda c: windowed_config(dict(rms_norm_eps=1e-5) | c), phi3_names, INV_FREQ),
+    "gpt_neox": Family(neox_config, neox_names, INV_FREQ + r"|layers\.\d+\.attention\.(masked_)?bias"),
+    "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, INV_FREQ),
+    "gemma3": Family(lambda c: gemma3_config(text_part(c, "gemma3_text")), GEMMA3_NAMES,
+                     r"(model\.)?(vision_tower|multi_modal_projector)\..*|language_model\.lm_head\.weight"),
 }
 
 
