@@ -140,10 +140,10 @@ def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None
 # The LLM: captions alone, those of one scene after each other, so that it learns to read what came before
 
 def document(seed: str) -> str:
-    """Two to five captions of one scene, each ended by a newline."""
+    """Two to seven captions of one scene, each ended by a newline."""
     rng = random.Random(seed)
     scene = Scene.draw_from(seed, unseen=None)
-    captions = [scene.caption(rng, rng.randrange(4)) for _ in range(rng.randint(2, 5))]
+    captions = [scene.caption(rng, rng.randrange(4)) for _ in range(rng.randint(2, 7))]
     return "".join(f"{clean(caption)}\n" for caption in captions)
 
 
@@ -187,7 +187,7 @@ def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer
     return llm_module.Tokenizer.from_pretrained(str(folder))
 
 
-def make_llm(steps: int = 5_000, batch: int = 32, length: int = 256) -> None:
+def make_llm(steps: int = 3_500, batch: int = 16, length: int = 256) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
     raw = {**LLM, "vocab_size": len(tokenizer.bytes)}
