@@ -42,7 +42,7 @@ class LLMConfig:
     eps: float
     width: int = 0  # size of the states between the blocks: `hidden`, unless given
     norm: str = "rms"  # a name in NORMS
-    order: str = "before"  # where the norms stand: a name in ORDERS
+    order: str = "before"  # norms stand before, after or "around" attention and MLP; "parallel": both read the same
     final_norm: bool = True
     ropes: tuple[Rope | None, ...] = ()  # rotary position embedding of each layer
     windows: tuple[int | None, ...] = ()  # how many tokens, itself included, a token sees in each layer; None: all
@@ -67,7 +67,7 @@ class LLMConfig:
             raise ValueError(f"layer_types or no_rope_layers are not {self.layers}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError("sliding_window is not positive")
-        ACTIVATIONS[self.activation], NORMS[self.norm]
+        ACTIVATIONS[self.activation]
 
 
 class KVCache:
@@ -93,11 +93,11 @@ def rotary(positions: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Ten
     """cos and sin (B,1,T,size) of the angles at positions (B,T), half-split."""
     exponent = torch.arange(0, rope.size, 2, device=positions.device, dtype=torch.float32) / rope.size
     theta = rope.theta
-    if rope.kind == "dynamic":  # each row's own, growing with its length; keys in a cache stay as they were turned
+    if rope.kind == "dynamic":  # grows with each row's length; keys in a cache stay as they were turned
         length = positions.amax(-1)[:, None, None, None] + 1
         stretch = rope.factor * length / rope.original - (rope.factor - 1)
         theta = theta * stretch.clamp(min=1) ** (rope.size / (rope.size - 2))
-    frequencies = theta ** -exponent  # radians a token
+    frequencies = 1 / theta ** exponent  # radians a token
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
     elif rope.kind == "llama3":
@@ -127,7 +127,7 @@ NORMS = {"rms": nn.RMSNorm, "shifted rms": ShiftedRMSNorm, "layer": nn.LayerNorm
 
 
 def table(rows: int, width: int) -> nn.Embedding:
-    # not nn.Embedding(rows, width): that draws numbers, for which torch imports 800 modules even on the meta device
+    # nn.Embedding(rows, width) draws numbers, for which torch imports 800 modules even on the meta device
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -139,8 +139,8 @@ class Attention(nn.Module):
         self.query_scale = config.query_scale
         self.q = nn.Linear(config.width, width, config.qkv_bias)
         self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
-        self.q_norm, self.k_norm = (
-            NORMS[config.norm](config.head_size, config.eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (NORMS[config.norm](config.head_size, config.eps) if config.qk_norm
+                                    else nn.Identity() for _ in "qk")
         self.out = nn.Linear(width, config.width, config.out_bias)
 
     def forward(self, x, turn, mask, cache, layer):  # x (B,T,D)
@@ -170,7 +170,8 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp, config.width, config.mlp_bias)
 
     def mlp(self, x):
-        return self.down(self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x))
+        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(x)
 
     def forward(self, x, *context):  # x (B,T,D); context: turn, mask, cache, layer
         match self.order:
@@ -188,7 +189,7 @@ class Block(nn.Module):
 
 
 class LLM(nn.Module):
-    """A decoder-only transformer of any family in FAMILIES. `embedding` and (unless tied) `head` hold the vocabulary."""
+    """A decoder-only transformer of any family in FAMILIES. `embedding` and any `head` hold the vocabulary."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -208,9 +209,8 @@ class LLM(nn.Module):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids (B,T) to embeddings (B,T,D)."""
-        x = self.embedding(tokens)
-        # the scale is rounded as the weights are
-        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item() if self.config.embedding_scale != 1 else x
+        x, scale = self.embedding(tokens), self.config.embedding_scale
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype).item()  # rounded as the weights are
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
                mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
@@ -272,12 +272,8 @@ class LLM(nn.Module):
         key = torch.arange(T + max_tokens, device=x.device)
         cache = KVCache(self.config, B, T + max_tokens, x)
 
-        def read(x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-            """Embeddings (R,T,D) that go on the given rows of the cache to the scores (R,V) of what comes next."""
-            nonlocal pad
-            if rows is not None:
-                cache.take(rows)
-                pad = pad[rows]
+        def read(x: torch.Tensor) -> torch.Tensor:
+            """Embeddings (R,T,D) that go on the rows of the cache to the scores (R,V) of what comes next."""
             seen = key[:cache.length + x.shape[1]]
             query, mask = seen[cache.length:], None
             if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
@@ -286,9 +282,15 @@ class LLM(nn.Module):
             hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
             return self.logits(hidden[:, -1]).float()
 
+        def go_on(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            """Reads one more token (R,) after each of these rows (R,) of the cache."""
+            nonlocal pad
+            pad = pad[rows]
+            cache.take(rows)
+            return read(self.embed(tokens)[:, None])
+
         if beams > 1:
-            return beam_search(lambda tokens, rows: read(self.embed(tokens)[:, None] if rows is not None else x, rows),
-                               B, beams, max_tokens, end_tokens)
+            return beam_search(read(x), go_on, beams, max_tokens, {*end_tokens})
         ids, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
         ends = torch.tensor(end_tokens, dtype=torch.long, device=x.device)
         while len(ids) < max_tokens:
@@ -334,31 +336,35 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def beam_search(read, B: int, beams: int, max_tokens: int, end_tokens: tuple[int, ...]) -> list[list[int]]:
+def beam_search(scores: torch.Tensor, go_on, beams: int, max_tokens: int, ends: set[int]) -> list[list[int]]:
     """Keeps the `beams` likeliest beginnings of each of B rows, and returns the finished text whose tokens, its end
-    included, are the likeliest on average. read(tokens, rows) continues rows (R,) of those it read last by one token each
-    and scores (R,V) what comes next; read(None, None) reads the prompts.
+    included, are the likeliest on average.
+
+    scores (B,V) are of the first token; go_on(rows, tokens) continues some of the rows that it (or the caller) read
+    last by a token each, and gives the scores (R,V) of the next.
     """
-    texts, finished = [[[]] for _ in range(B)], [[] for _ in range(B)]  # finished: [(score, text), …], the best first
-    done, total, tokens, rows = [max_tokens < 1] * B, 0.0, None, None
+    B, V = scores.shape
+    barred = torch.tensor([token for token in ends if token < V], dtype=torch.long, device=scores.device)
+    texts, finished = [[[]] for _ in range(B)], [[] for _ in range(B)]  # finished: (score, text), the best first
+    done, total = [False] * B, 0.0
     for length in range(1, max_tokens + 1):
-        scores = read(tokens, rows).log_softmax(-1).unflatten(0, (B, -1)) + total  # (B,beams,V), at first (B,1,V)
-        width, V = scores.shape[1:]
-        best, places = scores.flatten(1).topk(min(beams, width * V))
-        for b, row in enumerate(zip(best.tolist(), places.tolist())):
-            ended = [(score, divmod(place, V)) for score, place in zip(*row) if place % V in end_tokens or length == max_tokens]
-            ended = [(score / length, texts[b][i] + [token] * (token not in end_tokens)) for score, (i, token) in ended]
-            if not done[b]:
-                finished[b] = sorted(finished[b] + ended, key=lambda text: -text[0])[:beams]
-        scores[..., [token for token in end_tokens if token < V]] = -torch.inf
-        best, places = scores.flatten(1).topk(min(beams, width * V))  # (B,beams)
-        texts = [[texts[b][place // V] + [place % V] for place in row] for b, row in enumerate(places.tolist())]
-        done = [done[b] or len(finished[b]) == beams and best[b, 0].item() / length <= finished[b][-1][0] for b in range(B)]
-        if all(done):
+        scores = scores.log_softmax(-1).unflatten(0, (B, -1)) + total  # (B,beams,V); at first (B,1,V)
+        best, places = scores.flatten(1).topk(beams)
+        for b in (b for b in range(B) if not done[b]):
+            for score, place in zip(best[b].tolist(), places[b].tolist()):
+                beam, token = divmod(place, V)
+                if token in ends or length == max_tokens:
+                    finished[b].append((score / length, texts[b][beam] + [token] * (token not in ends)))
+            finished[b] = sorted(finished[b], key=lambda entry: -entry[0])[:beams]
+        best, places = scores.index_fill(-1, barred, -torch.inf).flatten(1).topk(beams)  # (B,beams)
+        texts = [[row[place // V] + [place % V] for place in some] for row, some in zip(texts, places.tolist())]
+        for b, likeliest in enumerate(best[:, 0].tolist()):  # it is unlikely to become likelier
+            done[b] |= len(finished[b]) == beams and likeliest / length <= finished[b][-1][0]
+        if all(done) or length == max_tokens:
             break
-        total, tokens = best[..., None], places.flatten() % V
-        rows = (places // V + width * torch.arange(B, device=places.device)[:, None]).flatten()
-    return [texts[0][1] if texts else [] for texts in finished]
+        first = torch.arange(B, device=places.device)[:, None] * scores.shape[1]
+        total, scores = best[..., None], go_on((first + places // V).flatten(), places.flatten() % V)
+    return [row[0][1] if row else [] for row in finished]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -393,7 +399,7 @@ def opt_config(c: dict) -> LLMConfig:
 
 
 def read_rope(c: dict, size: int, **defaults) -> Rope:
-    """The rotary position embedding of heads of `size`: `rope_parameters`, or the older `rope_scaling` and its kin."""
+    """Rotary position embedding of heads of `size`: `rope_parameters`, or the older `rope_scaling` and its kin."""
     given = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if c.get(key) is not None}
     r = dict(rope_theta=10000.0, partial_rotary_factor=1.0) | defaults | given
     r |= c.get("rope_parameters") or c.get("rope_scaling") or {}
@@ -411,7 +417,7 @@ def llama_config(c: dict, **changes) -> LLMConfig:
     heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
     head_size = c.get("head_dim") or c["hidden_size"] // heads
     rope = read_rope(c, head_size)
-    longer = rope.factor if rope.kind in ("linear", "dynamic") else 1  # files of these give the original positions
+    longer = rope.factor if rope.kind in ("linear", "dynamic") else 1  # of the positions that these files give
     return LLMConfig(**dict(
         vocabulary=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
         kv_heads=c.get("num_key_value_heads") or heads, head_size=head_size, mlp=c["intermediate_size"],
@@ -422,7 +428,7 @@ def llama_config(c: dict, **changes) -> LLMConfig:
 
 
 def by_layer(c: dict, slides, sliding, full=None) -> tuple:
-    """`sliding` for each layer that sees a window only, `full` for the others: as `layer_types` says, or slides(layer)."""
+    """`sliding` for each layer that sees a window only, else `full`: as `layer_types` says, or slides(layer)."""
     kinds = {"sliding_attention": sliding, "full_attention": full}
     types = c.get("layer_types") or [list(kinds)[not slides(i)] for i in range(c["num_hidden_layers"])]
     return tuple(kinds[kind] for kind in types)
@@ -464,16 +470,20 @@ def gemma3_config(c: dict) -> LLMConfig:
              eos_token_id=1, max_position_embeddings=131072, sliding_window=4096, tie_word_embeddings=True) | c
     if c.get("final_logit_softcapping") or c.get("attn_logit_softcapping") or c.get("use_bidirectional_attention"):
         raise ValueError("soft-capped scores and bidirectional attention are not supported")
-    ropes, pattern = c.pop("rope_parameters", None) or {}, c.get("sliding_window_pattern", 6)
+    ropes = c.pop("rope_parameters", None) or {}
     wide = read_rope(c | {"rope_parameters": ropes.get("full_attention")}, c["head_dim"], rope_theta=1e6)
     local = {"rope_parameters": ropes.get("sliding_attention"), "rope_scaling": None,
              "rope_theta": c.get("rope_local_base_freq", 1e4)}
     local = read_rope(c | local, c["head_dim"])
+
+    def slides(layer: int) -> bool:
+        return (layer + 1) % c.get("sliding_window_pattern", 6) > 0
+
     return llama_config(
-        c, norm="shifted rms", order="around", qk_norm=True, activation=c.get("hidden_activation", "gelu_pytorch_tanh"),
-        embedding_scale=c["hidden_size"] ** 0.5, query_scale=(c["head_dim"] / c.get("query_pre_attn_scalar", 256)) ** 0.5,
-        windows=by_layer(c, lambda i: (i + 1) % pattern > 0, c["sliding_window"]),
-        ropes=by_layer(c, lambda i: (i + 1) % pattern > 0, local, wide), max_positions=c["max_position_embeddings"])
+        c, norm="shifted rms", order="around", qk_norm=True, embedding_scale=c["hidden_size"] ** 0.5,
+        query_scale=(c["head_dim"] / c.get("query_pre_attn_scalar", 256)) ** 0.5,
+        activation=c.get("hidden_activation", "gelu_pytorch_tanh"), max_positions=c["max_position_embeddings"],
+        windows=by_layer(c, slides, c["sliding_window"]), ropes=by_layer(c, slides, local, wide))
 
 
 def text_part(c: dict, kind: str) -> dict:
@@ -498,9 +508,7 @@ GPT2_NAMES = {
     "embedding": "wte",
     "positions": "wpe",
     "blocks.{}.norm1": "h.{}.ln_1",
-    "blocks.{}.attention.q": (third(0), "h.{}.attn.c_attn"),
-    "blocks.{}.attention.k": (third(1), "h.{}.attn.c_attn"),
-    "blocks.{}.attention.v": (third(2), "h.{}.attn.c_attn"),
+    **{f"blocks.{{}}.attention.{part}": (third(i), "h.{}.attn.c_attn") for i, part in enumerate("qkv")},
     "blocks.{}.attention.out": (turned, "h.{}.attn.c_proj"),
     "blocks.{}.norm2": "h.{}.ln_2",
     "blocks.{}.up": (turned, "h.{}.mlp.c_fc"),
@@ -513,10 +521,7 @@ OPT_NAMES = {
     "positions": "embed_positions",
     "project_in": "project_in",
     "blocks.{}.norm1": "layers.{}.self_attn_layer_norm",
-    "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
-    "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
-    "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
-    "blocks.{}.attention.out": "layers.{}.self_attn.out_proj",
+    **{f"blocks.{{}}.attention.{part}": f"layers.{{}}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")},
     "blocks.{}.norm2": "layers.{}.final_layer_norm",
     "blocks.{}.up": "layers.{}.fc1",
     "blocks.{}.down": "layers.{}.fc2",
@@ -527,16 +532,11 @@ OPT_NAMES = {
 LLAMA_NAMES = {
     "embedding": "embed_tokens",
     "blocks.{}.norm1": "layers.{}.input_layernorm",
-    "blocks.{}.attention.q": "layers.{}.self_attn.q_proj",
-    "blocks.{}.attention.k": "layers.{}.self_attn.k_proj",
-    "blocks.{}.attention.v": "layers.{}.self_attn.v_proj",
-    "blocks.{}.attention.q_norm": "layers.{}.self_attn.q_norm",
-    "blocks.{}.attention.k_norm": "layers.{}.self_attn.k_norm",
+    **{f"blocks.{{}}.attention.{part}": f"layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
+    **{f"blocks.{{}}.attention.{part}_norm": f"layers.{{}}.self_attn.{part}_norm" for part in "qk"},
     "blocks.{}.attention.out": "layers.{}.self_attn.o_proj",
     "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
-    "blocks.{}.gate": "layers.{}.mlp.gate_proj",
-    "blocks.{}.up": "layers.{}.mlp.up_proj",
-    "blocks.{}.down": "layers.{}.mlp.down_proj",
+    **{f"blocks.{{}}.{part}": f"layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
     "norm": "norm",
     "head": "lm_head",
 }
@@ -548,30 +548,30 @@ GEMMA3_NAMES = LLAMA_NAMES | {
 
 
 def phi3_names(config: LLMConfig) -> dict:
-    q, kv = config.heads * config.head_size, config.kv_heads * config.head_size
-
+    """Phi-3 fuses q, k and v, of which the latter may have fewer heads, and the gate with what it opens."""
     def part(i: int, *sizes: int):
         return lambda tensor: tensor.split(sizes)[i]
 
+    kv = config.kv_heads * config.head_size
+    qkv = (config.heads * config.head_size, kv, kv)
     return LLAMA_NAMES | {
-        "blocks.{}.attention.q": (part(0, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
-        "blocks.{}.attention.k": (part(1, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
-        "blocks.{}.attention.v": (part(2, q, kv, kv), "layers.{}.self_attn.qkv_proj"),
+        **{f"blocks.{{}}.attention.{name}": (part(i, *qkv), "layers.{}.self_attn.qkv_proj")
+           for i, name in enumerate("qkv")},
         "blocks.{}.gate": (part(0, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
         "blocks.{}.up": (part(1, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
     }
 
 
 def neox_names(config: LLMConfig) -> dict:
-    def part(i: int):  # q, k, v of the first head, of the second, …
+    """GPT-NeoX fuses q, k and v of the first head, of the second, …"""
+    def part(i: int):
         return lambda tensor: tensor.unflatten(0, (config.heads, 3, -1))[:, i].flatten(0, 1)
 
     return {
         "embedding": "embed_in",
         "blocks.{}.norm1": "layers.{}.input_layernorm",
-        "blocks.{}.attention.q": (part(0), "layers.{}.attention.query_key_value"),
-        "blocks.{}.attention.k": (part(1), "layers.{}.attention.query_key_value"),
-        "blocks.{}.attention.v": (part(2), "layers.{}.attention.query_key_value"),
+        **{f"blocks.{{}}.attention.{name}": (part(i), "layers.{}.attention.query_key_value")
+           for i, name in enumerate("qkv")},
         "blocks.{}.attention.out": "layers.{}.attention.dense",
         "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
         "blocks.{}.up": "layers.{}.mlp.dense_h_to_4h",
@@ -589,7 +589,8 @@ FAMILIES = {  # config.json's model_type -> family
                      r"(vision_model|qformer|language_projection)\..*|query_tokens|language_model\.lm_head\.weight"),
     "llama": Family(llama_config, LLAMA_NAMES, INV_FREQ),
     "smollm3": Family(smollm3_config, LLAMA_NAMES, INV_FREQ),
-    "mistral": Family(lambda c: windowed_config(dict(num_key_value_heads=8, sliding_window=4096) | c), LLAMA_NAMES, INV_FREQ),
+    "mistral": Family(lambda c: windowed_config(dict(num_key_value_heads=8, sliding_window=4096) | c),
+                      LLAMA_NAMES, INV_FREQ),
     "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, INV_FREQ),
     "qwen3": Family(lambda c: qwen_config(dict(head_dim=128) | c, qk_norm=True), LLAMA_NAMES, INV_FREQ),
     "phi3": Family(lambda c: windowed_config(dict(rms_norm_eps=1e-5) | c), phi3_names, INV_FREQ),
