@@ -213,17 +213,10 @@ class Checkpoint:
 
 class Family(NamedTuple):
     """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-<<<<<<< HEAD
     parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b" where some
     files have a, others b) or (function, name, …), the function making our tensor of theirs; where the table itself
     depends on the config, a function of our config makes it. `unused` is a regular expression of the tensors on disk
     that we leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share."""
-=======
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk or
-    (function, name, …), the function making our tensor of theirs; where that takes sizes, `names` is a function that
-    makes the table of our config. `unused` is a regular expression of the tensors on disk that we leave unread. The
-    first entry of `names`, a module with a weight, also finds the prefix that all share."""
->>>>>>> w-llm2
     config: Callable[[dict], object]
     names: dict | Callable[[object], dict]
     unused: str

@@ -149,7 +149,7 @@ def document(seed: str) -> str:
 
 def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer:
     """Byte-level BPE: merges the commonest pair until every word is one token; <|endoftext|> is id 0."""
-    alphabet = {b: c for c, b in llm_module.byte_alphabet().items()}
+    alphabet = {b: c for c, b in llm_module.ByteLevel.alphabet.items()}
     text = "".join(document(f"tokenizer {i}") for i in range(documents))
     words = collections.Counter(regex.findall(llm_module.GPT2_SPLIT, text))
     words = {tuple(alphabet[b] for b in word.encode()): n for word, n in words.items()}
