@@ -87,7 +87,6 @@ def decoder(name: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     print("| decoder | parameters | tokens | scale of logits | largest error | greedy tokens that agree |")
     print("|---" * 6 + "|")
     for row in sys.argv[1:] or DECODERS:

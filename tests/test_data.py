@@ -200,7 +200,7 @@ def test_loading_is_strict(checkpoint):
     change(checkpoint, lambda state: state.pop(NORM))
     fails(NORM, "missing")
     config = json.loads((checkpoint / "config.json").read_text())
-    for edit, part in ((dict(model_type="mamba"), "'mamba' is not one of gpt2, llama"), (dict(num_attention_heads=0), "llama config"),
+    for edit, part in ((dict(model_type="mamba"), "'mamba' is not one of gpt2, opt"), (dict(num_attention_heads=0), "llama config"),
                        (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(hidden_act="swish7"), "swish7"),
                        (dict(num_hidden_layers="x"), "llama config")):
         (checkpoint / "config.json").write_text(json.dumps({**config, **edit}))
