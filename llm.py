@@ -64,7 +64,7 @@ class LLMConfig:
         if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if not self.layers == len(self.ropes) == len(self.windows):
-            raise ValueError(f"layer_types or no_rope_layers are not {self.layers}")
+            raise ValueError(f"layer_types are not {self.layers}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError("sliding_window is not positive")
         ACTIVATIONS[self.activation]
@@ -447,11 +447,13 @@ def qwen_config(c: dict, **changes) -> LLMConfig:
 
 def smollm3_config(c: dict) -> LLMConfig:
     c = dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2e6, tie_word_embeddings=True) | c
-    turned = c.get("no_rope_layers") or [
-        (i + 1) % c.get("no_rope_layer_interval", 4) for i in range(c["num_hidden_layers"])]
+    layers, interval = c["num_hidden_layers"], c.get("no_rope_layer_interval", 4)
+    turned = c.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]  # 0: no rotary embedding
+    if len(turned) < layers:
+        raise ValueError(f"no_rope_layers are not {layers}")
     window = c.get("sliding_window") if c.get("use_sliding_window") else None
     config = llama_config(c, windows=by_layer(c, lambda i: not turned[i], window))
-    config.ropes = tuple(rope if turn else None for rope, turn in zip(config.ropes, turned, strict=True))
+    config.ropes = tuple(rope if turn else None for rope, turn in zip(config.ropes, turned))
     return config
 
 
