@@ -166,7 +166,8 @@ class VLM(nn.Module):
                                                        **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
-        self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * llm.embedding.weight.float().std())
+        scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
+        self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

@@ -207,7 +207,7 @@ class Checkpoint:
                 if kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of):
                     raise ValueError(f"{name} is {value!r}")
             return families[kind], config
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise InputError(f"{path}: can't be read as a {kind} config ({type(error).__name__}: {error})") from None
 
 
@@ -271,7 +271,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
 
 # config.json's names for activations; quick_gelu is CLIP's sigmoid approximation
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu,
+               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "gelu_fast": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu,
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 

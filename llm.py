@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import regex
@@ -21,17 +21,19 @@ class Rope(NamedTuple):
     """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of the first `size` numbers of each head."""
     size: int
     theta: float
-    kind: str = "default"  # how a longer context is reached: "linear", "dynamic" or "llama3"
+    scaling: str = "default"  # or how it reaches past the `original` length: "linear", "dynamic", "llama3", "longrope"
     factor: float = 1.0
-    original: int = 0  # positions before that
-    low: float = 1.0  # llama3: what turns less often than this over the original positions is slowed down
-    high: float = 4.0  # and what turns more often is left alone
+    original: int = 0
+    bands: tuple[float, float] = (1.0, 4.0)  # llama3: wavelengths per `original` where stretching ends and begins
+    short: tuple[float, ...] = ()  # longrope: what divides each frequency up to the original length …
+    long: tuple[float, ...] = ()  # … and past it
+    scale: float = 1.0  # longrope: of rotated queries and keys
 
 
 @dataclass
 class LLMConfig:
     vocabulary: int
-    hidden: int  # size of the embeddings, and of the states that the head reads
+    hidden: int  # width of the embeddings, as the head reads them
     layers: int
     heads: int
     kv_heads: int  # fewer than heads: grouped-query attention
@@ -40,33 +42,33 @@ class LLMConfig:
     max_positions: int
     activation: str
     eps: float
-    width: int = 0  # size of the states between the blocks: `hidden`, unless given
-    norm: str = "rms"  # a name in NORMS
-    order: str = "before"  # norms stand before, after or "around" attention and MLP; "parallel": both read the same
+    width: int = 0  # of the blocks, where it isn't `hidden`
+    norm: str = "rms"  # or "layer"
+    norm_weights: bool = True
+    norm_order: str = "pre"  # or "both", before and after each sublayer; "post", after the sum with its input
     final_norm: bool = True
-    ropes: tuple[Rope | None, ...] = ()  # rotary position embedding of each layer
-    windows: tuple[int | None, ...] = ()  # how many tokens, itself included, a token sees in each layer; None: all
-    position_offset: int | None = None  # row of position 0 in a table of learned positions; None: no table
-    embedding_scale: float = 1.0
-    query_scale: float = 1.0  # of the scores q kᵀ / √head_size
+    learned_positions: bool = False  # an embedding for each, added to the token's
+    ropes: tuple[Rope | None, ...] = ()  # of each layer; None: the layer doesn't rotate
+    windows: tuple[int | None, ...] = ()  # how many tokens back, itself included, each layer sees; None: all
     gated: bool = True  # SwiGLU's gate
-    qk_norm: bool = False  # a norm of each head's queries and keys
+    parallel: bool = False  # attention and feed-forward layers read the same input
+    qk_norm: bool = False  # of each head's queries and keys
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    query_scale: float = 1.0  # of the queries, beside 1 / √head_size
+    embedding_scale: float = 1.0
     tied: bool = False  # the head is the embedding
     start_token: int | None = None
     end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.width = self.width or self.hidden
-        self.ropes, self.windows = (row or (None,) * self.layers for row in (self.ropes, self.windows))
+        self.ropes, self.windows = self.ropes or (None,) * self.layers, self.windows or (None,) * self.layers
         if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        if not self.layers == len(self.ropes) == len(self.windows):
-            raise ValueError(f"layer_types are not {self.layers}")
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ValueError("sliding_window is not positive")
+        if not len(self.ropes) == len(self.windows) == self.layers:
+            raise ValueError(f"layer_types and no_rope_layers must name {self.layers} layers")
         ACTIVATIONS[self.activation]
 
 
@@ -84,51 +86,48 @@ class KVCache:
         self.buffer[layer, 1, :, :, self.length:end] = v
         return self.buffer[layer, :, :, :, :end]
 
-    def take(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows of the batch, in their order; a row may come more than once."""
+    def select(self, rows: torch.Tensor) -> None:
+        """Makes a batch of these rows, of which one may come twice."""
         self.buffer = self.buffer[:, :, rows]
 
 
-def rotary(positions: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size) of the angles at positions (B,T), half-split."""
-    exponent = torch.arange(0, rope.size, 2, device=positions.device, dtype=torch.float32) / rope.size
-    theta = rope.theta
-    if rope.kind == "dynamic":  # grows with each row's length; keys in a cache stay as they were turned
-        length = positions.amax(-1)[:, None, None, None] + 1
-        stretch = rope.factor * length / rope.original - (rope.factor - 1)
-        theta = theta * stretch.clamp(min=1) ** (rope.size / (rope.size - 2))
-    frequencies = 1 / theta ** exponent  # radians a token
-    if rope.kind == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.kind == "llama3":
-        turns = rope.original * frequencies / (2 * math.pi)
-        fast = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
-        frequencies = frequencies * (fast + (1 - fast) / rope.factor)
-    angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,size/2)
+def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
+    """Radians per position (B or 1, size/2), for rows that are `length` (B,1) tokens long."""
+    theta, exponent = rope.theta, torch.arange(0, rope.size, 2, device=length.device).float() / rope.size
+    if rope.scaling == "dynamic":  # NTK-aware: the base grows with the text
+        growth = rope.factor * length.clamp(min=rope.original) / rope.original - (rope.factor - 1)
+        theta = theta * growth ** (rope.size / (rope.size - 2))
+    f = 1 / theta ** exponent
+    if rope.scaling == "linear":
+        f = f / rope.factor
+    elif rope.scaling == "llama3":  # low frequencies are stretched, high ones stay, those between are blended
+        low, high = rope.bands
+        keep = ((rope.original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        f = (1 - keep) * f / rope.factor + keep * f
+    elif rope.scaling == "longrope":  # Ding et al., 2024, arXiv:2402.13753
+        f = f / torch.where(length > rope.original, *(f.new_tensor(stretch) for stretch in (rope.long, rope.short)))
+    return f.expand(len(length), -1)
+
+
+def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B,1,T,size) at positions (B,T), half-split."""
+    f = frequencies(rope, positions.amax(-1, keepdim=True) + 1)
+    angles = positions[:, None, :, None].float() * f[:, None, None]  # (B,1,T,size/2)
     angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    return (angles.cos() * rope.scale).to(dtype), (angles.sin() * rope.scale).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     a, b = x.chunk(2, -1)
-    x = x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+    x = x * cos + torch.cat([-b, a], -1) * sin
     return torch.cat([x, rest], -1) if rest.shape[-1] else x
 
 
-class ShiftedRMSNorm(nn.RMSNorm):
-    """Gemma's: the weight is stored less one, and applied in float32."""
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
-
-
-NORMS = {"rms": nn.RMSNorm, "shifted rms": ShiftedRMSNorm, "layer": nn.LayerNorm}
-
-
-def table(rows: int, width: int) -> nn.Embedding:
-    # nn.Embedding(rows, width) draws numbers, for which torch imports 800 modules even on the meta device
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+def make_norm(config: LLMConfig, size: int) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(size, config.eps)
+    return nn.LayerNorm(size, config.eps, elementwise_affine=config.norm_weights)
 
 
 class Attention(nn.Module):
@@ -136,23 +135,24 @@ class Attention(nn.Module):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
         self.head_size, self.groups = config.head_size, config.heads // config.kv_heads
-        self.query_scale = config.query_scale
+        self.scale = config.query_scale
         self.q = nn.Linear(config.width, width, config.qkv_bias)
         self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
-        self.q_norm, self.k_norm = (NORMS[config.norm](config.head_size, config.eps) if config.qk_norm
-                                    else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (
+            make_norm(config, config.head_size) if config.qk_norm else nn.Identity() for _ in "qk")
         self.out = nn.Linear(width, config.width, config.out_bias)
 
-    def forward(self, x, turn, mask, cache, layer):  # x (B,T,D)
+    def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
+        if self.scale != 1:
+            q = q * self.scale
         if cache is not None:
             k, v = cache.update(layer, k, v)
         if self.groups > 1:  # every key head serves `groups` query heads
             k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        q = q * self.query_scale if self.query_scale != 1 else q
         y = attend(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -160,47 +160,42 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
-        self.order, self.activation = config.order, ACTIVATIONS[config.activation]
-        self.norm1, self.norm2 = (NORMS[config.norm](config.width, config.eps) for _ in "12")
-        if self.order == "around":
-            self.after1, self.after2 = (NORMS[config.norm](config.width, config.eps) for _ in "12")
+        self.order, self.parallel = config.norm_order, config.parallel
+        self.norm1, self.norm2 = (make_norm(config, config.width) for _ in "12")
+        self.out_norm1, self.out_norm2 = (
+            make_norm(config, config.width) if config.norm_order == "both" else nn.Identity() for _ in "12")
         self.attention = Attention(config)
         self.gate = nn.Linear(config.width, config.mlp, config.mlp_bias) if config.gated else None
         self.up = nn.Linear(config.width, config.mlp, config.mlp_bias)
         self.down = nn.Linear(config.mlp, config.width, config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
 
-    def mlp(self, x):
+    def feed_forward(self, x):
         x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
         return self.down(x)
 
-    def forward(self, x, *context):  # x (B,T,D); context: turn, mask, cache, layer
-        match self.order:
-            case "before":
-                x = x + self.attention(self.norm1(x), *context)
-                return x + self.mlp(self.norm2(x))
-            case "after":
-                x = self.norm1(x + self.attention(x, *context))
-                return self.norm2(x + self.mlp(x))
-            case "around":
-                x = x + self.after1(self.attention(self.norm1(x), *context))
-                return x + self.after2(self.mlp(self.norm2(x)))
-            case "parallel":
-                return x + self.attention(self.norm1(x), *context) + self.mlp(self.norm2(x))
+    def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
+        if self.order == "post":
+            x = self.norm1(x + self.attention(x, turn, mask, cache, layer))
+            return self.norm2(x + self.feed_forward(x))
+        y = x + self.out_norm1(self.attention(self.norm1(x), turn, mask, cache, layer))
+        return y + self.out_norm2(self.feed_forward(self.norm2(x if self.parallel else y)))
 
 
 class LLM(nn.Module):
-    """A decoder-only transformer of any family in FAMILIES. `embedding` and any `head` hold the vocabulary."""
+    """A decoder-only transformer of any family in FAMILIES. `embedding` and (unless tied) `head` hold the vocabulary."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.config = config
-        self.embedding = table(config.vocabulary, config.hidden)
-        learned, resized = config.position_offset is not None, config.width != config.hidden
-        self.positions = table(config.max_positions + config.position_offset, config.width) if learned else None
-        self.project_in = nn.Linear(config.hidden, config.width, bias=False) if resized else nn.Identity()
+        # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.hidden), freeze=False)
+        project = config.width != config.hidden
+        self.project_in = nn.Linear(config.hidden, config.width, bias=False) if project else nn.Identity()
+        self.positions = nn.Embedding(config.max_positions, config.width) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = NORMS[config.norm](config.width, config.eps) if config.final_norm else nn.Identity()
-        self.project_out = nn.Linear(config.width, config.hidden, bias=False) if resized else nn.Identity()
+        self.norm = make_norm(config, config.width) if config.final_norm else nn.Identity()
+        self.project_out = nn.Linear(config.width, config.hidden, bias=False) if project else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.hidden, config.vocabulary, bias=False)
 
     @property
@@ -210,36 +205,31 @@ class LLM(nn.Module):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids (B,T) to embeddings (B,T,D)."""
         x, scale = self.embedding(tokens), self.config.embedding_scale
-        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype).item()  # rounded as the weights are
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # Gemma rounds the scale too
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
                mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
         positions (B,T): 0, 1, … after what the cache holds, unless given. mask (B,1,T,S): which of the S keys
-        (cached ones included) each token sees; causal unless given, and within a layer's window in any case.
+        (cached ones included) each token sees, before a layer's window narrows it; causal unless given.
         Raises InputError past `max_positions`.
         """
-        config, T, start = self.config, embeddings.shape[1], cache.length if cache else 0
-        end, device = start + T, embeddings.device
-        if end > config.max_positions:
-            raise InputError(f"{end} tokens are more than the language model's {config.max_positions} positions")
+        config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
         if positions is None:
-            positions = torch.arange(start, end, device=device)[None]
-        query, key = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
-        near = {window: window and window < end for window in config.windows}  # which windows hide anything
-        if mask is None and (start and T > 1 or any(near.values())):
-            mask = key <= query  # (T,S)
-        masks = {window: mask & (key > query - window) if cut else mask for window, cut in near.items()}
-        turns = {rope: rope and rotary(positions, rope) for rope in config.ropes}
-        x = self.project_in(embeddings.to(self.dtype))
+            positions = torch.arange(start, start + T, device=embeddings.device)[None]
+        if start + T > config.max_positions:
+            raise InputError(f"{start + T} tokens are more than the language model's {config.max_positions} positions")
+        x = self.project_in(embeddings.to(self.dtype))  # (B,T,W)
         if self.positions is not None:
-            x = x + self.positions(positions + config.position_offset)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, turns[config.ropes[layer]], masks[config.windows[layer]], cache, layer)
+            x = x + self.positions(positions)
+        turns = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
+        masks = {window: narrow(mask, window, start, T, x.device) for window in set(config.windows)}
+        for layer, (block, rope, window) in enumerate(zip(self.blocks, config.ropes, config.windows)):
+            x = block(x, turns[rope], masks[window], cache, layer)
         if cache is not None:
             cache.length += T
-        return self.project_out(self.norm(x))
+        return self.project_out(self.norm(x))  # (B,T,D)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (…,D) to scores (…,V) of the next token."""
@@ -257,8 +247,8 @@ class LLM(nn.Module):
 
         Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
         padded on the left and get the text each would get alone. temperature 0 is greedy; top_k (0: off) and top_p
-        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice. beams above 1 is beam search, and looks at none
-        of these. Returns B lists of new ids, without the end token.
+        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for the likeliest text instead.
+        Returns B lists of new ids, without the end token. Raises InputError.
         """
         if embeddings is None:
             embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
@@ -267,40 +257,39 @@ class LLM(nn.Module):
         B, T = len(lengths), max(lengths)
         if not min(lengths):
             raise InputError("there is nothing to continue: a row is empty")
+        if beams > 1 and temperature:
+            raise InputError("beam search draws nothing: leave the temperature at 0")
+        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
+            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in lengths):
+                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
+                                 "model reads longer ones in another way")
         x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.dtype)
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
         key = torch.arange(T + max_tokens, device=x.device)
-        cache = KVCache(self.config, B, T + max_tokens, x)
-
-        def read(x: torch.Tensor) -> torch.Tensor:
-            """Embeddings (R,T,D) that go on the rows of the cache to the scores (R,V) of what comes next."""
-            seen = key[:cache.length + x.shape[1]]
-            query, mask = seen[cache.length:], None
-            if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
-                mask = (seen <= query[:, None]) & (seen >= pad[:, :, None]) | (seen == query[:, None])  # (R,T,S)
-                mask = mask[:, None]
-            hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
-            return self.logits(hidden[:, -1]).float()
-
-        def go_on(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-            """Reads one more token (R,) after each of these rows (R,) of the cache."""
-            nonlocal pad
-            pad = pad[rows]
-            cache.take(rows)
-            return read(self.embed(tokens)[:, None])
-
-        if beams > 1:
-            return beam_search(read(x), go_on, beams, max_tokens, {*end_tokens})
-        ids, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
+        cache, ids = KVCache(self.config, B, T + max_tokens, x), []
+        done = torch.zeros(B, dtype=torch.bool, device=x.device)
         ends = torch.tensor(end_tokens, dtype=torch.long, device=x.device)
-        while len(ids) < max_tokens:
-            chosen = sample(read(x), temperature, top_k, top_p, generator)  # (B,)
-            ids.append(chosen)
-            done |= torch.isin(chosen, ends)
+        search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
+        for _ in range(max_tokens):
+            start, end = cache.length, cache.length + x.shape[1]
+            query, mask = key[start:end], None
+            if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
+                seen = (key[:end] >= pad[:, :, None]) | (key[:end] == query[:, None])
+                mask = (seen & (key[:end] <= query[:, None]))[:, None]  # (B,1,T,S)
+            hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
+            logits = self.logits(hidden[:, -1]).float()  # (B,V), or (B·beams,V)
+            if search is None:
+                chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+                ids.append(chosen)
+                done |= torch.isin(chosen, ends)
+            else:
+                chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
+                cache.select(rows)
+                pad = pad[rows]
             if done.all():
                 break
             x = self.embed(chosen)[:, None]
-        rows = torch.stack(ids, 1).tolist() if ids else [[]] * B
+        rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
         return [row[:next((i for i, token in enumerate(row) if token in end_tokens), len(row))] for row in rows]
 
     @classmethod
@@ -313,10 +302,22 @@ class LLM(nn.Module):
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
         with torch.device("meta"):
             llm = cls(config)
-        names = family.names(config) if callable(family.names) else family.names
-        unused = family.unused + rf"|{re.escape(names['head'])}\.weight" * config.tied
-        load_weights(llm, checkpoint, family._replace(names=names, unused=unused), dtype)
+        names = family.names if isinstance(family.names, dict) else family.names(config)
+        unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
+        load_weights(llm, checkpoint, Family(family.config, names, unused), dtype)
         return llm.eval()
+
+
+def narrow(mask: torch.Tensor | None, window: int | None, start: int, T: int, device) -> torch.Tensor | None:
+    """`mask` (None: causal), narrowed to the `window` nearest keys of each of T tokens after `start` others.
+    None where `attend` needs none, being causal by itself."""
+    S = start + T
+    window = min(window or S, S)
+    if window == S and (mask is not None or start == 0 or T == 1):
+        return mask
+    distance = torch.arange(start, S, device=device)[:, None] - torch.arange(S, device=device)  # (T,S)
+    near = (distance >= 0) & (distance < window)
+    return near if mask is None else near & mask
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
@@ -336,164 +337,151 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def beam_search(scores: torch.Tensor, go_on, beams: int, max_tokens: int, ends: set[int]) -> list[list[int]]:
-    """Keeps the `beams` likeliest beginnings of each of B rows, and returns the finished text whose tokens, its end
-    included, are the likeliest on average.
+class BeamSearch:
+    """The `beams` likeliest texts of each of B rows go on side by side. Of those that ended, the `beams` best by mean
+    log-probability are kept, until the best of those that go on is no better than the worst of these."""
 
-    scores (B,V) are of the first token; go_on(rows, tokens) continues some of the rows that it (or the caller) read
-    last by a token each, and gives the scores (R,V) of the next.
-    """
-    B, V = scores.shape
-    barred = torch.tensor([token for token in ends if token < V], dtype=torch.long, device=scores.device)
-    texts, finished = [[[]] for _ in range(B)], [[] for _ in range(B)]  # finished: (score, text), the best first
-    done, total = [False] * B, 0.0
-    for length in range(1, max_tokens + 1):
-        scores = scores.log_softmax(-1).unflatten(0, (B, -1)) + total  # (B,beams,V); at first (B,1,V)
-        best, places = scores.flatten(1).topk(beams)
-        for b in (b for b in range(B) if not done[b]):
-            for score, place in zip(best[b].tolist(), places[b].tolist()):
-                beam, token = divmod(place, V)
-                if token in ends or length == max_tokens:
-                    finished[b].append((score / length, texts[b][beam] + [token] * (token not in ends)))
-            finished[b] = sorted(finished[b], key=lambda entry: -entry[0])[:beams]
-        best, places = scores.index_fill(-1, barred, -torch.inf).flatten(1).topk(beams)  # (B,beams)
-        texts = [[row[place // V] + [place % V] for place in some] for row, some in zip(texts, places.tolist())]
-        for b, likeliest in enumerate(best[:, 0].tolist()):  # it is unlikely to become likelier
-            done[b] |= len(finished[b]) == beams and likeliest / length <= finished[b][-1][0]
-        if all(done) or length == max_tokens:
-            break
-        first = torch.arange(B, device=places.device)[:, None] * scores.shape[1]
-        total, scores = best[..., None], go_on((first + places // V).flatten(), places.flatten() % V)
-    return [row[0][1] if row else [] for row in finished]
+    def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor):
+        self.beams, self.max_tokens, self.ends, self.end_tokens = beams, max_tokens, ends, set(ends.tolist())
+        self.texts, self.scores = [[[]] for _ in range(B)], [[0.0] for _ in range(B)]  # that go on, best first
+        self.ended = [[] for _ in range(B)]  # (score, text), best first
+        self.done = [False] * B
+
+    def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (B·k,V) of each row's k texts (one, then `beams`) to the ids (B·beams,) that go on, which of the
+        B·k texts each continues, and which rows (B,) are done."""
+        B, k, V = len(self.texts), len(self.texts[0]), logits.shape[-1]
+        totals = logits.log_softmax(-1).unflatten(0, (B, k)) + logits.new_tensor(self.scores)[:, :, None]  # (B,k,V)
+        on = totals.index_fill(2, self.ends, -torch.inf)
+        best, on = (t.flatten(1).topk(min(self.beams, k * V)) for t in (totals, on))  # (B,beams)
+        for b, (scores, places, on_scores, on_places) in enumerate(zip(*(t.tolist() for t in (*best, *on)))):
+            texts, on_texts = ([self.texts[b][i // V] + [i % V] for i in which] for which in (places, on_places))
+            length = len(texts[0])
+            if not self.done[b]:
+                self.ended[b] += [(score / length, text) for score, text in zip(scores, texts)
+                                  if text[-1] in self.end_tokens or length == self.max_tokens]
+                self.ended[b] = sorted(self.ended[b], reverse=True)[:self.beams]
+                hopeless = len(self.ended[b]) == self.beams and on_scores[0] / length <= self.ended[b][-1][0]
+                self.done[b] = hopeless or length == self.max_tokens
+            self.texts[b], self.scores[b] = on_texts, on_scores
+        rows = on.indices // V + k * torch.arange(B, device=logits.device)[:, None]
+        return (on.indices % V).flatten(), rows.flatten(), torch.tensor(self.done)
+
+    def best(self) -> list[list[int]]:
+        return [ended[0][1] if ended else [] for ended in self.ended]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Families: what differs from one to the next, as data
 
+def refuse(c: dict, *options: str) -> None:
+    if on := [option for option in options if c.get(option)]:
+        raise ValueError(f"{', '.join(on)}: not supported")
+
+
 def gpt2_config(c: dict) -> LLMConfig:
+    refuse(c, "scale_attn_by_inverse_layer_idx")
     hidden, heads = c["n_embd"], c["n_head"]
-    if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
-        raise ValueError("only scores scaled by the head's size are supported")
-    return LLMConfig(vocabulary=c["vocab_size"], hidden=hidden, layers=c["n_layer"], heads=heads, kv_heads=heads,
-                     head_size=hidden // heads, mlp=c.get("n_inner") or 4 * hidden, max_positions=c["n_positions"],
-                     activation=c.get("activation_function", "gelu_new"), eps=c.get("layer_norm_epsilon", 1e-5),
-                     norm="layer", position_offset=0, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-                     tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id"),
-                     end_tokens=c.get("eos_token_id"))
+    return LLMConfig(
+        vocabulary=c["vocab_size"], hidden=hidden, layers=c["n_layer"], heads=heads, kv_heads=heads,
+        head_size=hidden // heads, mlp=c.get("n_inner") or 4 * hidden, max_positions=c["n_positions"],
+        activation=c.get("activation_function", "gelu_new"), eps=c.get("layer_norm_epsilon", 1e-5), norm="layer",
+        learned_positions=True, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+        tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id"), end_tokens=c.get("eos_token_id"))
 
 
 def opt_config(c: dict) -> LLMConfig:
     width, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("enable_bias", True)
-    if not c.get("layer_norm_elementwise_affine", True):
-        raise ValueError("norms without a weight are not supported")
-    before = c.get("do_layer_norm_before", True)
-    return LLMConfig(vocabulary=c.get("vocab_size", 50272), hidden=c.get("word_embed_proj_dim") or width, width=width,
-                     layers=c["num_hidden_layers"], heads=heads, kv_heads=heads, head_size=width // heads,
-                     mlp=c["ffn_dim"], max_positions=c.get("max_position_embeddings", 2048),
-                     activation=c.get("activation_function", "relu"), eps=1e-5, norm="layer",
-                     order="before" if before else "after",
-                     final_norm=before and not c.get("_remove_final_layer_norm", False), position_offset=2,
-                     gated=False, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-                     tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id", 2),
-                     end_tokens=c.get("eos_token_id", 2))
+    pre = c.get("do_layer_norm_before", True)
+    return LLMConfig(
+        vocabulary=c.get("vocab_size", 50272), hidden=c.get("word_embed_proj_dim") or width, width=width,
+        layers=c["num_hidden_layers"], heads=heads, kv_heads=heads, head_size=width // heads, mlp=c["ffn_dim"],
+        max_positions=c.get("max_position_embeddings", 2048), activation=c.get("activation_function", "relu"),
+        eps=1e-5, norm="layer", norm_weights=c.get("layer_norm_elementwise_affine", True),
+        norm_order="pre" if pre else "post", final_norm=pre and not c.get("_remove_final_layer_norm"),
+        learned_positions=True, gated=False, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
+        tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id", 2),
+        end_tokens=c.get("eos_token_id", 2))
 
 
-def read_rope(c: dict, size: int, **defaults) -> Rope:
-    """Rotary position embedding of heads of `size`: `rope_parameters`, or the older `rope_scaling` and its kin."""
-    given = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if c.get(key) is not None}
-    r = dict(rope_theta=10000.0, partial_rotary_factor=1.0) | defaults | given
-    r |= c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = r.get("rope_type") or r.get("type", "default")
-    if kind not in ("default", "linear", "dynamic", "llama3"):
-        raise ValueError(f"rotary scaling {kind!r} is not supported")
-    original = c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
-    original = original if original and kind == "llama3" else c.get("max_position_embeddings", 2048)
-    return Rope(int(size * r["partial_rotary_factor"]), float(r["rope_theta"]), kind,
-                1.0 if kind == "default" else float(r["factor"]), original,
-                float(r.get("low_freq_factor", 1.0)), float(r.get("high_freq_factor", 4.0)))
-
-
-def llama_config(c: dict, **changes) -> LLMConfig:
-    heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
-    head_size = c.get("head_dim") or c["hidden_size"] // heads
-    rope = read_rope(c, head_size)
-    longer = rope.factor if rope.kind in ("linear", "dynamic") else 1  # of the positions that these files give
+def llama_config(c: dict, slides=lambda layer: True, **differences) -> LLMConfig:
+    """Llama's config.json, which most families took over. `slides` tells which layers have the sliding window,
+    where `layer_types` doesn't; `differences` are fields that a family sets otherwise."""
+    hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    bias, rope = c.get("attention_bias", False), make_rope(c, c.get("rope_scaling") or c.get("rope_parameters") or {})
+    reach = rope.factor if rope.scaling in ("linear", "dynamic") else 1  # these leave max_position_embeddings as it was
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
+    types = c.get("layer_types") or [f"{'sliding' if slides(i) else 'full'}_attention" for i in range(layers)]
+    if not {*types} <= {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types {sorted({*types})} are not supported")
     return LLMConfig(**dict(
-        vocabulary=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads, head_size=head_size, mlp=c["intermediate_size"],
-        max_positions=int(c.get("max_position_embeddings", 2048) * longer), activation=c.get("hidden_act", "silu"),
-        eps=c.get("rms_norm_eps", 1e-6), ropes=(rope,) * c["num_hidden_layers"], qkv_bias=bias, out_bias=bias,
-        mlp_bias=c.get("mlp_bias", False), tied=c.get("tie_word_embeddings", False), start_token=c.get("bos_token_id"),
-        end_tokens=c.get("eos_token_id")) | changes)
+        vocabulary=c["vocab_size"], hidden=hidden, layers=layers, heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads, head_size=c.get("head_dim") or hidden // heads,
+        mlp=c["intermediate_size"], max_positions=int(c.get("max_position_embeddings", 2048) * reach),
+        activation=c.get("hidden_act", "silu"), eps=c.get("rms_norm_eps", 1e-6), ropes=(rope,) * layers,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+        qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), tied=c.get("tie_word_embeddings", False),
+        start_token=c.get("bos_token_id"), end_tokens=c.get("eos_token_id")) | differences)
 
 
-def by_layer(c: dict, slides, sliding, full=None) -> tuple:
-    """`sliding` for each layer that sees a window only, else `full`: as `layer_types` says, or slides(layer)."""
-    kinds = {"sliding_attention": sliding, "full_attention": full}
-    types = c.get("layer_types") or [list(kinds)[not slides(i)] for i in range(c["num_hidden_layers"])]
-    return tuple(kinds[kind] for kind in types)
+def make_rope(c: dict, parameters: dict) -> Rope:
+    """`parameters` are config.json's `rope_parameters`, or the older `rope_scaling` beside keys of config.json."""
+    r = {"rope_theta": c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0,
+         "partial_rotary_factor": c.get("partial_rotary_factor") or c.get("rotary_pct") or 1.0} | parameters
+    scaling = r.get("rope_type") or r.get("type") or "default"
+    scaling = "longrope" if scaling == "su" else scaling  # its first name
+    if scaling not in ("default", "linear", "dynamic", "llama3", "longrope"):
+        raise ValueError(f"rotary scaling {scaling!r} is not supported")
+    head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    length = c.get("max_position_embeddings", 2048)
+    original = c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings") or length
+    factor, scale = r.get("factor") or length / original, 1.0
+    if scaling == "longrope":
+        scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    return Rope(int(head_size * r["partial_rotary_factor"]), r["rope_theta"], scaling, factor, original,
+                (r.get("low_freq_factor", 1.0), r.get("high_freq_factor", 4.0)),
+                tuple(r.get("short_factor", ())), tuple(r.get("long_factor", ())), scale)
 
 
-def windowed_config(c: dict) -> LLMConfig:
-    """Mistral and Phi-3: one window for all layers."""
-    return llama_config(c, windows=(c.get("sliding_window"),) * c["num_hidden_layers"])
-
-
-def qwen_config(c: dict, **changes) -> LLMConfig:
-    c = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096) | c
-    window = c["sliding_window"] if c.get("use_sliding_window") else None
-    return llama_config(c, windows=by_layer(c, lambda i: i >= c.get("max_window_layers", 28), window), **changes)
+def qwen_config(c: dict, **differences) -> LLMConfig:
+    c = {"use_sliding_window": False, "sliding_window": 4096} | c
+    return llama_config(c, lambda layer: layer >= c.get("max_window_layers", 28), **differences)
 
 
 def smollm3_config(c: dict) -> LLMConfig:
-    c = dict(num_key_value_heads=4, max_position_embeddings=32768, rope_theta=2e6, tie_word_embeddings=True) | c
-    layers, interval = c["num_hidden_layers"], c.get("no_rope_layer_interval", 4)
-    turned = c.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]  # 0: no rotary embedding
-    if len(turned) < layers:
-        raise ValueError(f"no_rope_layers are not {layers}")
-    window = c.get("sliding_window") if c.get("use_sliding_window") else None
-    config = llama_config(c, windows=by_layer(c, lambda i: not turned[i], window))
-    config.ropes = tuple(rope if turn else None for rope, turn in zip(config.ropes, turned))
-    return config
+    c = {"use_sliding_window": False, "rope_theta": 2e6, "tie_word_embeddings": True} | c
+    every = c.get("no_rope_layer_interval", 4)
+    rotates = c.get("no_rope_layers") or [(i + 1) % every for i in range(c["num_hidden_layers"])]
+    config = llama_config(c, lambda layer: not rotates[layer])
+    return replace(config, ropes=tuple(rope if on else None for rope, on in zip(config.ropes, rotates)))
 
 
 def neox_config(c: dict) -> LLMConfig:
-    hidden, heads, bias = c["hidden_size"], c["num_attention_heads"], c.get("attention_bias", True)
-    rope = read_rope(c, hidden // heads, rope_theta=c.get("rotary_emb_base", 10000.0),
-                     partial_rotary_factor=c.get("rotary_pct", 0.25))
-    return llama_config(
-        c, norm="layer", eps=c.get("layer_norm_eps", 1e-5), activation=c.get("hidden_act", "gelu"), gated=False,
-        order="parallel" if c.get("use_parallel_residual", True) else "before",
-        ropes=(rope,) * c["num_hidden_layers"], qkv_bias=bias, out_bias=bias, mlp_bias=True)
+    c = {"rotary_pct": 0.25, "attention_bias": True} | c
+    return llama_config(c, norm="layer", eps=c.get("layer_norm_eps", 1e-5), gated=False, mlp_bias=True,
+                        parallel=c.get("use_parallel_residual", True))
 
 
 def gemma3_config(c: dict) -> LLMConfig:
-    c = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, bos_token_id=2,
-             eos_token_id=1, max_position_embeddings=131072, sliding_window=4096, tie_word_embeddings=True) | c
-    if c.get("final_logit_softcapping") or c.get("attn_logit_softcapping") or c.get("use_bidirectional_attention"):
-        raise ValueError("soft-capped scores and bidirectional attention are not supported")
-    ropes = c.pop("rope_parameters", None) or {}
-    wide = read_rope(c | {"rope_parameters": ropes.get("full_attention")}, c["head_dim"], rope_theta=1e6)
-    local = {"rope_parameters": ropes.get("sliding_attention"), "rope_scaling": None,
-             "rope_theta": c.get("rope_local_base_freq", 1e4)}
-    local = read_rope(c | local, c["head_dim"])
-
-    def slides(layer: int) -> bool:
-        return (layer + 1) % c.get("sliding_window_pattern", 6) > 0
-
-    return llama_config(
-        c, norm="shifted rms", order="around", qk_norm=True, embedding_scale=c["hidden_size"] ** 0.5,
+    refuse(c, "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+    c = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+         "max_position_embeddings": 131072, "sliding_window": 4096, "tie_word_embeddings": True, "bos_token_id": 2,
+         "eos_token_id": 1} | c  # what config.json may leave out
+    config = llama_config(
+        c, lambda layer: (layer + 1) % c.get("sliding_window_pattern", 6), max_positions=c["max_position_embeddings"],
+        activation=c.get("hidden_activation", "gelu_pytorch_tanh"), norm_order="both", qk_norm=True,
         query_scale=(c["head_dim"] / c.get("query_pre_attn_scalar", 256)) ** 0.5,
-        activation=c.get("hidden_activation", "gelu_pytorch_tanh"), max_positions=c["max_position_embeddings"],
-        windows=by_layer(c, slides, c["sliding_window"]), ropes=by_layer(c, slides, local, wide))
+        embedding_scale=c["hidden_size"] ** 0.5)
+    both = c.get("rope_parameters") or {
+        "full_attention": {"rope_theta": c.get("rope_theta", 1e6)} | (c.get("rope_scaling") or {}),
+        "sliding_attention": {"rope_theta": c.get("rope_local_base_freq", 1e4)}}
+    far, near = make_rope(c, both["full_attention"]), make_rope(c, both["sliding_attention"])
+    return replace(config, ropes=tuple(near if window else far for window in config.windows))
 
 
-def text_part(c: dict, kind: str) -> dict:
-    """The language model's part of a multimodal model's config.json."""
-    found = c["text_config"].get("model_type", kind)
-    if found != kind:
-        raise ValueError(f"its language model is {found!r}, not {kind!r}")
-    return c["text_config"]
+def inner_config(c: dict) -> LLMConfig:
+    """Of the language model in a model of more than text."""
+    return FAMILIES[c["text_config"]["model_type"]].config(c["text_config"])
 
 
 def third(i: int):
@@ -506,100 +494,77 @@ def turned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.movedim(-1, 0)
 
 
-GPT2_NAMES = {
-    "embedding": "wte",
-    "positions": "wpe",
-    "blocks.{}.norm1": "h.{}.ln_1",
-    **{f"blocks.{{}}.attention.{part}": (third(i), "h.{}.attn.c_attn") for i, part in enumerate("qkv")},
-    "blocks.{}.attention.out": (turned, "h.{}.attn.c_proj"),
-    "blocks.{}.norm2": "h.{}.ln_2",
-    "blocks.{}.up": (turned, "h.{}.mlp.c_fc"),
-    "blocks.{}.down": (turned, "h.{}.mlp.c_proj"),
-    "norm": "ln_f",
+def one_more(weight: torch.Tensor) -> torch.Tensor:
+    """Gemma stores how much the weights of its norms differ from one."""
+    return weight.float() + 1
+
+
+def table(outside: dict, blocks: dict, block: str = "layers.{}.") -> dict:
+    """A table of names (see data.Family); those of `blocks` lack the block's own name, which on disk is `block`."""
+    return outside | {f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
+                      for ours, disk in blocks.items()}
+
+
+GPT2_NAMES = table({"embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head"}, {
+    "norm1": "ln_1", "norm2": "ln_2",
+    "attention.q": (third(0), "attn.c_attn"), "attention.k": (third(1), "attn.c_attn"),
+    "attention.v": (third(2), "attn.c_attn"), "attention.out": (turned, "attn.c_proj"),
+    "up": (turned, "mlp.c_fc"), "down": (turned, "mlp.c_proj"),
+}, "h.{}.")
+OPT_NAMES = table({
+    "embedding": "embed_tokens", "project_in": "project_in", "project_out": "project_out", "norm": "final_layer_norm",
+    "positions": (lambda tensor: tensor[2:], "embed_positions"),  # the first two stand for padding
     "head": "lm_head",
-}
-OPT_NAMES = {
-    "embedding": "embed_tokens",
-    "positions": "embed_positions",
-    "project_in": "project_in",
-    "blocks.{}.norm1": "layers.{}.self_attn_layer_norm",
-    **{f"blocks.{{}}.attention.{part}": f"layers.{{}}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")},
-    "blocks.{}.norm2": "layers.{}.final_layer_norm",
-    "blocks.{}.up": "layers.{}.fc1",
-    "blocks.{}.down": "layers.{}.fc2",
-    "norm": "final_layer_norm",
-    "project_out": "project_out",
-    "head": "lm_head",
-}
-LLAMA_NAMES = {
-    "embedding": "embed_tokens",
-    "blocks.{}.norm1": "layers.{}.input_layernorm",
-    **{f"blocks.{{}}.attention.{part}": f"layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
-    **{f"blocks.{{}}.attention.{part}_norm": f"layers.{{}}.self_attn.{part}_norm" for part in "qk"},
-    "blocks.{}.attention.out": "layers.{}.self_attn.o_proj",
-    "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
-    **{f"blocks.{{}}.{part}": f"layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down")},
-    "norm": "norm",
-    "head": "lm_head",
-}
-GEMMA3_NAMES = LLAMA_NAMES | {
-    "blocks.{}.after1": "layers.{}.post_attention_layernorm",
-    "blocks.{}.norm2": "layers.{}.pre_feedforward_layernorm",
-    "blocks.{}.after2": "layers.{}.post_feedforward_layernorm",
-}
+}, {
+    "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
+    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"})
+LLAMA_NAMES = table({"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}, {
+    "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
+    "attention.out": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"})
+GEMMA3_NAMES = table(LLAMA_NAMES | {"norm": (one_more, "norm")}, {
+    "norm1": (one_more, "input_layernorm"), "out_norm1": (one_more, "post_attention_layernorm"),
+    "norm2": (one_more, "pre_feedforward_layernorm"), "out_norm2": (one_more, "post_feedforward_layernorm"),
+    "attention.q_norm": (one_more, "self_attn.q_norm"), "attention.k_norm": (one_more, "self_attn.k_norm")})
 
 
 def phi3_names(config: LLMConfig) -> dict:
-    """Phi-3 fuses q, k and v, of which the latter may have fewer heads, and the gate with what it opens."""
-    def part(i: int, *sizes: int):
-        return lambda tensor: tensor.split(sizes)[i]
-
-    kv = config.kv_heads * config.head_size
-    qkv = (config.heads * config.head_size, kv, kv)
-    return LLAMA_NAMES | {
-        **{f"blocks.{{}}.attention.{name}": (part(i, *qkv), "layers.{}.self_attn.qkv_proj")
-           for i, name in enumerate("qkv")},
-        "blocks.{}.gate": (part(0, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
-        "blocks.{}.up": (part(1, config.mlp, config.mlp), "layers.{}.mlp.gate_up_proj"),
-    }
+    """Phi-3 fuses q, k and v, and gate and up, one after the other."""
+    def part(i: int, *rows: int):
+        return lambda tensor: tensor.split(rows)[i]
+    qkv = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    return table(LLAMA_NAMES, {
+        **{f"attention.{name}": (part(i, *qkv), "self_attn.qkv_proj") for i, name in enumerate("qkv")},
+        **{name: (part(i, config.mlp, config.mlp), "mlp.gate_up_proj") for i, name in enumerate(("gate", "up"))}})
 
 
 def neox_names(config: LLMConfig) -> dict:
-    """GPT-NeoX fuses q, k and v of the first head, of the second, …"""
+    """GPT-NeoX fuses q, k and v head by head: (heads · 3 · hd, in)."""
     def part(i: int):
         return lambda tensor: tensor.unflatten(0, (config.heads, 3, -1))[:, i].flatten(0, 1)
-
-    return {
-        "embedding": "embed_in",
-        "blocks.{}.norm1": "layers.{}.input_layernorm",
-        **{f"blocks.{{}}.attention.{name}": (part(i), "layers.{}.attention.query_key_value")
-           for i, name in enumerate("qkv")},
-        "blocks.{}.attention.out": "layers.{}.attention.dense",
-        "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
-        "blocks.{}.up": "layers.{}.mlp.dense_h_to_4h",
-        "blocks.{}.down": "layers.{}.mlp.dense_4h_to_h",
-        "norm": "final_layer_norm",
-        "head": "embed_out",
-    }
+    return table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out"}, {
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+        **{f"attention.{name}": (part(i), "attention.query_key_value") for i, name in enumerate("qkv")},
+        "attention.out": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"})
 
 
-INV_FREQ = r".*\.rotary_emb\.inv_freq"  # old files carry these buffers, and causal masks
+ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
+
 FAMILIES = {  # config.json's model_type -> family
     "gpt2": Family(gpt2_config, GPT2_NAMES, r"h\.\d+\.attn\.(masked_)?bias"),
-    "opt": Family(opt_config, OPT_NAMES, "(?!)"),
-    "blip-2": Family(lambda c: opt_config(text_part(c, "opt")), OPT_NAMES,
-                     r"(vision_model|qformer|language_projection)\..*|query_tokens|language_model\.lm_head\.weight"),
-    "llama": Family(llama_config, LLAMA_NAMES, INV_FREQ),
-    "smollm3": Family(smollm3_config, LLAMA_NAMES, INV_FREQ),
-    "mistral": Family(lambda c: windowed_config(dict(num_key_value_heads=8, sliding_window=4096) | c),
-                      LLAMA_NAMES, INV_FREQ),
-    "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, INV_FREQ),
-    "qwen3": Family(lambda c: qwen_config(dict(head_dim=128) | c, qk_norm=True), LLAMA_NAMES, INV_FREQ),
-    "phi3": Family(lambda c: windowed_config(dict(rms_norm_eps=1e-5) | c), phi3_names, INV_FREQ),
-    "gpt_neox": Family(neox_config, neox_names, INV_FREQ + r"|layers\.\d+\.attention\.(masked_)?bias"),
-    "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, INV_FREQ),
-    "gemma3": Family(lambda c: gemma3_config(text_part(c, "gemma3_text")), GEMMA3_NAMES,
-                     r"(model\.)?(vision_tower|multi_modal_projector)\..*|language_model\.lm_head\.weight"),
+    "opt": Family(opt_config, OPT_NAMES, ""),
+    "blip-2": Family(inner_config, OPT_NAMES, r"(vision_model|qformer|language_projection)\..*|query_tokens"),
+    "llama": Family(llama_config, LLAMA_NAMES, ROPE_BUFFER),
+    "smollm3": Family(smollm3_config, LLAMA_NAMES, ""),
+    "mistral": Family(lambda c: llama_config({"sliding_window": 4096} | c), LLAMA_NAMES, ROPE_BUFFER),
+    "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, ROPE_BUFFER),
+    "qwen3": Family(lambda c: qwen_config(c, qk_norm=True), LLAMA_NAMES, ""),
+    "phi3": Family(llama_config, phi3_names, ROPE_BUFFER),
+    "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias"),
+    "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, ""),
+    "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
 }
 
 

@@ -180,6 +180,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained (default: 0)")
     add("--top-k", type=int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="draw among the fewest tokens that make up this probability (default: 1)")
+    add("--beams", type=int, default=1, help="search for the likeliest text with so many beams, at temperature 0 (default: 1, off)")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--batch", type=int, default=64, help="pictures at a time, with --data (default: 64)")
     add("--workers", type=int, default=2, help="processes that read pictures, with --data (default: 2)")
@@ -187,8 +188,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
-    if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.batch < 1:
-        parser.error("--max-tokens and --batch are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
+    if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
+        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
 
     if args.data and (args.prompt or "").count("<image>") > 1:
         parser.error("with --data, --prompt takes one <image>")
@@ -200,7 +201,7 @@ def main() -> None:
                 {Path(args.data).name: Captions(args.data, args.images)})
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     decoding = dict(prompt=args.prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, generator=torch.Generator(device).manual_seed(args.seed))
+                    top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     if args.data:
         score_sets(vlm, sets, decoding, args)
         return

@@ -270,7 +270,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--adapter", "linear", "--queries", "3"), "--queries means nothing to the linear adapter"),
             (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
             (train, ("--vit", "no/such/encoder"), "no/such/encoder: no such folder"),
-            (train, ("--llm", fixtures / "vit"), "model_type 'vit' is not one of gpt2, opt, blip-2, llama"),
+            (train, ("--llm", fixtures / "vit"), "model_type 'vit' is not one of gpt2, opt"),
             (train, ("--data", "empty.csv"), "empty.csv: no usable pair"),
             (train, ("--data", "one.csv"), "one.csv: one picture can't be parted"),
             (train, ("--data", "none.csv"), "none.csv: No such file"),
