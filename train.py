@@ -4,7 +4,7 @@
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
         --data captions.csv --images photos/
 
-Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
+Without --data it learns to caption scenes of the built-in shapes world, in about six minutes on two CPU cores.
 """
 import argparse
 import inspect
