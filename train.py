@@ -7,6 +7,7 @@
 Without --data it learns to caption scenes of the built-in shapes world, in about six minutes on two CPU cores.
 """
 import argparse
+import importlib.metadata
 import inspect
 import json
 import math
@@ -16,10 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
-import PIL
-import safetensors
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -231,8 +228,8 @@ def main() -> None:
             setattr(args, name, str(Path(value).resolve()))
     config = dict(vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
                   prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
-                      python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
-                      tiktoken=tiktoken.__version__, safetensors=safetensors.__version__, pillow=PIL.__version__))
+                      python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
+                          "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype).to(device).train()
     trained = vlm.trained
     optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": args.weight_decay},
