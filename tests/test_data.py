@@ -239,6 +239,8 @@ def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vit, llm, tokenizer = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm")
     assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 65, vit.config.hidden)
+    stored = load_file(data.HERE / "assets" / "vit" / "model.safetensors")
+    assert stored["embeddings.cls_token"].shape == (1, 1, vit.config.hidden)  # as the reference's own class wants it
     ids = tokenizer.encode("a large red circle above a small blue star\n")
     assert len(ids) == 10 and tokenizer.decode(ids) == "a large red circle above a small blue star\n"
     text = tokenizer.decode(llm.generate(torch.tensor([[0]]), max_tokens=40, temperature=1.0,
