@@ -187,6 +187,16 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     assert both[0] == "a.png: " + capsys.readouterr().out.strip() and both[1].startswith("b.jpg: ")
 
 
+def test_encoder_options_reach_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--image-size", "48", "--layer", "-2", "--out", "run") == 0
+    assert "16 embeddings a picture" in capsys.readouterr().out
+    vlm = VLM.from_pretrained("run")
+    assert vlm.vit.preprocess(picture(90, 60)).shape == (3, 48, 48)
+    pixels = torch.randn(1, 3, 48, 48)
+    assert torch.equal(vlm.features(pixels), vlm.vit(pixels, layer=-2))
+
+
 def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
