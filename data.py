@@ -270,9 +270,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
 # What the models share
 
 # config.json's names for activations; quick_gelu is CLIP's sigmoid approximation
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_fast": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu,
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
+               **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
