@@ -513,13 +513,13 @@ class Thing(NamedTuple):
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep the two well apart)."""
+    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep their lengths well apart)."""
     dx, dy = a.x - b.x, a.y - b.y
     return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
 
 class Scene(NamedTuple):
-    """One to three things, all different, apart from each other, on a background."""
+    """One to three things, all different, apart from each other, from left to right, on a background."""
     things: tuple[Thing, ...]
     seed: str
 
@@ -537,51 +537,50 @@ class Scene(NamedTuple):
                 things.append(Thing(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, radius))
             pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
             if all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
-                   and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10 for a, b in pairs):
+                   and abs(a.x - b.x) > 6 and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10 for a, b in pairs):
                 if unseen is None or unseen == any((t.colour, t.shape) in UNSEEN for t in things):
-                    return Scene(tuple(things), seed)
+                    return Scene(tuple(sorted(things, key=lambda thing: thing.x)), seed)
 
     def picture(self) -> Image.Image:
-        """The scene as a SIDE × SIDE RGB picture, drawn at four times the size for smooth edges."""
+        """The scene as a SIDE × SIDE RGB picture; edges are smooth, drawn at four times the size."""
         rng, scale = random.Random(self.seed + " picture"), 4
-        image = background(rng).resize((SIDE * scale,) * 2, Image.Resampling.BICUBIC)
-        draw = ImageDraw.Draw(image)
+        image = background(rng).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         for thing in self.things:
             colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
-            x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
+            left, top = (int(centre - 1.5 * thing.radius) for centre in (thing.x, thing.y))
+            x, y, r = (thing.x - left) * scale, (thing.y - top) * scale, thing.radius * scale
+            mask = Image.new("L", (math.ceil(3 * thing.radius + 1) * scale,) * 2)
+            draw = ImageDraw.Draw(mask)
             if thing.shape == "circle":
-                draw.ellipse((x - r, y - r, x + r, y + r), colour)
+                draw.ellipse((x - r, y - r, x + r, y + r), 255)
             else:
                 turn = rng.uniform(-0.15, 0.15)
                 draw.polygon([(x + r * d * math.cos(a + turn), y + r * d * math.sin(a + turn))
-                              for d, a in OUTLINES[thing.shape]], colour)
-        return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+                              for d, a in OUTLINES[thing.shape]], 255)
+            image.paste(colour, (left, top), mask.reduce(scale))
+        return image
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing and, of two or more, one relation, as seen from
-        the left or upper one: which it is decides who is named first."""
+        """Four captions in different wordings; each names every thing from left to right and, of two or more, how the
+        first lies to the second."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 
     def caption(self, rng: random.Random, wording: int) -> str:
-        things = rng.sample(self.things, len(self.things))
-
         def name(thing: Thing, article: str = "a") -> str:
             size = rng.choice([word for word, size in SIZE_WORDS.items() if size == thing.size])
             return f"{article} {size} {thing.colour} {thing.shape}"
 
-        if len(things) == 1:
-            return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(things[0]))
-        a, b = things[:2]
-        if relation(a, b) in ("right", "below"):
-            things[:2] = a, b = b, a
+        if len(self.things) == 1:
+            return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(self.things[0]))
+        a, b, *others = self.things
         where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
-        rest = "".join(f" and {name(c)}" for c in things[2:])
-        count = ("two", "three")[len(things) - 2]
+        rest = "".join(f" and {name(c)}" for c in others)
+        count = ("two", "three")[len(others)]
         return (f"{name(a)} {where} {name(b)}{rest}",
                 f"there is {name(a)} {where} {name(b)}{rest}",
                 f"{count} objects: {name(a)} {where} {name(b)}{rest}",
-                f"{', '.join(map(name, things[:-1]))} and {name(things[-1])}; "
+                f"{', '.join(map(name, self.things[:-1]))} and {name(self.things[-1])}; "
                 f"{name(a, 'the')} is {where} {name(b, 'the')}")[wording]
 
 

@@ -80,14 +80,15 @@ def save(module: nn.Module, family, prefix: str, folder: Path, config: dict) -> 
 # The ViT: supervised patch by patch, as a detector is; no words
 
 def targets(scene: Scene, grid: int, patch: int) -> np.ndarray:
-    """For each patch: shape, colour, size of the thing it lies on (0: none), and the offset to its centre, in patches."""
-    out = np.zeros((grid * grid, 5), np.float32)
+    """For each patch: shape, colour, size of the thing it lies on, that thing's place from the left (0: none), and its
+    centre, in patches."""
+    out = np.zeros((grid * grid, 6), np.float32)
     centres = (np.arange(grid) + 0.5) * patch
     x, y = np.tile(centres, grid), np.repeat(centres, grid)
-    for thing in scene.things:
+    for place, thing in enumerate(scene.things, 1):
         on = np.hypot(x - thing.x, y - thing.y) < thing.radius + 2
-        out[on, :3] = (SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1, list(SIZES).index(thing.size) + 1)
-        out[on, 3], out[on, 4] = (thing.x - x[on]) / patch, (thing.y - y[on]) / patch
+        out[on] = (SHAPES.index(thing.shape) + 1, list(COLOURS).index(thing.colour) + 1,
+                   list(SIZES).index(thing.size) + 1, place, thing.x / patch, thing.y / patch)
     return out
 
 
@@ -96,7 +97,7 @@ def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None
     config = vit_module.FAMILIES["vit"].config(VIT)
     model = vit_module.ViT(config)
     initialise(model)
-    heads = nn.ModuleList(nn.Linear(config.hidden, n) for n in (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 2))
+    heads = nn.ModuleList(nn.Linear(config.hidden, n) for n in (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 4, 2))
 
     def draw(seeds):
         drawn = [Scene.draw_from(seed, unseen=None) for seed in seeds]
@@ -107,9 +108,9 @@ def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         labels = torch.from_numpy(labels).flatten(0, 1)
         features = model(pixels)[:, config.class_tokens:].flatten(0, 1)
-        *kinds, offset = [head(features).float() for head in heads]
+        *kinds, centre = [head(features).float() for head in heads]
         on = labels[:, 0] > 0
-        loss = F.l1_loss(offset[on], labels[on, 3:])
+        loss = F.l1_loss(centre[on], labels[on, 4:])
         right = on
         for logits, label in zip(kinds, labels.T):
             loss = loss + F.cross_entropy(logits, label.long())
@@ -129,7 +130,7 @@ def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None
     model.eval()
     with torch.no_grad():
         _, right = loss_of(*draw(f"vit held-out {i}" for i in range(1000)))
-    print(f"vit: of the patches on things in 1000 held-out scenes, {100 * right:.2f} % have shape, colour and size right")
+    print(f"vit: of the patches on things in 1000 held-out scenes, {100 * right:.2f} % have shape, colour, size and place right")
     save(model, vit_module.FAMILIES["vit"], "", ASSETS / "vit", VIT)
     write_json(ASSETS / "vit" / "preprocessor_config.json", dict(
         image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=SIDE, width=SIDE), resample=3,
