@@ -41,6 +41,27 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(features[:, -self.queries:])))
 
 
+class PixelShuffle(nn.Module):
+    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features of each
+    square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
+
+    Raises InputError where the patch grid can't be cut in such squares.
+    """
+
+    def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False):
+        super().__init__()
+        if scale < 1 or grid % scale:
+            raise InputError(f"pixelshuffle: {grid} × {grid} patches can't be cut in squares of {scale} × {scale}")
+        self.side, self.scale = grid // scale, scale
+        self.queries = self.side ** 2
+        self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = features[:, -self.queries * self.scale ** 2:]
+        x = x.unflatten(1, (self.side, self.scale, self.side, self.scale)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
+        return self.projection(x.flatten(3).flatten(1, 2))
+
+
 class PostNormAttention(nn.Module):
     """BERT's attention: x (B,Q,W) reads `source` (B,N,W'), is added to what it read, and normed."""
 
@@ -141,7 +162,7 @@ BLIP2 = Family(blip2_config, {
     "projection": "language_projection",
 }, r"(vision_model|language_model)\..*|.*position_ids")
 
-ADAPTERS = {"linear": Linear, "mlp": MLP, "qformer": QFormer}
+ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer}
 
 
 class VLM(nn.Module):

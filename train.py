@@ -28,7 +28,7 @@ from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, h
                   run, shuffled, skip, stack, write_file, write_json)
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
-SIZES = ("queries", "layers", "width", "heads", "dropout")  # of an adapter, as options of the command line
+SIZES = ("queries", "scale", "layers", "width", "heads", "dropout")  # of an adapter, as options of the command line
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
 
 
@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
     add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
     add("--queries", type=int, help="qformer: embeddings a picture becomes (default: 32)")
+    add("--adapter-scale", type=int, help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
     add("--adapter-layers", type=int, help="qformer: blocks, every second reads the picture (default: 4)")
     add("--adapter-width", type=int, help="qformer: hidden size (default: 256)")
     add("--adapter-heads", type=int, help="qformer: attention heads (default: 8)")
