@@ -1,7 +1,6 @@
 """The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins ViT, adapter, LLM.
 
-An adapter is told the encoder's width, the LLM's width and the patch grid, nothing else. It maps features
-(P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); `queries` is Q. The last grid² of the N are the patches.
+Adding an adapter takes a class (see `Adapter`) and its entry in ADAPTERS. Its keyword-only arguments are its sizes.
 """
 from pathlib import Path
 
@@ -11,13 +10,24 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import (IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint, load_weights, read_json,
-                  write_file)
+from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint, load_weights,
+                  read_json, write_file)
 from llm import LLM, Tokenizer
 from vit import ViT
 
 
-class Linear(nn.Module):
+class Adapter(nn.Module):
+    """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side), nothing else.
+    It maps features (P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); the last grid² of the N are the patches.
+
+    `queries` is Q. With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
+    embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L).
+    """
+    queries: int
+    text = vocabulary = 0
+
+
+class Linear(Adapter):
     """One projection, patch by patch, as LLaVA's first version (Liu et al., 2023, arXiv:2304.08485)."""
 
     def __init__(self, vision_width: int, width: int, grid: int):
@@ -29,7 +39,7 @@ class Linear(nn.Module):
         return self.projection(features[:, -self.queries:])
 
 
-class MLP(nn.Module):
+class MLP(Adapter):
     """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744)."""
 
     def __init__(self, vision_width: int, width: int, grid: int):
@@ -41,7 +51,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(features[:, -self.queries:])))
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(Adapter):
     """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features of each
     square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
 
@@ -62,79 +72,133 @@ class PixelShuffle(nn.Module):
         return self.projection(x.flatten(3).flatten(1, 2))
 
 
-class PostNormAttention(nn.Module):
-    """BERT's attention: x (B,Q,W) reads `source` (B,N,W'), is added to what it read, and normed."""
+# ---------------------------------------------------------------------------------------------------------
+# What the transformers among them share
 
-    def __init__(self, width: int, source_width: int, heads: int, dropout: float, eps: float):
+class Attention(nn.Module):
+    """Multi-head attention of q (P,Q,W) to k and v (P,N,W'); mask (P,1,Q or 1,N) true where a query sees a key."""
+
+    def __init__(self, width: int, source_width: int, heads: int):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        if width % heads:
+            raise InputError(f"the adapter's width {width} is not a multiple of its {heads} heads")
+        self.heads = heads
         self.q = nn.Linear(width, width)
         self.k, self.v = nn.Linear(source_width, width), nn.Linear(source_width, width)
         self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x, source):
-        q, k, v = (proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj, y in ((self.q, x), (self.k, source), (self.v, source)))
-        return self.norm(x + self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2))))
+    def forward(self, q, k, v, mask=None):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj, x in ((self.q, q), (self.k, k), (self.v, v)))  # (P,H,…,hd)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class Words(nn.Module):
+    """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or, where it
+    is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
+
+    def __init__(self, llm_width: int, width: int, positions: int, vocabulary: int):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(llm_width, width)
+        self.positions = nn.Embedding(positions, width)
+
+    def forward(self, words, seen):
+        return self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
+
+
+def initialise(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The Q-Former
 
 class QFormerBlock(nn.Module):
-    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float):
+    """BERT's block, normed after each sublayer. Queries and words read each other, the queries alone read the picture;
+    words have a feed-forward layer of their own or, without `text`, end here."""
+
+    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float, text: bool):
         super().__init__()
-        self.attention = PostNormAttention(width, width, heads, dropout, eps)
-        self.cross = PostNormAttention(width, vision_width, heads, dropout, eps) if vision_width else None
-        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
-        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width, eps)
+        self.attention, self.norm1 = Attention(width, width, heads), nn.LayerNorm(width, eps)
+        self.cross = Attention(width, vision_width, heads) if vision_width else None
+        self.norm2 = nn.LayerNorm(width, eps) if vision_width else None
+        self.mlp, self.norm3 = FeedForward(width, mlp, "gelu"), nn.LayerNorm(width, eps)
+        self.text_mlp = FeedForward(width, mlp, "gelu") if text else None
+        self.text_norm = nn.LayerNorm(width, eps) if text else None
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, features):
-        x = self.attention(x, x)
+    def forward(self, x, mask, queries, features):  # x (P,Q+L,W)
+        x = self.norm1(x + self.dropout(self.attention(x, x, x, mask)))
+        x, text = x[:, :queries], x[:, queries:]
         if self.cross is not None:
-            x = self.cross(x, features)
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+            x = self.norm2(x + self.dropout(self.cross(x, features, features)))
+        x = self.norm3(x + self.dropout(self.mlp(x)))
+        if self.text_mlp is None:
+            return x
+        return torch.cat([x, self.text_norm(text + self.dropout(self.text_mlp(text)))], 1)
 
 
-class QFormer(nn.Module):
+class QFormer(Adapter):
     """BLIP-2's querying transformer (Li et al., 2023, arXiv:2301.12597): learned queries attend to each other and,
     in every `every`-th block, to the patches (all N features, class token too); then a projection to the LLM's width.
+    With `text` the prompt's words join the queries' attention to each other (InstructBLIP: Dai et al., 2023,
+    arXiv:2305.06500).
 
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
-    layers, 4 × width unless given), `dropout` after every sublayer.
+    layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0: none),
+    `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
-                 eps: float = 1e-12):
+                 text: int = 0, vocabulary: int = 0, eps: float = 1e-12):
         super().__init__()
-        if width % heads:
-            raise InputError(f"the Q-Former's width {width} is not a multiple of its {heads} heads")
-        self.queries = queries
+        self.queries, self.text, self.vocabulary = queries, text, vocabulary
         self.query = nn.Parameter(torch.empty(queries, width))
+        self.words = Words(llm_width, width, text, vocabulary) if text else None
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            QFormerBlock(width, vision_width if i % every == 0 else None, heads, mlp or 4 * width, dropout, eps)
-            for i in range(layers))
+            QFormerBlock(width, vision_width if i % every == 0 else None, heads, mlp or 4 * width, dropout, eps,
+                         text=text > 0 and i + 1 < layers) for i in range(layers))  # no one reads the last block's words
         self.projection = nn.Linear(width, llm_width)
         nn.init.normal_(self.query, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialise(self)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(self.norm(self.query)).expand(len(features), -1, -1)  # (P,Q,W)
+    def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
+                seen: torch.Tensor | None = None) -> torch.Tensor:
+        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
+        if words is not None:
+            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
+            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, features)
-        return self.projection(x)
+            x = block(x, mask, self.queries, features)
+        return self.projection(x[:, :self.queries])
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "QFormer":
-        """Loads the Q-Former and projection of a BLIP-2 checkpoint (a folder or a hub name). Raises InputError."""
+        """Loads the Q-Former and projection of a BLIP-2 or InstructBLIP checkpoint (a folder or a hub name); that of
+        InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
         checkpoint = Checkpoint(name)
-        family, sizes = checkpoint.family({"blip-2": BLIP2})
+        family, sizes = checkpoint.family({"blip-2": BLIP2, "instructblip": INSTRUCTBLIP})
         with torch.device("meta"):
             qformer = cls(**sizes)
-        load_weights(qformer, checkpoint, family, dtype)
+        last = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # what becomes of its words
+        load_weights(qformer, checkpoint, family._replace(unused=family.unused + last), dtype)
         return qformer.eval()
 
 
@@ -149,18 +213,32 @@ def blip2_config(c: dict) -> dict:
                 eps=q.get("layer_norm_eps", 1e-12))
 
 
+def instructblip_config(c: dict) -> dict:
+    q = c.get("qformer_config", {})
+    return blip2_config(c) | dict(text=q.get("max_position_embeddings", 512), vocabulary=q.get("vocab_size", 30522))
+
+
 BLIP2 = Family(blip2_config, {
     "norm": "layernorm",
     "query": (lambda tensor: tensor[0], "query_tokens"),
-    **{f"blocks.{{}}.{ours}.{mine}": f"encoder.layer.{{}}.{theirs}.{name}"
-       for ours, theirs in (("attention", "attention"), ("cross", "crossattention"))
-       for mine, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"),
-                          ("out", "output.dense"), ("norm", "output.LayerNorm"))},
-    "blocks.{}.up": "encoder.layer.{}.intermediate_query.dense",
-    "blocks.{}.down": "encoder.layer.{}.output_query.dense",
-    "blocks.{}.norm": "encoder.layer.{}.output_query.LayerNorm",
+    **{f"blocks.{{}}.{mine}.{ours}": f"encoder.layer.{{}}.{theirs}.{name}"
+       for mine, theirs in (("attention", "attention"), ("cross", "crossattention"))
+       for ours, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"), ("out", "output.dense"))},
+    "blocks.{}.norm1": "encoder.layer.{}.attention.output.LayerNorm",
+    "blocks.{}.norm2": "encoder.layer.{}.crossattention.output.LayerNorm",
+    "blocks.{}.mlp.up": "encoder.layer.{}.intermediate_query.dense",
+    "blocks.{}.mlp.down": "encoder.layer.{}.output_query.dense",
+    "blocks.{}.norm3": "encoder.layer.{}.output_query.LayerNorm",
     "projection": "language_projection",
 }, r"(vision_model|language_model)\..*|.*position_ids")
+INSTRUCTBLIP = Family(instructblip_config, BLIP2.names | {
+    "norm": "embeddings.layernorm",
+    "words.words": "embeddings.word_embeddings",
+    "words.positions": "embeddings.position_embeddings",
+    "blocks.{}.text_mlp.up": "encoder.layer.{}.intermediate.dense",
+    "blocks.{}.text_mlp.down": "encoder.layer.{}.output.dense",
+    "blocks.{}.text_norm": "encoder.layer.{}.output.LayerNorm",
+}, BLIP2.unused)
 
 ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer}
 
@@ -222,19 +300,38 @@ class VLM(nn.Module):
         with torch.no_grad():
             return self.vit(pixels, self.config.get("layer"))
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D)."""
+    def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Ids (P,L) of what the adapter may read with each of P pictures: the words in its row of the ids (B,T), up to the
+        first of the places `where` (M,) of targets, no more than the adapter's `text`; -1 where there are no more.
+        None for an adapter that reads no words."""
+        if not self.adapter.text:
+            return None
+        V, (B, T) = self.llm.config.vocabulary, tokens.shape
+        seen = tokens < V
+        if where is not None:
+            first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
+            seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
+        order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
+        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave((tokens == V).sum(1), 0)
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D).
+        `prompt` as `VLM.prompt` gives it; in ids of the adapter's own vocabulary, where it has one."""
         V, dtype = self.llm.config.vocabulary, self.llm.dtype
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
         marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
         x = torch.where((tokens >= V)[..., None], marks, x)
+        text = ()
+        if prompt is not None:
+            words = prompt.clamp(min=0)
+            text = (words if self.adapter.vocabulary else self.llm.embed(words).to(self.markers.dtype)), prompt >= 0
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.adapter(features.to(self.markers.dtype)).to(dtype)  # (P,Q,D)
+            images = self.adapter(features.to(self.markers.dtype), *text).to(dtype)  # (P,Q,D)
         return x.masked_scatter((tokens == V + 2)[..., None], images)
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""
-        hidden = self.llm.hidden(self.embed(tokens, features))
+        hidden = self.llm.hidden(self.embed(tokens, features, self.prompt(tokens, where)))
         return self.llm.logits(hidden.flatten(0, 1)[where])
 
     def encode_pictures(self, captions, batches, workers: int = 0):
@@ -265,7 +362,8 @@ class VLM(nn.Module):
             features = self.features(pixels.to(self.markers.device))
         tokens = torch.tensor([self.encode(prompt)[0]] * (len(features) // images), device=self.markers.device)
         ends = self.llm.config.end_tokens + tuple(i for i, token in self.tokenizer.bytes.items() if b"\n" in token)
-        ids = self.llm.generate(embeddings=self.embed(tokens, features), max_tokens=max_tokens, end_tokens=ends, **decoding)
+        embeddings = self.embed(tokens, features, self.prompt(tokens))
+        ids = self.llm.generate(embeddings=embeddings, max_tokens=max_tokens, end_tokens=ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:

@@ -4,7 +4,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapters import ADAPTERS, PixelShuffle, QFormer
+from data import stack
 from fixtures.compare import close
+from test_vlm import small
 
 SMALL = {"qformer": dict(width=16, heads=2)}  # sizes of those that have any
 KEEP_A_GRID = ("linear", "mlp", "pixelshuffle")
@@ -49,3 +51,33 @@ def test_pixelshuffle_equals_idefics3(fixtures):
 def test_qformer_equals_blip2(fixtures):
     qformer, golden = QFormer.from_pretrained(str(fixtures / "blip2")), load_file(fixtures / "blip2" / "golden.safetensors")
     close(qformer(golden["features"]), golden["embeddings"])
+
+
+@torch.no_grad()
+def test_qformer_equals_instructblip(fixtures):
+    folder = fixtures / "instructblip"
+    qformer, golden = QFormer.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
+    prompt = golden["prompt"]
+    close(qformer(golden["features"], prompt.clamp(min=0), prompt >= 0), golden["embeddings"])
+    alone = qformer(golden["features"][1:], prompt[1:, :4], prompt[1:, :4] >= 0)  # without the padding
+    close(alone, golden["embeddings"][1:])
+
+
+@torch.no_grad()
+def test_adapter_reads_the_prompt_and_nothing_behind_it(fixtures):
+    vlm = small(fixtures, text=4)
+    V, pad = vlm.llm.config.vocabulary, -1
+    rows = [vlm.encode("ab", "xyz"), vlm.encode("abcdefg<image>h<image>", "z"), vlm.encode("", "p")]
+    tokens, where, _ = stack(rows)
+    a, b, c = [0, 20, 21, pad], [0, 20, 21, 22], [0, pad, pad, pad]  # the start token is a word too
+    assert vlm.prompt(tokens, where).tolist() == [a, b, b, c]
+    assert vlm.prompt(tokens[:1, :rows[0][1]]).tolist() == [a]
+    features = vlm.features(torch.randn(4, 3, 30, 30))
+    logits = vlm(tokens, features, where)
+    changed = tokens.clone()
+    changed[0, rows[0][1]:] = 7  # another caption: what is known before it stays the same
+    assert torch.equal(vlm(changed, features, where)[0], logits[0])
+    embed = lambda text: vlm.embed(torch.tensor([vlm.encode(text)[0]]), features[:1],  # noqa: E731
+                                   vlm.prompt(torch.tensor([vlm.encode(text)[0]])))[0, 2:7]
+    assert torch.equal(embed("ab"), embed("ab")) and (embed("ab") - embed("ba")).abs().max() > 1e-3
+    assert torch.allclose(embed("abc"), embed("abcd"), atol=1e-6)  # the prompt is cut where the adapter stops reading

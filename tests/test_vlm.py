@@ -144,7 +144,7 @@ def command(monkeypatch, module, *arguments) -> int:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = SMALL if adapter == "qformer" else []
+    sizes = [*SMALL, "--adapter-text", "--prompt", "What is it?"] if adapter == "qformer" else []
     assert command(monkeypatch, train, "--adapter", adapter, *sizes, *QUICK) == 0
     out = capsys.readouterr().out
     assert "step 8/8" in out and "val " in out and "| unseen (8) |" in out
