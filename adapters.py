@@ -2,6 +2,7 @@
 
 Adding an adapter takes a class (see `Adapter`) and its entry in ADAPTERS. Its keyword-only arguments are its sizes.
 """
+import math
 from pathlib import Path
 
 import torch
@@ -78,14 +79,15 @@ class PixelShuffle(Adapter):
 class Attention(nn.Module):
     """Multi-head attention of q (P,Q,W) to k and v (P,N,W'); mask (P,1,Q or 1,N) true where a query sees a key."""
 
-    def __init__(self, width: int, source_width: int, heads: int):
+    def __init__(self, width: int, source_width: int, heads: int, *, shrink: int = 1, bias: bool = True):
         super().__init__()
-        if width % heads:
-            raise InputError(f"the adapter's width {width} is not a multiple of its {heads} heads")
+        inner = width // shrink  # of all heads together
+        if heads < 1 or inner < 1 or inner % heads:
+            raise InputError(f"the adapter's width {inner} is not a multiple of its {heads} heads")
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k, self.v = nn.Linear(source_width, width), nn.Linear(source_width, width)
-        self.out = nn.Linear(width, width)
+        self.q = nn.Linear(width, inner, bias)
+        self.k, self.v = (nn.Linear(source_width, inner, bias) for _ in "kv")
+        self.out = nn.Linear(inner, width, bias)
 
     def forward(self, q, k, v, mask=None):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -94,9 +96,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str):
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True):
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
@@ -240,7 +242,125 @@ INSTRUCTBLIP = Family(instructblip_config, BLIP2.names | {
     "blocks.{}.text_norm": "encoder.layer.{}.output.LayerNorm",
 }, BLIP2.unused)
 
-ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer}
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo's resampler
+
+class ResamplerBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp: int, eps: float):
+        super().__init__()
+        self.source_norm, self.norm1, self.norm2 = (nn.LayerNorm(width, eps) for _ in range(3))
+        self.attention = Attention(width, width, heads, bias=False)
+        self.mlp = FeedForward(width, mlp, "relu", bias=False)
+
+    def forward(self, x, source):  # (P,Q,W), (P,N,W)
+        y = self.norm1(x)
+        both = torch.cat([self.source_norm(source), y], 1)
+        x = x + self.attention(y, both, both)
+        return x + self.mlp(self.norm2(x))
+
+
+class Resampler(Adapter):
+    """Flamingo's Perceiver resampler (Alayrac et al., 2022, arXiv:2204.14198): learned queries attend to the patches
+    and to each other at once, in every block. The paper's embeddings of a frame's time are embeddings of a patch's
+    place, a picture being one frame; norms and the ReLU are those of IDEFICS, its public reproduction.
+
+    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward layers,
+    4 × width unless given).
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
+        super().__init__()
+        self.queries = queries
+        self.query, self.places = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (queries, grid ** 2))
+        self.project_in = nn.Linear(vision_width, width)
+        self.blocks = nn.ModuleList(ResamplerBlock(width, heads, mlp or 4 * width, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, llm_width)
+        initialise(self)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        source = self.project_in(features[:, -len(self.places):]) + self.places  # (P,G²,W)
+        x = self.query.expand(len(features), -1, -1)  # (P,Q,W)
+        for block in self.blocks:
+            x = block(x, source)
+        return self.projection(self.norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# SAM's two-way attention
+
+def fourier_places(matrix: torch.Tensor, grid: int) -> torch.Tensor:
+    """Sines and cosines (grid²,W) of where each patch's centre lies; `matrix` (2,W/2): frequencies along x and y, in
+    turns per half picture (Tancik et al., 2020, arXiv:2006.10739)."""
+    at = (torch.arange(grid) + 0.5) / grid * 2 - 1
+    angles = 2 * math.pi * torch.stack([at.repeat(grid), at.repeat_interleave(grid)], -1) @ matrix
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class TwoWayBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp: int, shrink: int, eps: float, first: bool):
+        super().__init__()
+        self.first = first
+        self.attention = Attention(width, width, heads)
+        self.to_image, self.to_tokens = (Attention(width, width, heads, shrink=shrink) for _ in range(2))
+        self.mlp = FeedForward(width, mlp, "relu")
+        self.norm1, self.norm2, self.norm3, self.image_norm = (nn.LayerNorm(width, eps) for _ in range(4))
+
+    def forward(self, x, image, marks, places, mask):  # tokens (P,Q+L,W), patches (P,G²,W), what marks their places
+        if self.first:  # the tokens are their own marks
+            x = self.norm1(self.attention(x, x, x, mask))
+        else:
+            x = self.norm1(x + self.attention(x + marks, x + marks, x, mask))
+        x = self.norm2(x + self.to_image(x + marks, image + places, image))
+        x = self.norm3(x + self.mlp(x))
+        return x, self.image_norm(image + self.to_tokens(image + places, x + marks, x, mask))
+
+
+class TwoWay(Adapter):
+    """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643): learned queries, and the
+    words of the prompt with `text`, attend to each other and to the patches, and the patches to them; what a token was
+    at first, and where a patch lies (random Fourier features), is added anew at every attention.
+
+    Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the feed-forward
+    layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have width / shrink numbers
+    in all heads together), `text` (tokens of the prompt it reads; 0: none).
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, shrink: int = 2, text: int = 0,
+                 eps: float = 1e-5):
+        super().__init__()
+        if width % 2:
+            raise InputError(f"twoway: the width {width} is not even")
+        self.queries, self.text = queries, text
+        self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.words = Words(llm_width, width, text, 0) if text else None
+        self.project_in = nn.Linear(vision_width, width)
+        matrix = torch.randn(2, width // 2, generator=torch.Generator().manual_seed(0))  # the same in every run
+        self.register_buffer("places", fourier_places(matrix, grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            TwoWayBlock(width, heads, mlp or 4 * width, shrink, eps, first=i == 0) for i in range(layers))
+        self.to_image, self.norm = Attention(width, width, heads, shrink=shrink), nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, llm_width)
+        initialise(self)
+
+    def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
+                seen: torch.Tensor | None = None) -> torch.Tensor:
+        image = self.project_in(features[:, -len(self.places):])  # (P,G²,W)
+        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
+        if words is not None:
+            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
+            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        marks = x
+        for block in self.blocks:
+            x, image = block(x, image, marks, self.places, mask)
+        x = self.norm(x + self.to_image(x + marks, image + self.places, image))
+        return self.projection(x[:, :self.queries])
+
+
+ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer,
+            "resampler": Resampler, "twoway": TwoWay}
 
 
 class VLM(nn.Module):

@@ -42,14 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
     add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
     add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
-    add("--queries", type=int, help="qformer: embeddings a picture becomes (default: 32)")
+    add("--queries", type=int, help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
     add("--adapter-scale", type=int, help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
-    add("--adapter-layers", type=int, help="qformer: blocks, every second reads the picture (default: 4)")
-    add("--adapter-width", type=int, help="qformer: hidden size (default: 256)")
-    add("--adapter-heads", type=int, help="qformer: attention heads (default: 8)")
+    add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
+    add("--adapter-width", type=int, help="its hidden size (default: 256)")
+    add("--adapter-heads", type=int, help="its attention heads (default: 8)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
-        help="qformer: let it read the prompt too, N tokens of it at most (default: 0; 32, if N is left out)")
+        help="qformer, twoway: let it read the prompt too, N tokens of it at most (default: 0; 32, if N is left out)")
     add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
                                                      "<image>, or before it all (default: none)")
 

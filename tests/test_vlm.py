@@ -1,4 +1,5 @@
 """The VLM, the scores, and the two command lines from picture and caption to text."""
+import inspect
 import json
 import shutil
 import sys
@@ -22,7 +23,8 @@ from vit import ViT
 def small(fixtures, adapter: str = "qformer", **sizes) -> VLM:
     """CLIP and Llama fixtures joined by a random adapter that says something about the picture."""
     torch.manual_seed(0)
-    sizes = dict(queries=5, layers=3, width=16, heads=2, **sizes) if adapter == "qformer" else sizes
+    if "queries" in inspect.signature(ADAPTERS[adapter]).parameters:
+        sizes |= dict(queries=5, layers=3, width=16, heads=2)
     vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / "llama")), Letters(),
               dict(adapter=adapter, adapter_sizes=sizes))
     for p in vlm.trained.values():
@@ -144,7 +146,8 @@ def command(monkeypatch, module, *arguments) -> int:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = [*SMALL, "--adapter-text", "--prompt", "What is it?"] if adapter == "qformer" else []
+    options = inspect.signature(ADAPTERS[adapter]).parameters
+    sizes = SMALL * ("queries" in options) + ["--adapter-text", "--prompt", "What is it?"] * ("text" in options)
     assert command(monkeypatch, train, "--adapter", adapter, *sizes, *QUICK) == 0
     out = capsys.readouterr().out
     assert "step 8/8" in out and "val " in out and "| unseen (8) |" in out
@@ -252,7 +255,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (sample, ("whole.jpg",), "no trained run in out/"),
             (sample, ("whole.jpg", "--model", "run", "--device", "cuda:77"), "--device cuda:77"),
             (sample, ("--data", "empty.csv", "--model", "run"), "empty.csv: no usable pair"),
-            (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, mlp, pixelshuffle, qformer"),
+            (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, mlp, pixelshuffle, qformer, resampler, twoway"),
             (train, ("--adapter", "linear", "--queries", "3"), "--queries means nothing to the linear adapter"),
             (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut in squares of 3 × 3"),
             (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
