@@ -21,10 +21,12 @@ class Adapter(nn.Module):
     """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side), nothing else.
     It maps features (P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); the last grid² of the N are the patches.
 
-    `queries` is Q. With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
+    `queries` is Q; `side` is the root of Q where they are places of the picture, row by row, None where they are
+    queries, which have no place. With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
     embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L).
     """
     queries: int
+    side: int | None = None
     text = vocabulary = 0
 
 
@@ -33,7 +35,7 @@ class Linear(Adapter):
 
     def __init__(self, vision_width: int, width: int, grid: int):
         super().__init__()
-        self.queries = grid ** 2
+        self.side, self.queries = grid, grid ** 2
         self.projection = nn.Linear(vision_width, width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -45,7 +47,7 @@ class MLP(Adapter):
 
     def __init__(self, vision_width: int, width: int, grid: int):
         super().__init__()
-        self.queries = grid ** 2
+        self.side, self.queries = grid, grid ** 2
         self.up, self.down = nn.Linear(vision_width, width), nn.Linear(width, width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -363,6 +365,9 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
             "resampler": Resampler, "twoway": TwoWay}
 
 
+IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
+
+
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
@@ -370,11 +375,20 @@ class VLM(nn.Module):
     V+2, the placeholder where an image embedding stands, once for each of the adapter's queries. `config` is what
     config.json of a run's folder holds: "vit" and "llm" (names), "image_size" (pixels; null: the
     checkpoint's own), "layer" (of the ViT; null: the last), "adapter"
-    (a name in ADAPTERS), "adapter_sizes", "prompt", and what train.py adds.
+    (a name in ADAPTERS), "adapter_sizes", "image_position", "prompt", and what train.py adds.
+
+    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one for each,
+    as for words, and is what is meant where config.json says nothing; `shared` takes one for all; `xy` does too, but
+    adds a learned embedding of its row and one of its column to each patch's features before the adapter;
+    `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding (t, t + row, t + column), as
+    Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM with rotary positions.
     """
 
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict):
         super().__init__()
+        self.image_position = config.get("image_position", "sequence")
+        if self.image_position not in IMAGE_POSITIONS:
+            raise InputError(f"unknown image position {self.image_position!r}: choose from {', '.join(IMAGE_POSITIONS)}")
         if config["adapter"] not in ADAPTERS:
             raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
@@ -384,12 +398,19 @@ class VLM(nn.Module):
                                                        **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
+        if self.image_position == "rope-xy":
+            if self.adapter.side is None:
+                raise InputError(f"rope-xy needs an adapter that keeps the grid of patches: {config['adapter']} has queries")
+            if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
+                raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
+        self.places = (nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
+                       if self.image_position.endswith("+xy") or self.image_position == "xy" else None)
         scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
         self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a run trains and saves: the adapter and the markers."""
+        """What a run trains and saves: the adapter, the markers, the embeddings of places."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(("vit.", "llm."))}
 
     def train(self, mode: bool = True) -> "VLM":
@@ -441,17 +462,39 @@ class VLM(nn.Module):
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
         marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
         x = torch.where((tokens >= V)[..., None], marks, x)
+        features = features.to(self.markers.dtype)
+        if self.places is not None:
+            places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
+            features = features + F.pad(places, (0, 0, features.shape[1] - len(places), 0))
         text = ()
         if prompt is not None:
             words = prompt.clamp(min=0)
             text = (words if self.adapter.vocabulary else self.llm.embed(words).to(self.markers.dtype)), prompt >= 0
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.adapter(features.to(self.markers.dtype), *text).to(dtype)  # (P,Q,D)
+            images = self.adapter(features, *text).to(dtype)  # (P,Q,D)
         return x.masked_scatter((tokens == V + 2)[..., None], images)
+
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), (B,T,3) for rope-xy, None for 0, 1, …"""
+        if self.image_position.startswith("sequence"):
+            return None
+        image = tokens == self.llm.config.vocabulary + 2
+        behind = F.pad(image, (1, 0))[:, :-1]  # what comes after an image's embedding
+        side = self.adapter.side if self.image_position == "rope-xy" else 1
+        t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
+        if self.image_position != "rope-xy":
+            return t
+        i = (image.cumsum(1) - 1) % self.adapter.queries
+        return t[..., None] + torch.stack([0 * i, i // side, i % side], -1) * image[..., None]
+
+    def read(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor | None = None) -> dict:
+        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their arguments by name.
+        `where` (M,): the places of targets, if there are any."""
+        return dict(embeddings=self.embed(tokens, features, self.prompt(tokens, where)), positions=self.positions(tokens))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""
-        hidden = self.llm.hidden(self.embed(tokens, features, self.prompt(tokens, where)))
+        hidden = self.llm.hidden(**self.read(tokens, features, where))
         return self.llm.logits(hidden.flatten(0, 1)[where])
 
     def encode_pictures(self, captions, batches, workers: int = 0):
@@ -482,8 +525,7 @@ class VLM(nn.Module):
             features = self.features(pixels.to(self.markers.device))
         tokens = torch.tensor([self.encode(prompt)[0]] * (len(features) // images), device=self.markers.device)
         ends = self.llm.config.end_tokens + tuple(i for i, token in self.tokenizer.bytes.items() if b"\n" in token)
-        embeddings = self.embed(tokens, features, self.prompt(tokens))
-        ids = self.llm.generate(embeddings=embeddings, max_tokens=max_tokens, end_tokens=ends, **decoding)
+        ids = self.llm.generate(**self.read(tokens, features), max_tokens=max_tokens, end_tokens=ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:

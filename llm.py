@@ -110,9 +110,15 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size) at positions (B,T), half-split."""
-    f = frequencies(rope, positions.amax(-1, keepdim=True) + 1)
-    angles = positions[:, None, :, None].float() * f[:, None, None]  # (B,1,T,size/2)
+    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first turns the
+    fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024, arXiv:2409.12191)."""
+    f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
+    if positions.dim() == 2:
+        positions = positions[..., None]
+    else:
+        side = 3 * f.shape[1] // 8
+        positions = positions[..., [0] * (f.shape[1] - 2 * side) + [1] * side + [2] * side]
+    angles = (positions.float() * f[:, None])[:, None]  # (B,1,T,size/2)
     angles = torch.cat([angles, angles], -1)
     return (angles.cos() * rope.scale).to(dtype), (angles.sin() * rope.scale).to(dtype)
 
@@ -211,8 +217,9 @@ class LLM(nn.Module):
                mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
-        positions (B,T): 0, 1, … after what the cache holds, unless given. mask (B,1,T,S): which of the S keys
-        (cached ones included) each token sees, before a layer's window narrows it; causal unless given.
+        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask (B,1,T,S):
+        which of the S keys (cached ones included) each token sees, before a layer's window narrows it; causal unless
+        given.
         Raises InputError past `max_positions`.
         """
         config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
@@ -240,13 +247,14 @@ class LLM(nn.Module):
         return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
 
     @torch.inference_mode()
-    def generate(self, tokens=None, *, embeddings=None, max_tokens: int = 50, temperature: float = 0.0,
+    def generate(self, tokens=None, *, embeddings=None, positions=None, max_tokens: int = 50, temperature: float = 0.0,
                  top_k: int = 0, top_p: float = 1.0, beams: int = 1, end_tokens: tuple[int, ...] | None = None,
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
         Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
-        padded on the left and get the text each would get alone. temperature 0 is greedy; top_k (0: off) and top_p
+        padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless given), (B,T) or
+        (B,T,3) or a list of rows, go on after the largest of a row. temperature 0 is greedy; top_k (0: off) and top_p
         (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for the likeliest text instead.
         Returns B lists of new ids, without the end token. Raises InputError.
         """
@@ -259,12 +267,16 @@ class LLM(nn.Module):
             raise InputError("there is nothing to continue: a row is empty")
         if beams > 1 and temperature:
             raise InputError("beam search draws nothing: leave the temperature at 0")
-        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
-            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in lengths):
-                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
-                                 "model reads longer ones in another way")
         x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.dtype)
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
+        if positions is None:
+            positions = [torch.arange(n, device=x.device) for n in lengths]
+        positions = torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
+        after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
+        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
+            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in after):
+                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
+                                 "model reads longer ones in another way")
         key = torch.arange(T + max_tokens, device=x.device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
@@ -276,7 +288,7 @@ class LLM(nn.Module):
             if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
                 seen = (key[:end] >= pad[:, :, None]) | (key[:end] == query[:, None])
                 mask = (seen & (key[:end] <= query[:, None]))[:, None]  # (B,1,T,S)
-            hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
+            hidden = self.hidden(x, positions, mask, cache)
             logits = self.logits(hidden[:, -1]).float()  # (B,V), or (B·beams,V)
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -285,10 +297,10 @@ class LLM(nn.Module):
             else:
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
                 cache.select(rows)
-                pad = pad[rows]
+                pad, after = pad[rows], after[rows]
             if done.all():
                 break
-            x = self.embed(chosen)[:, None]
+            x, positions, after = self.embed(chosen)[:, None], after, after + 1
         rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
         return [row[:next((i for i, token in enumerate(row) if token in end_tokens), len(row))] for row in rows]
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters import ADAPTERS, VLM, build
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
 from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
                   run, shuffled, skip, stack, write_file, write_json)
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
@@ -50,6 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
         help="qformer, twoway: let it read the prompt too, N tokens of it at most (default: 0; 32, if N is left out)")
+    add("--image-position", default="sequence", choices=IMAGE_POSITIONS,
+        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as words; shared, one "
+             "for all; xy, shared, and embeddings of row and column are added to the encoder's features; sequence+xy, both; "
+             "rope-xy, rotary ones with row and column, for adapters that keep the grid of patches (default: sequence)")
     add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
                                                      "<image>, or before it all (default: none)")
 
@@ -230,7 +234,7 @@ def main() -> None:
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
     config = dict(vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
-                  prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+                  image_position=args.image_position, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype).to(device).train()

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters import ADAPTERS, PixelShuffle, QFormer, Resampler, TwoWay, fourier_places
-from data import stack
+import sample
+import train
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, PixelShuffle, QFormer, Resampler, TwoWay, fourier_places
+from data import InputError, stack
 from fixtures.compare import close
-from test_vlm import small
+from fixtures.pictures import picture
+from llm import LLM
+from test_vlm import QUICK, command, small
 
 SMALL = {adapter: dict(width=16, heads=2) for adapter in ("qformer", "resampler", "twoway")}
 KEEP_A_GRID = ("linear", "mlp", "pixelshuffle")
@@ -128,3 +132,107 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
     assert (embed("ab") - embed("ba")).abs().max() > 1e-3
     assert torch.allclose(embed("ab"), embed("ab", 1), atol=1e-5)
     assert torch.equal(embed("abc"), embed("abcd"))  # the prompt is cut where the adapter stops reading
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Positions
+
+@torch.no_grad()
+def test_rotary_positions_equal_qwen2_vl(fixtures):
+    llm, golden = LLM.from_pretrained(str(fixtures / "qwen2_vl")), load_file(fixtures / "qwen2_vl" / "golden.safetensors")
+    vlm = small(fixtures, "linear", image_position="rope-xy")
+    V, rows = vlm.llm.config.vocabulary, [{key[:-1]: value for key, value in golden.items() if key[-1] == i} for i in "01"]
+    for row in rows:
+        positions = vlm.positions(torch.where(row["words"] == 1, 5, V + 2)[None])
+        assert torch.equal(positions[0], row["positions"])
+        close(llm.logits(llm.hidden(row["embeddings"][None], positions)[0]), row["logits"])
+    embeddings, positions = ([row[key] for row in rows] for key in ("embeddings", "positions"))
+    generated = llm.generate(embeddings=embeddings, positions=positions, max_tokens=12, end_tokens=())
+    assert generated == [row["greedy"].tolist() for row in rows]
+    assert generated != llm.generate(embeddings=embeddings, max_tokens=12, end_tokens=())
+
+
+@pytest.mark.parametrize("name", ("llama", "llama_dynamic", "phi3_long", "gpt_neox", "gemma3"))
+@torch.no_grad()
+def test_rotary_positions_of_text_alone_are_plain(name, fixtures):
+    llm, tokens = LLM.from_pretrained(str(fixtures / name)), torch.arange(2, 32).view(2, 15)
+    positions = torch.arange(15).expand(2, 15)
+    plain = llm.hidden(llm.embed(tokens))
+    assert torch.allclose(llm.hidden(llm.embed(tokens), positions), plain, atol=1e-6)
+    assert torch.allclose(llm.hidden(llm.embed(tokens), positions[..., None].expand(2, 15, 3)), plain, atol=1e-6)
+
+
+def test_positions_of_an_image(fixtures):
+    row = "a<image>bc<image>"
+    for mode, adapter, expected in (
+            ("shared", "qformer", [0, 1, 2, *[3] * 5, 4, 5, 6, 7, *[8] * 5, 9]),
+            ("xy", "qformer", [0, 1, 2, *[3] * 5, 4, 5, 6, 7, *[8] * 5, 9]),
+            ("rope-xy", "mlp", [0, 1, 2, *range(3, 8), *[8, 9, 10], 11, *range(12, 17), 17])):
+        vlm = small(fixtures, adapter, image_position=mode)
+        tokens = torch.tensor([vlm.encode(row)[0]])
+        positions = vlm.positions(tokens)
+        if mode == "rope-xy":  # the first row of each image; y and x are told apart by the reference's fixture
+            places = positions[0, tokens[0] == vlm.llm.config.vocabulary + 2].view(2, 5, 5, 3)
+            assert torch.equal(places[:, :, :, 0].unique(), torch.tensor([3, 12]))
+            keep = [0, 1, 2, *range(3, 8), 28, 29, 30, 31, *range(32, 37), 57]
+            positions = positions[:, keep, 2]
+        assert positions[0].tolist() == expected
+    for mode in ("sequence", "sequence+xy"):
+        assert small(fixtures, "qformer", image_position=mode).positions(tokens) is None
+
+
+@pytest.mark.parametrize("mode", IMAGE_POSITIONS)
+@pytest.mark.parametrize("name", ("llama", "gpt2"))
+@torch.no_grad()
+def test_positions_hold_in_generation(mode, name, fixtures):
+    if (mode, name) == ("rope-xy", "gpt2"):
+        with pytest.raises(InputError, match="rope-xy needs a language model that rotates"):
+            small(fixtures, "pixelshuffle", llm=name, scale=5, image_position=mode)
+        return
+    vlm = small(fixtures, "pixelshuffle", llm=name, scale=1 if mode == "rope-xy" else 5, image_position=mode)
+    if mode == "rope-xy":  # 25 embeddings an image, instead of 1
+        vlm.llm.config.max_positions = 100
+    features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
+    inputs = [vlm.read(torch.tensor([vlm.encode(text)[0]]), part)
+              for text, part in (("<image>ab", features[:1]), ("a<image>b<image>abcd", features[1:]))]
+    how = dict(max_tokens=6, end_tokens=())
+    alone = [vlm.llm.generate(**row, **how)[0] for row in inputs]
+    batch = {key: [row[key][0] for row in inputs] for key, value in inputs[0].items() if value is not None}
+    assert vlm.llm.generate(**batch, **how) == alone
+    assert vlm.llm.generate(**batch, **how, beams=3) == [vlm.llm.generate(**row, **how, beams=3)[0] for row in inputs]
+    for row, ids in zip(inputs, alone):  # and without a cache
+        x, positions = row["embeddings"], row["positions"]
+        for id in ids:
+            assert vlm.llm.logits(vlm.llm.hidden(x, positions)[:, -1]).argmax() == id
+            x = torch.cat([x, vlm.llm.embed(torch.tensor([[id]]))], 1)
+            if positions is not None:
+                positions = torch.cat([positions, positions.amax().expand_as(positions[:, :1]) + 1], 1)
+
+
+@torch.no_grad()
+def test_places_are_added_to_the_patches(fixtures):
+    plain, vlm = (small(fixtures, "linear", image_position=mode) for mode in ("sequence", "sequence+xy"))
+    vlm.load_state_dict({**vlm.state_dict(), **plain.state_dict()})
+    features, tokens = torch.randn(1, 26, 24), torch.tensor([vlm.encode("")[0]])
+    moved = features.clone()
+    for y in range(5):
+        for x in range(5):
+            moved[:, 1 + 5 * y + x] += vlm.places[0, y] + vlm.places[1, x]
+    close(vlm.embed(tokens, features), plain.embed(tokens, moved), 1e-5)
+    assert "places" in vlm.trained and "places" not in plain.trained
+
+
+def test_image_positions_that_cannot_be(fixtures):
+    with pytest.raises(InputError, match="rope-xy needs an adapter that keeps the grid of patches: qformer has queries"):
+        small(fixtures, "qformer", image_position="rope-xy")
+    with pytest.raises(InputError, match="unknown image position 'polar'"):
+        small(fixtures, "linear", image_position="polar")
+
+
+@pytest.mark.parametrize("mode", IMAGE_POSITIONS[1:])
+def test_train_with_image_position(mode, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--adapter", "pixelshuffle", *QUICK, "--image-position", mode, "--out", "run") == 0
+    picture(120, 80).save("a.png")
+    assert command(monkeypatch, sample, "a.png", "--model", "run", "--max-tokens", "5") == 0
+    assert VLM.from_pretrained("run").image_position == mode

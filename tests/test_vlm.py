@@ -20,13 +20,13 @@ from llm import LLM
 from vit import ViT
 
 
-def small(fixtures, adapter: str = "qformer", **sizes) -> VLM:
-    """CLIP and Llama fixtures joined by a random adapter that says something about the picture."""
+def small(fixtures, adapter: str = "qformer", llm: str = "llama", image_position: str = "sequence", **sizes) -> VLM:
+    """CLIP and an LLM's fixtures joined by a random adapter that says something about the picture."""
     torch.manual_seed(0)
     if "queries" in inspect.signature(ADAPTERS[adapter]).parameters:
         sizes |= dict(queries=5, layers=3, width=16, heads=2)
-    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / "llama")), Letters(),
-              dict(adapter=adapter, adapter_sizes=sizes))
+    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / llm)), Letters(),
+              dict(adapter=adapter, adapter_sizes=sizes, image_position=image_position))
     for p in vlm.trained.values():
         torch.nn.init.normal_(p, std=0.5)
     return vlm.eval()
