@@ -2,8 +2,11 @@
 
 Adding an adapter takes a class (see `Adapter`) and its entry in ADAPTERS. Its keyword-only arguments are its sizes.
 """
+import itertools
 import math
+import re
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -43,11 +46,12 @@ class Linear(Adapter):
 
 
 class MLP(Adapter):
-    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744)."""
+    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744). `class_tokens` before the
+    patches are read as well."""
 
-    def __init__(self, vision_width: int, width: int, grid: int):
+    def __init__(self, vision_width: int, width: int, grid: int, *, class_tokens: int = 0):
         super().__init__()
-        self.side, self.queries = grid, grid ** 2
+        self.side, self.queries = None if class_tokens else grid, grid ** 2 + class_tokens
         self.up, self.down = nn.Linear(vision_width, width), nn.Linear(width, width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -365,17 +369,36 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
             "resampler": Resampler, "twoway": TwoWay}
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The VLM
+
+class Format(NamedTuple):
+    """How a family of VLMs reads pictures and text: strings with IMAGE where a picture or one of its embeddings stands.
+
+    `chat` makes a prompt of the number of images that come first and the text after them. `image` spells a picture of
+    rows and columns of tiles (0 and 0: seen as a whole), each `queries` embeddings. `question` is asked where there is
+    no text. With `images_first`, images at the head of a prompt come even before the start token.
+    """
+    chat: Callable[[int, str], str]
+    image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
+    question: str = "Describe this image."
+    images_first: bool = False
+
+
+BEGIN, END = "<image begin>", "<image end>"
+OURS = Format(lambda images, text: IMAGE * images + text, lambda queries, rows, columns: BEGIN + IMAGE * queries + END, "")
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
-    The vocabulary (V ids) grows by three: V and V+1, learned embeddings (`markers`) that begin and end an image;
-    V+2, the placeholder where an image embedding stands, once for each of the adapter's queries. `config` is what
-    config.json of a run's folder holds: "vit" and "llm" (names), "image_size" (pixels; null: the
-    checkpoint's own), "layer" (of the ViT; null: the last), "adapter"
-    (a name in ADAPTERS), "adapter_sizes", "image_position", "prompt", and what train.py adds.
+    In the ids of a prompt, `placeholder` stands where an image embedding goes, once for each of the adapter's queries.
+    The vocabulary (V ids) of a VLM of ours grows by three: V and V+1, learned embeddings (`markers`) that begin and end
+    an image, and V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in their vocabulary. `config` is what
+    config.json of a run's folder holds: "vit" and "llm" (names) or "from" (the name of a public VLM, whose parts it
+    takes), "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT; null: the last), "adapter" (a name in
+    ADAPTERS), "adapter_sizes", "image_position", "prompt", and what train.py adds.
 
     What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one for each,
     as for words, and is what is meant where config.json says nothing; `shared` takes one for all; `xy` does too, but
@@ -384,8 +407,11 @@ class VLM(nn.Module):
     Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM with rotary positions.
     """
 
-    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict):
+    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
         super().__init__()
+        self.format, V = format, llm.config.vocabulary
+        self.placeholder = config.get("placeholder", V + 2)
+        tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
         if self.image_position not in IMAGE_POSITIONS:
             raise InputError(f"unknown image position {self.image_position!r}: choose from {', '.join(IMAGE_POSITIONS)}")
@@ -405,8 +431,14 @@ class VLM(nn.Module):
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
         self.places = (nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
                        if self.image_position.endswith("+xy") or self.image_position == "xy" else None)
-        scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
-        self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
+        self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
+        if format is OURS:
+            self.start = [] if llm.config.start_token is None else [llm.config.start_token]
+            self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
+            tokenizer.add(BEGIN, V, special=True)
+            tokenizer.add(END, V + 1, special=True)
+            scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
+            self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -419,21 +451,43 @@ class VLM(nn.Module):
         self.llm.eval()
         return self
 
-    def encode(self, text: str, caption: str | None = None, max_tokens: int = 128) -> tuple[list[int], int]:
-        """Ids of a sequence: start token, `text` with an image where it says `<image>` (before it, where it doesn't),
-        and the caption with the newline that ends it, at most `max_tokens` of them. Also returns how many ids come
-        before the caption. Text is data: a special token that it spells is read as plain text."""
-        V, config = self.llm.config.vocabulary, self.llm.config
-        image = [V, *[V + 2] * self.adapter.queries, V + 1]
-        text = text if IMAGE in text else IMAGE + text
-        pieces = [self.tokenizer.encode(piece, special=False) for piece in text.split(IMAGE)]
-        ids = [] if config.start_token is None else [config.start_token]
-        for i, piece in enumerate(pieces):
-            ids += image * (i > 0) + piece
+    @property
+    def device(self) -> torch.device:
+        return self.llm.embedding.weight.device
+
+    def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
+        """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
+        return self.tokenizer.encode(self.format.image(self.adapter.queries, rows, columns))
+
+    def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
+               tiles: list[tuple[int, int]] | None = None, raw: bool = False) -> tuple[list[int], int]:
+        """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says `<image>`
+        (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline or token that ends it.
+        Also returns how many ids come before the caption.
+
+        `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that names none has
+        one). Text is data: a special token that it spells is read as plain text. With `raw` it is the whole prompt,
+        special tokens are read, and there is no format.
+        """
+        chat, question = (OURS if raw else self.format)[::2]
+        images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
+        text = text[images * len(IMAGE):]
+        if not images and IMAGE not in text:
+            images = 1 if tiles is None else len(tiles)
+        text = text or question
+        head, _, tail = chat(images, "\0" if text else "").partition("\0")
+        prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
+        ids = self.tokenizer.encode(prompt, plain=plain)
+        first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
+        ids = ids[:first] + self.start + ids[first:]
+        pictures = iter(tiles or itertools.repeat((0, 0)))
+        ids = [i for id in ids for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
-            gap = " " if pieces[-1] and not text[-1].isspace() else ""
-            target = self.tokenizer.encode(f"{gap}{caption}\n", special=False)[:max_tokens]
+            last = prompt.split(IMAGE)[-1]  # a tokenizer of SentencePiece's kind puts the space itself
+            gap = " " if last and not last[-1].isspace() and not self.tokenizer.strip else ""
+            end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
+            target = [*self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)[:max_tokens], *token]
         return ids + target, len(ids)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -447,38 +501,43 @@ class VLM(nn.Module):
         None for an adapter that reads no words."""
         if not self.adapter.text:
             return None
-        V, (B, T) = self.llm.config.vocabulary, tokens.shape
-        seen = tokens < V
+        B, T = tokens.shape
+        image = tokens == self.placeholder
+        seen = (tokens < self.llm.config.vocabulary) & ~image
         if where is not None:
             first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
             seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
-        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave((tokens == V).sum(1), 0)
+        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(image.sum(1) // self.adapter.queries, 0)
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D).
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) (None if P is 0) to embeddings
+        (B,T,D).
         `prompt` as `VLM.prompt` gives it; in ids of the adapter's own vocabulary, where it has one."""
         V, dtype = self.llm.config.vocabulary, self.llm.dtype
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
-        marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
-        x = torch.where((tokens >= V)[..., None], marks, x)
-        features = features.to(self.markers.dtype)
+        if self.markers is not None:
+            marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
+            x = torch.where((tokens >= V)[..., None], marks, x)
+        if features is None:
+            return x
+        features = features.float()
         if self.places is not None:
             places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
             features = features + F.pad(places, (0, 0, features.shape[1] - len(places), 0))
         text = ()
         if prompt is not None:
             words = prompt.clamp(min=0)
-            text = (words if self.adapter.vocabulary else self.llm.embed(words).to(self.markers.dtype)), prompt >= 0
+            text = (words if self.adapter.vocabulary else self.llm.embed(words).float()), prompt >= 0
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             images = self.adapter(features, *text).to(dtype)  # (P,Q,D)
-        return x.masked_scatter((tokens == V + 2)[..., None], images)
+        return x.masked_scatter((tokens == self.placeholder)[..., None], images)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), (B,T,3) for rope-xy, None for 0, 1, …"""
         if self.image_position.startswith("sequence"):
             return None
-        image = tokens == self.llm.config.vocabulary + 2
+        image = tokens == self.placeholder
         behind = F.pad(image, (1, 0))[:, :-1]  # what comes after an image's embedding
         side = self.adapter.side if self.image_position == "rope-xy" else 1
         t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
@@ -500,32 +559,38 @@ class VLM(nn.Module):
     def encode_pictures(self, captions, batches, workers: int = 0):
         """Reads and encodes the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
         be read, their features (P,N,Dv) (None if P is 0), and {index: reason} of the others."""
-        cuda = self.markers.is_cuda
+        cuda = self.device.type == "cuda"
         for indices, pixels, bad in torch.utils.data.DataLoader(
                 Pixels(captions, self.vit.preprocess), batch_sampler=batches, collate_fn=Pixels.collate,
                 num_workers=workers, pin_memory=cuda):
-            features = None if pixels is None else self.features(pixels.to(self.markers.device, non_blocking=cuda))
+            features = None if pixels is None else self.features(pixels.to(self.device, non_blocking=cuda))
             yield indices, features, bad
 
     @torch.inference_mode()
     def caption(self, pictures: list = (), prompt: str | None = None, features: torch.Tensor | None = None,
-                max_tokens: int = 60, **decoding) -> list[str]:
-        """One caption for each picture: one line of text, without its newline.
+                max_tokens: int = 60, raw: bool = False, split: bool = True, **decoding) -> list[str]:
+        """One caption for each picture; a VLM of ours gives one line of text, without its newline.
 
-        An entry of `pictures` is a PIL.Image, or a list of them, one for each `<image>` in `prompt` (the run's
-        own prompt unless given). `features` (P,N,Dv), where known, save the encoder's work. `decoding` goes to `LLM.generate`.
+        An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's own prompt
+        unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv), one picture a caption,
+        save the encoder's work where they are known. `raw`: see `encode`. `split`: in tiles, where the family does so.
+        `decoding` goes to `LLM.generate`.
         """
         prompt = self.config.get("prompt", "") if prompt is None else prompt
-        images = max(1, prompt.count(IMAGE))
         if features is None:
-            rows = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
-            if any(len(row) != images for row in rows):
-                raise InputError(f"the prompt has room for {images} pictures, not {max(map(len, rows))}")
-            pixels = torch.stack([self.vit.preprocess(picture) for row in rows for picture in row])
-            features = self.features(pixels.to(self.markers.device))
-        tokens = torch.tensor([self.encode(prompt)[0]] * (len(features) // images), device=self.markers.device)
-        ends = self.llm.config.end_tokens + tuple(i for i, token in self.tokenizer.bytes.items() if b"\n" in token)
-        ids = self.llm.generate(**self.read(tokens, features), max_tokens=max_tokens, end_tokens=ends, **decoding)
+            groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
+            if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
+                raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, not {max(map(len, groups))}")
+            cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
+            pixels = [pixels for group in cut for pixels, *_ in group]
+            features = self.features(torch.cat(pixels).to(self.device)) if pixels else None
+            rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
+        else:
+            rows = [self.encode(prompt, raw=raw)[0]] * len(features)
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
+        inputs = {name: None if value is None else [x[:len(row)] for x, row in zip(value, rows)]
+                  for name, value in self.read(tokens, features).items()}
+        ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:
@@ -535,9 +600,12 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Rebuilds a run from its folder: backbones in `dtype`, adapter in float32, eval mode. Raises InputError."""
+        """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`, adapter in
+        float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         config, path = read_json(folder / "config.json"), folder / "adapter.safetensors"
+        if config.get("model_type") in PUBLIC:
+            return public(name, dtype).eval()
         try:
             vlm = build(config, dtype)
         except KeyError as error:
@@ -564,6 +632,86 @@ class VLM(nn.Module):
 
 
 def build(config: dict, dtype: torch.dtype = torch.float32) -> VLM:
-    """A VLM with an untrained adapter: frozen backbones in `dtype`, adapter in float32."""
+    """A VLM with an untrained adapter, or a public VLM's: frozen backbones in `dtype`, adapter in float32."""
+    if config.get("from"):
+        return public(config["from"], dtype, config)
     return VLM(ViT.from_pretrained(config["vit"], dtype, config.get("image_size")), LLM.from_pretrained(config["llm"], dtype),
                Tokenizer.from_pretrained(config["llm"]), config)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Public VLMs: what differs from one family to the next, as data
+
+class Public(NamedTuple):
+    """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and what of ours
+    it tells. The tensors of each part are those whose names begin as `vision`, `language` and `adapter`, regular
+    expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`: its Format, by a special token
+    that the tokenizer has ("": any)."""
+    config: Callable[[dict], tuple[dict, dict, dict]]
+    vision: str
+    language: str
+    adapter: str
+    names: dict
+    formats: dict[str, Format]
+    unused: str = ""
+
+
+def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
+    """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained from it."""
+    checkpoint = Checkpoint(name)
+    row, (vision, language, config) = checkpoint.family(PUBLIC)
+    parts = [checkpoint.part(prefixes, part) for prefixes, part in (
+        (row.vision, vision), (row.language, language), (row.adapter, checkpoint.config))]
+    if stray := sorted(checkpoint.where.keys() - {tensor for part in parts for tensor in part.where}):
+        kind = checkpoint.config["model_type"]
+        raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
+    tokenizer = Tokenizer.from_pretrained(name)
+    format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
+    vlm = VLM(ViT.from_pretrained(parts[0], dtype), LLM.from_pretrained(parts[1], dtype), tokenizer,
+              {"from": name, **config, **(run or {})}, format)
+    load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
+    return vlm
+
+
+# What the reference takes where a language model's part of config.json says nothing
+DEFAULTS = {
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                  bos_token_id=1, eos_token_id=2),
+    "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
+    "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=32),
+}
+
+
+def text_config(c: dict, kind: str = "llama") -> dict:
+    text = {"model_type": kind} | c.get("text_config", {})
+    return DEFAULTS.get(text["model_type"], {}) | text
+
+
+def llava_config(c: dict) -> tuple[dict, dict, dict]:
+    if c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
+        raise ValueError("a projector without GELU or bias is not supported")
+    if not isinstance(layer := c.get("vision_feature_layer", -2), int):
+        raise ValueError(f"vision_feature_layer {layer} is not supported")
+    vision, text = {"model_type": "clip_vision_model"} | c["vision_config"], text_config(c)
+    tied = c.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    class_tokens = "clip" in vision["model_type"]
+    dropped = c.get("vision_feature_select_strategy", "default") == "default"  # the first feature, whatever it is
+    return vision, text | {"tie_word_embeddings": tied}, dict(
+        adapter="mlp", adapter_sizes=dict(class_tokens=class_tokens - dropped), layer=layer,
+        placeholder=c.get("image_token_index", 32000))
+
+
+LLAVA = {  # its prompts follow the language model's
+    "<|im_start|>": Format(lambda images, text: f"<|im_start|>user {IMAGE * images}\n{text}<|im_end|><|im_start|>assistant"),
+    "<|start_header_id|>": Format(lambda images, text: (
+        f"<|start_header_id|>user<|end_header_id|>\n\n{(IMAGE + chr(10)) * images}{text}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")),
+    "<|user|>": Format(lambda images, text: f"<|user|>\n{(IMAGE + chr(10)) * images}{text}<|end|>\n<|assistant|>\n"),
+    "": Format(lambda images, text: f"USER: {(IMAGE + chr(10)) * images}{text} ASSISTANT:"),
+}
+
+PUBLIC = {  # config.json's model_type -> family
+    "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
+                    r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
+}

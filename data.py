@@ -63,8 +63,8 @@ def write_json(path: Path, value) -> None:
 # Checkpoints: where a name leads, and how tensors leave the file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-               "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 def read_json(path: Path) -> dict:
@@ -191,6 +191,14 @@ class Checkpoint:
         self.mapped[2] += tensor.nbytes
         return tensor
 
+    def part(self, prefixes: str, config: dict) -> "Checkpoint":
+        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular expression,
+        begins."""
+        part = copy.copy(self)
+        part.config = config
+        part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
+        return part
+
     def json(self, file: str) -> dict:
         """A JSON file of the folder; empty where there is none."""
         return read_json(self.folder / file) if (self.folder / file).is_file() else {}
@@ -236,11 +244,11 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
     _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
     prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one, or none
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
-        # lm_head has no prefix
-        disk = [next((p + d for d in names.split("|") for p in (prefix, "") if p + d in checkpoint.where),
+        disk = [next((p + d for d in names.split("|") for p in prefixes if p + d in checkpoint.where),
                      prefix + names.split("|")[0]) for names in disk]
         tensors = []
         for d in disk:

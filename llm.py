@@ -305,9 +305,9 @@ class LLM(nn.Module):
         return [row[:next((i for i, token in enumerate(row) if token in end_tokens), len(row))] for row in rows]
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "LLM":
-        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError."""
-        checkpoint = Checkpoint(name)
+    def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":
+        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError."""
+        checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
         # generation_config.json, where there is one, knows best what ends a text
         end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
@@ -608,6 +608,11 @@ def as_pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
+def any_of(tokens) -> re.Pattern:
+    """Finds these tokens in a text, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
 def steps(part: dict | None, inner: str) -> list[dict]:
     """The steps of a part of tokenizer.json: none, the one, or those of a `Sequence`."""
     return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
@@ -766,23 +771,29 @@ class Tokenizer:
         for content, token in added.items():
             normalised = bool(token.get("normalized"))
             self.added[normalised][self.normalise(content) if normalised else content] = token
-        self.patterns = [re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-                         for tokens in self.added]
+        self.patterns = [any_of(tokens) for tokens in self.added]
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
         self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
         self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
+
+    def add(self, token: str, id: int, special: bool = False) -> None:
+        """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
+        self.added[False][token] = {"id": id, "special": special}
+        self.added[True].pop(token, None)
+        self.patterns = [any_of(tokens) for tokens in self.added]
+        self.special[token], self.bytes[id] = id, token.encode()
 
     def normalise(self, text: str) -> str:
         for step in self.normalisers:
             text = step(text)
         return text
 
-    def cut(self, text: str, normalised: bool, special: bool):
+    def cut(self, text: str, normalised: bool, special: bool, plain: range = range(0)):
         """Yields the added tokens in a text and what is between them: (start, None, id) and (start, text, None)."""
         end = 0  # of what has been yielded
         for match in self.patterns[normalised].finditer(text):
             token, (start, stop) = self.added[normalised][match[0]], match.span()
-            if token["special"] and not special or token.get("single_word") and (
+            if token["special"] and (not special or start in plain) or token.get("single_word") and (
                     regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
                 continue
             while token.get("lstrip") and start > end and text[start - 1] in WHITE_SPACE:
@@ -796,13 +807,17 @@ class Tokenizer:
         if end < len(text):
             yield end, text[end:], None
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, special: bool = True, plain: range = range(0)) -> list[int]:
         """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
-        control. Half a surrogate pair is read as U+FFFD."""
+        control; so do the characters `plain` of a text. Half a surrogate pair is read as U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
-        for start, piece, id in self.cut(text, False, special):
-            inner = self.cut(self.normalise(piece), True, special) if piece is not None else [(start, None, id)]
+        for start, piece, id in self.cut(text, False, special, plain):
+            if piece is None:
+                inner = [(start, None, id)]
+            else:
+                data = plain.start < start + len(piece) and start < plain.stop
+                inner = self.cut(self.normalise(piece), True, special and not data)
             for begin, piece, id in inner:
                 ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
         return ids

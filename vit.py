@@ -150,6 +150,11 @@ class Preprocessor:
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
 
+    def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
+        """Pixels (T,3,S,S) of the tiles that a family sees a picture as, and their rows and columns; 0 and 0 where that is
+        the picture as a whole, as it is without `split`."""
+        return self(picture)[None], 0, 0
+
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         p, picture, side = self.settings, rgb(picture), self.image_size
         if p.get("do_resize", True):
@@ -228,19 +233,21 @@ class ViT(nn.Module):
             self.positions = nn.Parameter(x[0].flatten(1).T.to(self.positions.dtype).contiguous())
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> "ViT":
-        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError.
+    def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32,
+                        image_size: int | None = None) -> "ViT":
+        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError.
 
         `image_size`, pixels along a side: what `preprocess` makes and the encoder takes, unless given the size that
         preprocessor_config.json states, else config.json's. Position embeddings are interpolated where it isn't theirs.
         """
-        checkpoint = Checkpoint(name)
+        checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
         with torch.device("meta"):
             vit = cls(config)
         load_weights(vit, checkpoint, family, dtype)
         path = checkpoint.folder / "preprocessor_config.json"
-        settings = checkpoint.json(path.name)
+        settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
+                    or checkpoint.json("processor_config.json").get("image_processor") or {})
         kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or config.processor
         kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
         if kind not in PROCESSORS:

@@ -1,6 +1,7 @@
 """The VLM, the scores, and the two command lines from picture and caption to text."""
 import inspect
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,10 +35,17 @@ def small(fixtures, adapter: str = "qformer", llm: str = "llama", image_position
 
 class Letters:
     """A tokenizer of letters to ids below 53, the fixture's vocabulary."""
-    bytes = {i: b"\n" if i == 52 else bytes([97 + i % 26]) for i in range(53)}
+    prefix, strip = [], ""
 
-    def encode(self, text, special=True):
-        return [52 if c == "\n" else ord(c) % 26 + 1 for c in text]
+    def __init__(self):
+        self.bytes = {i: b"\n" if i == 52 else bytes([97 + i % 26]) for i in range(53)}
+        self.added = {}
+
+    def add(self, token, id, special=False):
+        self.added[token] = id
+
+    def encode(self, text, special=True, plain=range(0)):
+        return [self.added.get(c, 52 if c == "\n" else ord(c[0]) % 26 + 1) for c in re.findall(r"(?s)<[^<>]*>|.", text)]
 
     def decode(self, ids, special=True):
         return b"".join(self.bytes[i] for i in ids).decode()
