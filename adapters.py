@@ -711,7 +711,20 @@ LLAVA = {  # its prompts follow the language model's
     "": Format(lambda images, text: f"USER: {(IMAGE + chr(10)) * images}{text} ASSISTANT:"),
 }
 
+def blip_config(c: dict) -> tuple[dict, dict, dict]:
+    sizes = INSTRUCTBLIP.config(c) if c["model_type"] == "instructblip" else BLIP2.config(c)
+    for name in ("vision_width", "llm_width", "grid"):
+        del sizes[name]
+    placeholder = c.get("image_token_index")  # older files have none
+    return {"model_type": "blip_2_vision_model"} | c.get("vision_config", {}), text_config(c, "opt"), dict(
+        adapter="qformer", adapter_sizes=sizes, **{"placeholder": placeholder} if placeholder else {})
+
+
 PUBLIC = {  # config.json's model_type -> family
+    "blip-2": Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
+                     BLIP2.names, {"": Format(
+                         lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
+                         question="", images_first=True)}, r".*position_ids"),
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
 }
