@@ -720,6 +720,28 @@ def blip_config(c: dict) -> tuple[dict, dict, dict]:
         adapter="qformer", adapter_sizes=sizes, **{"placeholder": placeholder} if placeholder else {})
 
 
+def idefics3_config(c: dict) -> tuple[dict, dict, dict]:
+    vision = c.get("vision_config", {}) | {"model_type": "idefics3_vision"}
+    return vision, text_config(c) | {"tie_word_embeddings": c.get("tie_word_embeddings", False)}, dict(
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c.get("scale_factor", 2)), placeholder=c.get("image_token_id", 128257))
+
+
+def idefics3_image(queries: int, rows: int, columns: int) -> str:
+    around, whole = "<fake_token_around_image>", f"<global-img>{IMAGE * queries}"
+    tiles = "".join("".join(f"{around}<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for x in range(columns)) + "\n"
+                    for y in range(rows))
+    return tiles + "\n" * (rows > 0) + around + whole + around
+
+
+def idefics3_chat(images: int, text: str) -> str:
+    return f"User:{IMAGE * images or ' '}{text}<end_of_utterance>\nAssistant:"
+
+
+IDEFICS3 = {"<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics3_chat(images, text), idefics3_image),
+            "": Format(idefics3_chat, idefics3_image)}
+idefics3 = Public(idefics3_config, r"(model\.)?vision_model\.", r"(model\.)?text_model\.|lm_head\.",
+                  r"(model\.)?connector\.", {"projection": "modality_projection.proj"}, IDEFICS3)
+
 PUBLIC = {  # config.json's model_type -> family
     "blip-2": Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
                      BLIP2.names, {"": Format(
@@ -727,4 +749,5 @@ PUBLIC = {  # config.json's model_type -> family
                          question="", images_first=True)}, r".*position_ids"),
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
+    "idefics3": idefics3, "smolvlm": idefics3,
 }

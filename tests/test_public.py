@@ -11,7 +11,7 @@ from data import InputError
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 
-FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt")
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
