@@ -377,12 +377,14 @@ class Format(NamedTuple):
 
     `chat` makes a prompt of the number of images that come first and the text after them. `image` spells a picture of
     rows and columns of tiles (0 and 0: seen as a whole), each `queries` embeddings. `question` is asked where there is
-    no text. With `images_first`, images at the head of a prompt come even before the start token.
+    no text. With `images_first`, images at the head of a prompt come even before the start token. `end` ends an answer
+    where config.json names no such token.
     """
     chat: Callable[[int, str], str]
     image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
     question: str = "Describe this image."
     images_first: bool = False
+    end: str = ""
 
 
 BEGIN, END = "<image begin>", "<image end>"
@@ -432,6 +434,8 @@ class VLM(nn.Module):
         self.places = (nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
                        if self.image_position.endswith("+xy") or self.image_position == "xy" else None)
         self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
+        if format.end and not self.ends:
+            self.ends = (tokenizer.special[format.end],)
         if format is OURS:
             self.start = [] if llm.config.start_token is None else [llm.config.start_token]
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
@@ -469,13 +473,13 @@ class VLM(nn.Module):
         one). Text is data: a special token that it spells is read as plain text. With `raw` it is the whole prompt,
         special tokens are read, and there is no format.
         """
-        chat, question = (OURS if raw else self.format)[::2]
+        format = OURS if raw else self.format
         images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
         text = text[images * len(IMAGE):]
         if not images and IMAGE not in text:
             images = 1 if tiles is None else len(tiles)
-        text = text or question
-        head, _, tail = chat(images, "\0" if text else "").partition("\0")
+        text = text or format.question
+        head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
         prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
         ids = self.tokenizer.encode(prompt, plain=plain)
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
@@ -604,7 +608,7 @@ class VLM(nn.Module):
         float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         config, path = read_json(folder / "config.json"), folder / "adapter.safetensors"
-        if config.get("model_type") in PUBLIC:
+        if family_of(config) in PUBLIC:
             return public(name, dtype).eval()
         try:
             vlm = build(config, dtype)
@@ -656,19 +660,28 @@ class Public(NamedTuple):
     unused: str = ""
 
 
+def family_of(c: dict) -> str | None:
+    """What config.json says it is. nanoVLM's says nothing."""
+    return c.get("model_type", "nanovlm" if "mp_pixel_shuffle_factor" in c else None)
+
+
 def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
     """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained from it."""
     checkpoint = Checkpoint(name)
+    checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.family(PUBLIC)
     parts = [checkpoint.part(prefixes, part) for prefixes, part in (
         (row.vision, vision), (row.language, language), (row.adapter, checkpoint.config))]
     if stray := sorted(checkpoint.where.keys() - {tensor for part in parts for tensor in part.where}):
         kind = checkpoint.config["model_type"]
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
-    tokenizer = Tokenizer.from_pretrained(name)
+    other = config.pop("tokenizer", name)
+    tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
+    for token, id in config.pop("tokens", {}).items():
+        tokenizer.add(token, id, special=True)
     format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
     vlm = VLM(ViT.from_pretrained(parts[0], dtype), LLM.from_pretrained(parts[1], dtype), tokenizer,
-              {"from": name, **config, **(run or {})}, format)
+              {"from": name} | config | (run or {}), format)
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
     return vlm
 
@@ -742,6 +755,39 @@ IDEFICS3 = {"<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics
 idefics3 = Public(idefics3_config, r"(model\.)?vision_model\.", r"(model\.)?text_model\.|lm_head\.",
                   r"(model\.)?connector\.", {"projection": "modality_projection.proj"}, IDEFICS3)
 
+def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
+    if c.get("vit_cls_flag"):
+        raise ValueError("vit_cls_flag is not supported")
+    extra = c.get("vlm_extra_tokens") or {}  # a tokenizer of another checkpoint takes them in, in this order
+    tokens = {token: c.get("lm_base_vocab_size", 49152) + i for i, token in enumerate(extra.values())}
+    pixels = {"image_processor_type": "nanoVLM"}
+    if "max_img_size" in c:
+        pixels |= dict(resample=3, size=dict(longest_edge=c["max_img_size"]), do_image_splitting=True,
+                       max_image_size=dict(longest_edge=c["vit_img_size"]), upscale=c.get("resize_to_max_side_len", False),
+                       whole="global_image_token" in extra)
+    return c | {"image_processor": pixels}, c, dict(
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]), tokenizer=c["lm_tokenizer"],
+        tokens=tokens, **{"placeholder": tokens[extra["image_token"]]} if extra else {})
+
+
+def nanovlm_chat(images: int, text: str) -> str:
+    pictures = IMAGE if images == 1 else "".join(f"<image: {i}>{IMAGE}" for i in range(images))
+    return f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def nanovlm_tiles(queries: int, rows: int, columns: int) -> str:
+    return "".join(f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for y in range(rows) for x in range(columns))
+
+
+NANOVLM = {  # three generations: tiles and the whole, …
+    "<|global_image|>": Format(nanovlm_chat, lambda queries, rows, columns: (
+        f"<|global_image|>{IMAGE * queries}" + nanovlm_tiles(queries, rows, columns)), end="<|im_end|>"),
+    "<row_1_col_1>": Format(nanovlm_chat, lambda queries, rows, columns: (
+        nanovlm_tiles(queries, rows or 1, columns or 1)), end="<|im_end|>"),
+    "<|image|>": Format(nanovlm_chat, end="<|im_end|>"),
+    "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
+}
+
 PUBLIC = {  # config.json's model_type -> family
     "blip-2": Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
                      BLIP2.names, {"": Format(
@@ -750,4 +796,5 @@ PUBLIC = {  # config.json's model_type -> family
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"}, NANOVLM),
 }

@@ -92,10 +92,11 @@ def shards(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, weights: bool = True) -> Path:
     """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
     cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. Raises InputError."""
+    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its tokenizer
+    alone. Raises InputError."""
     for folder in (Path(name).expanduser(), HERE / name):
         if folder.is_dir():
             return folder
@@ -107,15 +108,17 @@ def find_checkpoint(name: str) -> Path:
     reference = repository / "refs" / "main"
     if reference.is_file():
         snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-        if (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+        if weights and (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+            return snapshot
+        if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             return snapshot
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
-    return download(name, repository)
+    return download(name, repository, weights)
 
 
-def download(name: str, repository: Path) -> Path:
-    """Fetches a checkpoint's files into `repository` (the cache's own layout); returns the snapshot folder.
+def download(name: str, repository: Path, weights: bool) -> Path:
+    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the cache's own layout); returns the snapshot folder.
     `refs/main` is written last, so that a download cut short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
@@ -143,7 +146,9 @@ def download(name: str, repository: Path) -> Path:
         for file in SMALL_FILES:
             if file in files:
                 fetch(file)
-        if WEIGHTS in files:
+        if not weights:
+            pass
+        elif WEIGHTS in files:
             fetch(WEIGHTS)
         elif INDEX in files:
             fetch(INDEX)

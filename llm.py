@@ -491,6 +491,14 @@ def gemma3_config(c: dict) -> LLMConfig:
     return replace(config, ropes=tuple(near if window else far for window in config.windows))
 
 
+def nanovlm_config(c: dict) -> LLMConfig:
+    return llama_config(dict(
+        vocab_size=c["lm_vocab_size"], hidden_size=c["lm_hidden_dim"], intermediate_size=c["lm_inter_dim"],
+        num_hidden_layers=c["lm_n_blocks"], num_attention_heads=c["lm_n_heads"], num_key_value_heads=c["lm_n_kv_heads"],
+        max_position_embeddings=c["lm_max_position_embeddings"], rope_theta=c["lm_re_base"], rms_norm_eps=c["lm_rms_eps"],
+        tie_word_embeddings=c["lm_tie_weights"], eos_token_id=c.get("lm_eos_token_id")))
+
+
 def inner_config(c: dict) -> LLMConfig:
     """Of the language model in a model of more than text."""
     return FAMILIES[c["text_config"]["model_type"]].config(c["text_config"])
@@ -562,6 +570,10 @@ def neox_names(config: LLMConfig) -> dict:
         "attention.out": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"})
 
 
+NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
+    "norm1": "norm1", "norm2": "norm2",
+    **{f"attention.{ours}": f"attn.{theirs}_proj" for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out"))},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
 ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
 
 FAMILIES = {  # config.json's model_type -> family
@@ -575,6 +587,7 @@ FAMILIES = {  # config.json's model_type -> family
     "qwen3": Family(lambda c: qwen_config(c, qk_norm=True), LLAMA_NAMES, ""),
     "phi3": Family(llama_config, phi3_names, ROPE_BUFFER),
     "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias"),
+    "nanovlm": Family(nanovlm_config, NANOVLM_NAMES, r"rotary_embd\.inv_freq|head\.weight"),
     "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, ""),
     "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
 }
@@ -837,7 +850,7 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name: str) -> "Tokenizer":
         """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
-        folder = find_checkpoint(name)
+        folder = find_checkpoint(name, weights=False)
         path = folder / "tokenizer.json"
         try:
             config = {}

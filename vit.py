@@ -1,4 +1,5 @@
 """The image encoder: picture → pixels → patch features. One `ViT` reads every family; see FAMILIES."""
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -157,29 +158,45 @@ class Preprocessor:
         """Pixels (T,3,S,S) of the views that a family has of a picture, in the order of its prompt, and the rows and columns
         of tiles among them: 0 and 0 where it is seen as a whole alone, as it is without `split`.
 
-        Idefics3 and SmolVLM (`size`): the longest edge becomes `size`, then both are stretched to whole tiles; last
-        comes the whole.
+        Idefics3 and SmolVLM: the longest edge becomes `size`, then both are stretched to whole tiles; last comes the
+        whole. nanoVLM (`upscale`): the longest edge becomes `size`, or if not `upscale` no more than it takes to fill
+        its tiles; the whole comes first, where `whole` says that it comes.
         """
         p, side = self.settings, self.image_size
         if "max_image_size" not in p:
             return self(picture)[None], 0, 0
         picture, resample = rgb(picture), Image.Resampling(p["resample"])
         longest, (w, h) = self.size["longest_edge"], picture.size
-        shorter = int(longest / (w / h) if w >= h else longest * (w / h))
-        shorter = max(1, shorter + shorter % 2)
-        w, h = (longest, shorter) if w >= h else (shorter, longest)
-        picture = picture.resize((w, h), resample)
+
+        def oriented(longer: int, shorter: int) -> tuple[int, int]:
+            return (longer, shorter) if w >= h else (shorter, longer)
+
+        def tiled(length: float) -> int:
+            return max(1, math.ceil(length / side)) * side
+
+        if "upscale" not in p:
+            shorter = int(longest / (w / h) if w >= h else longest * (w / h))
+            picture = picture.resize(oriented(longest, max(1, shorter + shorter % 2)), resample)
+            w, h = picture.size
         if not split or not p["do_image_splitting"]:
             return self.pixels(picture.resize((side, side), resample))[None], 0, 0
-        longer = -(-max(w, h) // side) * side
-        shorter = -(-int(longer / (w / h) if w >= h else longer * (w / h)) // side) * side
-        w, h = (longer, shorter) if w >= h else (shorter, longer)
-        picture = picture.resize((w, h), resample)
+        if "upscale" in p:
+            longer = longest if p["upscale"] else min(longest, tiled(max(w, h)))
+            shorter = tiled(min(w, h) * (longer / max(w, h)))
+        else:
+            longer = tiled(max(w, h))
+            shorter = tiled(int(longer / (w / h) if w >= h else longer * (w / h)))
+        picture = picture.resize(oriented(longer, shorter), resample)
         x = self.pixels(picture)
-        if w == h == side:
-            return x[None], 0, 0
         cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # (T,3,S,S)
-        return torch.cat([cut, self.pixels(picture.resize((side, side), resample))[None]]), h // side, w // side
+        if len(cut) == 1:
+            return cut, 0, 0
+        if "upscale" in p:
+            whole = F.interpolate(x[None], (side, side), mode="bilinear", antialias=True)
+            views = [whole, cut] if p["whole"] else [cut]
+        else:
+            views = [cut, self.pixels(picture.resize((side, side), resample))[None]]
+        return torch.cat(views), picture.height // side, picture.width // side
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         """An RGB picture as it is to numbers (3,H,W)."""
@@ -385,6 +402,13 @@ EVA_NAMES = CLIP_NAMES | {
     **fused("encoder.layers.{}.self_attn.qkv"),
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.projection",
 }
+NANOVLM_NAMES = {
+    "patches": "patch_embedding.conv", "positions": (rows, "patch_embedding.position_embedding"),
+    "blocks.{}.norm1": "blocks.{}.ln1", "blocks.{}.norm2": "blocks.{}.ln2",
+    **fused("blocks.{}.attn.qkv_proj"), "blocks.{}.attention.out": "blocks.{}.attn.out_proj",
+    "blocks.{}.up": "blocks.{}.mlp.fc1", "blocks.{}.down": "blocks.{}.mlp.fc2",
+    "norm": "layer_norm",
+}
 SAM_NAMES = {
     "patches": "patch_embed.projection",
     "positions": (rows, "pos_embed"),
@@ -411,6 +435,10 @@ siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tan
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
 idefics3 = Family(reader(dict(hidden_size=1152, num_attention_heads=16, intermediate_size=3072, patch_size=32,
                               hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0), SIGLIP_NAMES, "")
+nanovlm = Family(lambda c: siglip.config(dict(
+    image_size=c["vit_img_size"], patch_size=c["vit_patch_size"], hidden_size=c["vit_hidden_dim"],
+    intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"], num_attention_heads=c["vit_n_heads"],
+    layer_norm_eps=c["vit_ln_eps"])), NANOVLM_NAMES, "")
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
 dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
                 r"classifier\..*|embeddings\.mask_token")
@@ -428,7 +456,7 @@ sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=
 FAMILIES = {  # config.json's model_type -> family
     "vit": vit, "deit": deit,
     "clip": clip, "clip_vision_model": clip,
-    "siglip": siglip, "siglip_vision_model": siglip, "idefics3_vision": idefics3,
+    "siglip": siglip, "siglip_vision_model": siglip, "idefics3_vision": idefics3, "nanovlm": nanovlm,
     "dinov2": dinov2, "dinov2_with_registers": registers,
     "blip-2": eva, "blip_2_vision_model": eva,
     "sam": sam, "sam_vision_model": sam,
@@ -448,5 +476,6 @@ PROCESSORS = {
     "Blip": dict(resample=3, **OPENAI),
     **dict.fromkeys(("Idefics3", "SmolVLM"), dict(
         resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364), do_image_splitting=True)),
+    "nanoVLM": dict(resample=2, do_normalize=False),
     "Sam": dict(resample=2, do_pad=True, edges=("longest_edge",), **IMAGENET),
 }

@@ -11,13 +11,14 @@ from data import InputError
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 
-FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
+            "nanovlm_first")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
     vlm = VLM.from_pretrained(str(folder))
     asked = ASKED_OF_ONE if "blip" in vlm.config["from"] else ASKED
-    for i, (sizes, text) in enumerate(asked):
+    for i, (sizes, text) in enumerate(asked[:sum(key.startswith("ids") for key in golden)]):
         cut = [vlm.vit.preprocess.tiles(picture(*size)) for size in sizes]
         ids, before = vlm.encode(text, tiles=[tiles for _, *tiles in cut])
         assert before == len(ids) and ids == golden[f"ids{i}"].tolist()
