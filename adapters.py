@@ -422,8 +422,9 @@ class VLM(nn.Module):
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         try:
             vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
-            self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
-                                                       **config["adapter_sizes"])
+            with torch.device("cpu" if format is OURS else "meta"):  # a public VLM's weights come from its file
+                self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
+                                                           **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
         if self.image_position == "rope-xy":
@@ -458,6 +459,11 @@ class VLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.llm.embedding.weight.device
+
+    def prompt_for(self, question: str) -> str:
+        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one; else, and with a VLM
+        of ours, it is the run's own prompt."""
+        return question if question and self.format is not OURS else self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
@@ -570,27 +576,35 @@ class VLM(nn.Module):
             features = None if pixels is None else self.features(pixels.to(self.device, non_blocking=cuda))
             yield indices, features, bad
 
+    def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
+            split: bool = True) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see `caption`."""
+        prompt = self.config.get("prompt", "") if prompt is None else prompt
+        groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
+        if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
+            raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, not {max(map(len, groups))}")
+        cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
+        pixels = [pixels for group in cut for pixels, *_ in group]
+        rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
+        return rows, torch.cat(pixels) if pixels else None
+
     @torch.inference_mode()
-    def caption(self, pictures: list = (), prompt: str | None = None, features: torch.Tensor | None = None,
+    def caption(self, pictures: list = (), prompt: str | list[str] | None = None, features: torch.Tensor | None = None,
                 max_tokens: int = 60, raw: bool = False, split: bool = True, **decoding) -> list[str]:
         """One caption for each picture; a VLM of ours gives one line of text, without its newline.
 
         An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's own prompt
         unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv), one picture a caption,
-        save the encoder's work where they are known. `raw`: see `encode`. `split`: in tiles, where the family does so.
-        `decoding` goes to `LLM.generate`.
+        save the encoder's work where they are known; with them, `prompt` may be a list. `raw`: see `encode`. `split`: in
+        tiles, where the family does so. `decoding` goes to `LLM.generate`.
         """
-        prompt = self.config.get("prompt", "") if prompt is None else prompt
         if features is None:
-            groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
-            if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
-                raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, not {max(map(len, groups))}")
-            cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
-            pixels = [pixels for group in cut for pixels, *_ in group]
-            features = self.features(torch.cat(pixels).to(self.device)) if pixels else None
-            rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
+            rows, pixels = self.ask(pictures, prompt, raw, split)
+            features = None if pixels is None else self.features(pixels.to(self.device))
         else:
-            rows = [self.encode(prompt, raw=raw)[0]] * len(features)
+            prompt = self.config.get("prompt", "") if prompt is None else prompt
+            prompts = prompt if isinstance(prompt, list) else [prompt] * len(features)
+            rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
         inputs = {name: None if value is None else [x[:len(row)] for x, row in zip(value, rows)]
                   for name, value in self.read(tokens, features).items()}

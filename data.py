@@ -1,7 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.captions(i)`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as many
+`s.questions(i)`.
 """
 import copy
 import csv
@@ -345,7 +346,8 @@ class Captions(torch.utils.data.Dataset):
 
     `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and `caption`
     (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the caption).
-    Relative picture names are looked up in `images`, or beside the file. Raises InputError.
+    Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a picture's captions
+    answer, "" where the file doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -356,16 +358,18 @@ class Captions(torch.utils.data.Dataset):
             text = self.file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-        pairs: dict[str, list[str]] = {}
+        pairs: dict[str, list[tuple[str, str]]] = {}
         try:
-            for image, caption in read_pairs(text):
+            for image, caption, *question in read_pairs(text):
                 if isinstance(image, str) and image and isinstance(caption, str) and any(map(str.isalnum, caption)):
-                    pairs.setdefault(image, []).append(clean(caption))
+                    question = " ".join("".join(question).replace(IMAGE, "").split())
+                    pairs.setdefault(image, []).append((clean(caption), question))
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise InputError(f"{self.file}: not a caption file that can be read ({type(error).__name__}: {error})") from None
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths, self.texts = [folder / image for image in pairs], list(pairs.values())
+        self.paths = [folder / image for image in pairs]
+        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()] for side in (0, 1))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -376,17 +380,20 @@ class Captions(torch.utils.data.Dataset):
     def captions(self, i: int) -> list[str]:
         return self.texts[i]
 
+    def questions(self, i: int) -> list[str]:
+        return self.asked[i]
+
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.texts = [self.paths[i] for i in indices], [self.texts[i] for i in indices]
+        part.paths, part.texts, part.asked = ([of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
         return part
 
 
 def read_pairs(text: str):
-    """Yields (image, caption) from the text of any of the formats that `Captions` lists."""
+    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -409,8 +416,10 @@ def read_pairs(text: str):
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
-            answers = [turn["value"] for turn in item["conversations"] if turn["from"] in ("gpt", "assistant")]
-            yield item.get("image"), (answers or [None])[0]
+            answers = [i for i, turn in enumerate(item["conversations"]) if turn["from"] in ("gpt", "assistant")]
+            if answers:
+                question, answer = item["conversations"][max(0, answers[0] - 1)], item["conversations"][answers[0]]
+                yield item.get("image"), answer["value"], question["value"] if answers[0] else ""
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
@@ -438,8 +447,8 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
         write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
 
 
-def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> str:
-    """The caption that picture `index` shows in `epoch`: a pure function of its arguments."""
+def draw_caption(captions: list, seed: int, epoch: int, index: int):
+    """The one of its captions that picture `index` shows in `epoch`: a pure function of its arguments."""
     return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
 
 
@@ -648,6 +657,9 @@ class Shapes(torch.utils.data.Dataset):
 
     def captions(self, i: int) -> list[str]:
         return self.scene(i).captions()
+
+    def questions(self, i: int) -> list[str]:
+        return [""] * 4
 
 
 THING = rf"(a|the) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"

@@ -3,6 +3,7 @@
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
         --data captions.csv --images photos/
+    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos/
 
 Without --data it learns to caption scenes of the built-in shapes world, in about six minutes on two CPU cores.
 """
@@ -37,6 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
+    add("--from", dest="origin", metavar="NAME", help="start from a public VLM, a folder or a hub name, and train its adapter "
+                                                      "on captions or on the questions and answers of LLaVA's JSON")
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
     add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
@@ -112,6 +115,11 @@ def read_options() -> argparse.Namespace:
             if name not in FREE and getattr(args, name, value) != value:
                 raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
         args.out = args.resume
+    if args.origin:
+        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position",
+                     *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} means nothing with --from: {args.origin} has its own")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
@@ -230,11 +238,13 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
-    for name in ("vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
+    for name in ("origin", "vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
-    config = dict(vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
-                  image_position=args.image_position, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+    parts = {"from": args.origin} if args.origin else dict(
+        vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
+        adapter_sizes=adapter_sizes(args), image_position=args.image_position)
+    config = dict(**parts, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype).to(device).train()
@@ -246,7 +256,7 @@ def main() -> None:
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
 
     # The run's folder
-    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{args.adapter}")
+    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
     first = 0
     if args.resume:
         first = load_checkpoint(folder, vlm, optimizer, scaler)
@@ -257,8 +267,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
-        write_json(folder / "config.json", config)
-    print(f"{folder}: {args.adapter} adapter, {sum(p.numel() for p in trained.values()):,} trained parameters, "
+        write_json(folder / "config.json", vlm.config)
+    print(f"{folder}: {vlm.config['adapter']} adapter, {sum(p.numel() for p in trained.values()):,} trained parameters, "
           f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
 
     # Pictures, encoded once or step by step
@@ -294,7 +304,8 @@ def main() -> None:
 
     def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
         return [tensor.to(device, non_blocking=True) for tensor in stack([vlm.encode(
-            args.prompt, draw_caption(captions.captions(i), args.seed, epoch, i), args.max_tokens) for i in indices])]
+            vlm.prompt_for(question), caption, args.max_tokens) for question, caption in (
+                draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i) for i in indices)])]
 
     @torch.no_grad()
     def validate() -> float:
@@ -354,7 +365,7 @@ def main() -> None:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
         scores = {}
         for label, (captions, kept, features) in sets.items():
-            texts = caption_set(vlm, ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64)), {})
+            texts = caption_set(vlm, captions, ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64)), {})
             scores[f"{label} ({len(kept)})"] = score(captions, texts)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
