@@ -24,10 +24,16 @@ class Adapter(nn.Module):
     `queries` is Q; `side` is the root of Q where they are places of the picture, row by row, None where they are
     queries, which have no place. With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
     embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L).
+
+    With `queries` 0 nothing of a picture stands among the words: the adapter has a method `between` instead, of what
+    happens between the LLM's blocks, and of these it is told in `join`.
     """
     queries: int
     side: int | None = None
     text = vocabulary = 0
+
+    def join(self, layers: int, width: int) -> None:
+        """Called once with the number of the LLM's blocks and their width."""
 
 
 class Linear(Adapter):
@@ -98,13 +104,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True):
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True, gated: bool = False):
         super().__init__()
+        self.gate = nn.Linear(width, hidden, bias) if gated else None
         self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x))
 
 
 class Words(nn.Module):
@@ -361,8 +368,76 @@ class TwoWay(Adapter):
         return self.projection(x[:, :self.queries])
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo
+
+class GatedBlock(nn.Module):
+    """Gated cross-attention, then a gated feed-forward layer: what each adds is multiplied by the tanh of a number that
+    starts at 0, so that the LLM starts as it was."""
+
+    def __init__(self, width: int, source_width: int, heads: int, mlp: int, eps: float):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps) for _ in "12")
+        self.attention = Attention(width, source_width, heads, bias=False)
+        self.mlp = FeedForward(width, mlp, "silu", bias=False, gated=True)
+        self.alpha1, self.alpha2 = (nn.Parameter(torch.zeros(1)) for _ in "12")
+
+    def forward(self, x, images, seen):  # (B,T,W), (B,S,D), (B,T,S)
+        blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
+        y = self.attention(self.norm1(x), images, images, (seen | blind)[:, None])
+        x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
+        return x + self.alpha2.tanh() * self.mlp(self.norm2(x))
+
+
+class Flamingo(Adapter):
+    """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): before every `every`-th block of the frozen LLM a gated block,
+    in which a word attends to the resampled picture that was the last to come before it. Norms and feed-forward layers
+    are those of IDEFICS, its public reproduction.
+
+    Sizes: number of `queries`, `layers`, `width`, `heads` and `mlp` of the resampler; `heads` of the gated blocks too,
+    whose feed-forward layers are 4 times as wide as the LLM.
+    """
+    NEVER = 1 << 62  # a position that no word has
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
+        super().__init__()
+        if every < 1:
+            raise InputError(f"flamingo: every {every}th block makes no sense")
+        self.queries, self.every, self.sizes = 0, every, (llm_width, heads, eps)
+        self.resampler = Resampler(vision_width, llm_width, grid, queries=queries, layers=layers, width=width,
+                                   heads=heads, mlp=mlp)
+
+    def join(self, layers: int, width: int) -> None:
+        llm_width, heads, eps = self.sizes
+        self.blocks = nn.ModuleList(GatedBlock(width, llm_width, heads, 4 * width, eps)
+                                    for _ in range(0, layers, self.every))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.resampler(features)
+
+    def between(self, images: torch.Tensor, begins: torch.Tensor):
+        """What the LLM calls between its blocks. images (P,Q,D), row by row; begins (B,M): the positions from which on
+        the words of a row see its images, of which there are M at most, NEVER for one that it doesn't have."""
+        count = (begins < self.NEVER).sum(1, keepdim=True)  # (B,1)
+        which = torch.arange(begins.shape[1], device=images.device)  # (M,)
+        place = count.cumsum(0) - count + which  # (B,M)
+        Q, images = images.shape[1], images[place.clamp(max=len(images) - 1)].flatten(1, 2)  # (B,M·Q,D)
+
+        def apply(layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            if layer % self.every:
+                return x
+            mine, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (images, begins))  # for each beam
+            last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
+            seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
+            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+                return self.blocks[layer // self.every](x.float(), mine, seen).to(x.dtype)
+
+        return apply
+
+
 ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer,
-            "resampler": Resampler, "twoway": TwoWay}
+            "resampler": Resampler, "twoway": TwoWay, "flamingo": Flamingo}
 
 
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
@@ -398,9 +473,10 @@ class VLM(nn.Module):
                                                        **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
+        self.adapter.join(llm.config.layers, llm.config.width)
         if self.image_position == "rope-xy":
             if self.adapter.side is None:
-                raise InputError(f"rope-xy needs an adapter that keeps the grid of patches: {config['adapter']} has queries")
+                raise InputError(f"rope-xy needs an adapter that keeps the grid of patches, which {config['adapter']} doesn't")
             if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
         self.places = (nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
@@ -455,13 +531,9 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
         return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave((tokens == V).sum(1), 0)
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D).
-        `prompt` as `VLM.prompt` gives it; in ids of the adapter's own vocabulary, where it has one."""
-        V, dtype = self.llm.config.vocabulary, self.llm.dtype
-        x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
-        marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
-        x = torch.where((tokens >= V)[..., None], marks, x)
+    def images(self, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in ids of the
+        adapter's own vocabulary, where it has one."""
         features = features.to(self.markers.dtype)
         if self.places is not None:
             places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
@@ -470,9 +542,20 @@ class VLM(nn.Module):
         if prompt is not None:
             words = prompt.clamp(min=0)
             text = (words if self.adapter.vocabulary else self.llm.embed(words).to(self.markers.dtype)), prompt >= 0
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.adapter(features, *text).to(dtype)  # (P,Q,D)
-        return x.masked_scatter((tokens == V + 2)[..., None], images)
+        dtype = self.llm.dtype
+        with torch.autocast(features.device.type, dtype, enabled=dtype != torch.float32):
+            return self.adapter(features, *text).to(dtype)
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D);
+        `prompt` as for `images`."""
+        V, dtype = self.llm.config.vocabulary, self.llm.dtype
+        x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
+        marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
+        x = torch.where((tokens >= V)[..., None], marks, x)
+        if not self.adapter.queries:
+            return x
+        return x.masked_scatter((tokens == V + 2)[..., None], self.images(features, prompt))
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), (B,T,3) for rope-xy, None for 0, 1, …"""
@@ -490,7 +573,14 @@ class VLM(nn.Module):
     def read(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor | None = None) -> dict:
         """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their arguments by name.
         `where` (M,): the places of targets, if there are any."""
-        return dict(embeddings=self.embed(tokens, features, self.prompt(tokens, where)), positions=self.positions(tokens))
+        positions = self.positions(tokens)
+        inputs = dict(embeddings=self.embed(tokens, features, self.prompt(tokens, where)), positions=positions)
+        if self.adapter.queries:
+            return inputs
+        begin = tokens == self.llm.config.vocabulary
+        at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
+        return inputs | dict(between=self.adapter.between(self.images(features), begins))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""

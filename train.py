@@ -28,7 +28,7 @@ from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, h
                   run, shuffled, skip, stack, write_file, write_json)
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
-SIZES = ("queries", "scale", "layers", "width", "heads", "dropout", "text")  # of an adapter, as options of the command line
+SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")  # of an adapter, as options of the command line
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
 
 
@@ -47,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
+    add("--adapter-every", type=int, help="qformer: every so manieth block reads the picture; flamingo: before every so "
+                                          "manieth block of the language model stands one that does (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
         help="qformer, twoway: let it read the prompt too, N tokens of it at most (default: 0; 32, if N is left out)")

@@ -154,7 +154,7 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     folder, = Path("out").iterdir()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 8] and [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
-    assert lines[3]["loss"] < lines[0]["loss"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
+    assert lines[3]["val"] < lines[1]["val"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
     assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl",
                                                         "captions-test.jsonl", "captions-unseen.jsonl", "captions-test.png",
                                                         "captions-unseen.png"}
@@ -255,7 +255,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (sample, ("whole.jpg",), "no trained run in out/"),
             (sample, ("whole.jpg", "--model", "run", "--device", "cuda:77"), "--device cuda:77"),
             (sample, ("--data", "empty.csv", "--model", "run"), "empty.csv: no usable pair"),
-            (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, mlp, pixelshuffle, qformer, resampler, twoway"),
+            (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, mlp, pixelshuffle, qformer, resampler, twoway, flamingo"),
             (train, ("--adapter", "linear", "--queries", "3"), "--queries means nothing to the linear adapter"),
             (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut in squares of 3 × 3"),
             (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
