@@ -110,8 +110,9 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first turns the
-    fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024, arXiv:2409.12191)."""
+    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
+    turns the fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024,
+    arXiv:2409.12191)."""
     f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
     if positions.dim() == 2:
         positions = positions[..., None]
@@ -217,10 +218,10 @@ class LLM(nn.Module):
                mask: torch.Tensor | None = None, cache: KVCache | None = None, between=None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
-        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask (B,1,T,S):
-        which of the S keys (cached ones included) each token sees, before a layer's window narrows it; causal unless
-        given. between(layer, x, positions): what becomes of the states x (B,T,W) before each block, if anything.
-        Raises InputError past `max_positions`.
+        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask
+        (B,1,T,S): which of the S keys (cached ones included) each token sees, before a layer's window narrows
+        it; causal unless given. between(layer, x, positions): what becomes of the states x (B,T,W) before
+        each block, if anything. Raises InputError past `max_positions`.
         """
         config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
         if positions is None:
@@ -255,12 +256,12 @@ class LLM(nn.Module):
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
-        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
-        padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless given), (B,T) or
-        (B,T,3) or a list of rows, go on after the largest of a row. `between` as for `hidden`; with beams it meets
-        each row as often, one after the other. temperature 0 is greedy; top_k (0: off) and top_p
-        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for the likeliest text instead.
-        Returns B lists of new ids, without the end token. Raises InputError.
+        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths.
+        Rows are padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless
+        given), (B,T) or (B,T,3) or a list of rows, go on after the largest of a row. `between` as for
+        `hidden`; with beams it meets each row as often, one after the other. temperature 0 is greedy; top_k
+        (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
+        the likeliest text instead. Returns B lists of new ids, without the end token. Raises InputError.
         """
         if embeddings is None:
             embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
@@ -275,10 +276,12 @@ class LLM(nn.Module):
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
         if positions is None:
             positions = [torch.arange(n, device=x.device) for n in lengths]
-        positions = torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
+        positions = torch.stack([
+            F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
         for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
-            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in after):
+            if rope and rope.scaling == "longrope" and any(
+                    n <= rope.original < n + max_tokens - 1 for n in after):
                 raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
                                  "model reads longer ones in another way")
         key = torch.arange(T + max_tokens, device=x.device)

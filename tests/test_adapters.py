@@ -1,4 +1,5 @@
-"""Every adapter turns features into embeddings, and those of public models equal the reference (see fixtures/make.py)."""
+"""Every adapter turns features into embeddings, and those of public models equal the reference (see
+fixtures/make.py)."""
 import re
 
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay, fourier_places
+from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay,
+                      fourier_places)
 from data import InputError, stack
 from fixtures.compare import close
 from fixtures.pictures import picture
@@ -41,8 +43,9 @@ def test_adapters_turn_features_into_embeddings(adapter):
 
 
 def load(module: torch.nn.Module, path, names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Gives a module the weights of a golden file, `names` leading from the beginnings of our names to theirs, "{}"
-    standing for a number. What isn't named is the identity or nothing. Returns the rest of the file."""
+    """Gives a module the weights of a golden file, `names` leading from the beginnings of our names to
+    theirs, "{}" standing for a number. What isn't named is the identity or nothing. Returns the rest of the
+    file."""
     golden = load_file(path)
     for name, p in module.named_parameters():
         number = re.search(r"\.\d+\.", name)
@@ -69,9 +72,11 @@ def test_resampler_equals_idefics(fixtures):
     parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "output_proj"}
     golden = load(adapter, fixtures / "resampler.safetensors", {
         "query": "latents", "norm": "layer_norm",
-        "blocks.{}.source_norm": "blocks.{}.0.context_layer_norm", "blocks.{}.norm1": "blocks.{}.0.latents_layer_norm",
+        "blocks.{}.source_norm": "blocks.{}.0.context_layer_norm",
+        "blocks.{}.norm1": "blocks.{}.0.latents_layer_norm",
         **{f"blocks.{{}}.attention.{ours}": f"blocks.{{}}.0.{theirs}" for ours, theirs in parts.items()},
-        "blocks.{}.norm2": "blocks.{}.1.ln", "blocks.{}.mlp.up": "blocks.{}.1.fc", "blocks.{}.mlp.down": "blocks.{}.1.c_proj"})
+        "blocks.{}.norm2": "blocks.{}.1.ln",
+        "blocks.{}.mlp.up": "blocks.{}.1.fc", "blocks.{}.mlp.down": "blocks.{}.1.c_proj"})
     assert golden.keys() == {"features", "embeddings"}
     close(adapter(golden["features"]), golden["embeddings"])
 
@@ -80,11 +85,14 @@ def test_resampler_equals_idefics(fixtures):
 def test_twoway_equals_sam(fixtures):
     adapter = TwoWay(12, 12, 4, queries=5, layers=3, width=12, heads=3, mlp=20)
     parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-    attentions = {"blocks.{}.attention": "layers.{}.self_attn", "blocks.{}.to_image": "layers.{}.cross_attn_token_to_image",
-                  "blocks.{}.to_tokens": "layers.{}.cross_attn_image_to_token", "to_image": "final_attn_token_to_image"}
+    attentions = {"blocks.{}.attention": "layers.{}.self_attn",
+                  "blocks.{}.to_image": "layers.{}.cross_attn_token_to_image",
+                  "blocks.{}.to_tokens": "layers.{}.cross_attn_image_to_token",
+                  "to_image": "final_attn_token_to_image"}
     golden = load(adapter, fixtures / "twoway.safetensors", {
         "query": "query", "norm": "layer_norm_final_attn",
-        **{f"{mine}.{ours}": f"{their}.{theirs}" for mine, their in attentions.items() for ours, theirs in parts.items()},
+        **{f"{mine}.{ours}": f"{their}.{theirs}"
+           for mine, their in attentions.items() for ours, theirs in parts.items()},
         **{f"blocks.{{}}.norm{i}": f"layers.{{}}.layer_norm{i}" for i in (1, 2, 3)},
         "blocks.{}.image_norm": "layers.{}.layer_norm4",
         "blocks.{}.mlp.up": "layers.{}.mlp.lin1", "blocks.{}.mlp.down": "layers.{}.mlp.lin2"})
@@ -96,7 +104,8 @@ def test_twoway_equals_sam(fixtures):
 
 @torch.no_grad()
 def test_qformer_equals_blip2(fixtures):
-    qformer, golden = QFormer.from_pretrained(str(fixtures / "blip2")), load_file(fixtures / "blip2" / "golden.safetensors")
+    folder = fixtures / "blip2"
+    qformer, golden = QFormer.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
     close(qformer(golden["features"]), golden["embeddings"])
 
 
@@ -143,7 +152,8 @@ def test_gated_block_equals_idefics(fixtures):
     block = GatedBlock(12, 10, 3, 20, 1e-6)
     parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
     golden = load(block, fixtures / "flamingo.safetensors", {
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "alpha1": "alpha_cross_attn", "alpha2": "alpha_dense",
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+        "alpha1": "alpha_cross_attn", "alpha2": "alpha_dense",
         **{f"attention.{ours}": f"cross_attn.{theirs}" for ours, theirs in parts.items()},
         **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}})
     assert golden.keys() == {"x", "images", "seen", "out"}
@@ -154,8 +164,8 @@ def test_gated_block_equals_idefics(fixtures):
 @pytest.mark.parametrize("name", ("llama", "gpt2", "opt_post"))
 @torch.no_grad()
 def test_flamingo_starts_as_the_llm_it_is_put_in(name, dtype, fixtures):
-    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / name), dtype), Letters(),
-              dict(adapter="flamingo", adapter_sizes=dict(width=16, heads=2)))
+    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / name), dtype),
+              Letters(), dict(adapter="flamingo", adapter_sizes=dict(width=16, heads=2)))
     gates = {name: p for name, p in vlm.trained.items() if "alpha" in name}
     for p in set(vlm.trained.values()) - set(gates.values()):
         torch.nn.init.normal_(p, std=0.5)
@@ -189,7 +199,8 @@ def test_flamingo_sees_the_last_image_before_a_word(fixtures):
         expected = torch.zeros_like(moved)
         expected[seen] = True
         assert torch.equal(moved, expected)
-    assert torch.equal(vlm.read(tokens, features)["between"](1, x, positions), x)  # every second block has one
+    between = vlm.read(tokens, features)["between"]
+    assert torch.equal(between(1, x, positions), x)  # every second block has one
     assert not torch.equal(apply(features), x)
 
 
@@ -202,7 +213,8 @@ def test_flamingo_generates(mode, name, fixtures):
         p.mul_(0.4)  # or one token would drown all others
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
     rows = [vlm.encode(text) for text in ("<image>ab", "a<image>b<image>abcd")]
-    inputs = [vlm.read(torch.tensor([ids]), part) for (ids, _), part in zip(rows, (features[:1], features[1:]))]
+    inputs = [vlm.read(torch.tensor([ids]), part)
+              for (ids, _), part in zip(rows, (features[:1], features[1:]))]
     batch = vlm.read(stack(rows)[0], features)
     for key in ("embeddings", "positions"):
         if batch[key] is not None:
@@ -217,9 +229,11 @@ def test_flamingo_generates(mode, name, fixtures):
 
 @torch.no_grad()
 def test_rotary_positions_equal_qwen2_vl(fixtures):
-    llm, golden = LLM.from_pretrained(str(fixtures / "qwen2_vl")), load_file(fixtures / "qwen2_vl" / "golden.safetensors")
+    folder = fixtures / "qwen2_vl"
+    llm, golden = LLM.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
+    rows = [{key[:-1]: value for key, value in golden.items() if key[-1] == i} for i in "01"]
     vlm = small(fixtures, "linear", image_position="rope-xy")
-    V, rows = vlm.llm.config.vocabulary, [{key[:-1]: value for key, value in golden.items() if key[-1] == i} for i in "01"]
+    V = vlm.llm.config.vocabulary
     for row in rows:
         positions = vlm.positions(torch.where(row["words"] == 1, 5, V + 2)[None])
         assert torch.equal(positions[0], row["positions"])
@@ -237,7 +251,8 @@ def test_rotary_positions_of_text_alone_are_plain(name, fixtures):
     positions = torch.arange(15).expand(2, 15)
     plain = llm.hidden(llm.embed(tokens))
     assert torch.allclose(llm.hidden(llm.embed(tokens), positions), plain, atol=1e-6)
-    assert torch.allclose(llm.hidden(llm.embed(tokens), positions[..., None].expand(2, 15, 3)), plain, atol=1e-6)
+    triples = positions[..., None].expand(2, 15, 3)
+    assert torch.allclose(llm.hidden(llm.embed(tokens), triples), plain, atol=1e-6)
 
 
 def test_positions_of_an_image(fixtures):
@@ -249,7 +264,7 @@ def test_positions_of_an_image(fixtures):
         vlm = small(fixtures, adapter, image_position=mode)
         tokens = torch.tensor([vlm.encode(row)[0]])
         positions = vlm.positions(tokens)
-        if mode == "rope-xy":  # the first row of each image; y and x are told apart by the reference's fixture
+        if mode == "rope-xy":  # x in the first row of each image; the fixture tells y and x apart
             places = positions[0, tokens[0] == vlm.llm.config.vocabulary + 2].view(2, 5, 5, 3)
             assert torch.equal(places[:, :, :, 0].unique(), torch.tensor([3, 12]))
             keep = [0, 1, 2, *range(3, 8), 28, 29, 30, 31, *range(32, 37), 57]
@@ -304,7 +319,7 @@ def test_places_are_added_to_the_patches(fixtures):
 
 
 def test_image_positions_that_cannot_be(fixtures):
-    with pytest.raises(InputError, match="rope-xy needs an adapter that keeps the grid of patches, which qformer doesn't"):
+    with pytest.raises(InputError, match="an adapter that keeps the grid of patches, which qformer doesn't"):
         small(fixtures, "qformer", image_position="rope-xy")
     with pytest.raises(InputError, match="which flamingo doesn't"):
         small(fixtures, "flamingo", image_position="rope-xy")
@@ -315,7 +330,8 @@ def test_image_positions_that_cannot_be(fixtures):
 @pytest.mark.parametrize("mode", IMAGE_POSITIONS[1:])
 def test_train_with_image_position(mode, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, train, "--adapter", "pixelshuffle", *QUICK, "--image-position", mode, "--out", "run") == 0
+    options = ["--adapter", "pixelshuffle", "--image-position", mode, "--out", "run"]
+    assert command(monkeypatch, train, *options, *QUICK) == 0
     picture(120, 80).save("a.png")
     assert command(monkeypatch, sample, "a.png", "--model", "run", "--max-tokens", "5") == 0
     assert VLM.from_pretrained("run").image_position == mode
