@@ -1,6 +1,6 @@
 """The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins ViT, adapter, LLM.
 
-Adding an adapter takes a class (see `Adapter`) and its entry in ADAPTERS. Its keyword-only arguments are its sizes.
+Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
 import itertools
 import math
@@ -14,23 +14,31 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint, load_weights,
-                  read_json, write_file)
+from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
+                  load_weights, read_json, write_file)
 from llm import LLM, Tokenizer
 from vit import ViT
 
 
 class Adapter(nn.Module):
-    """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side), nothing else.
-    It maps features (P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); the last grid² of the N are the patches.
+    """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side),
+    nothing else. It maps features (P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); the last grid²
+    of the N are the patches.
 
-    `queries` is Q; `side` is the root of Q where they are places of the picture, row by row, None where they are
-    queries, which have no place. With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
-    embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L).
+    `queries` is Q; `side` is the root of Q where they are places of the picture, row by row, None where they
+    are queries, which have no place. With `text` above 0 it reads as many of the prompt's first tokens too,
+    as (words, seen): the LLM's embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where
+    there is a word (P,L).
+
+    With `queries` 0 nothing of a picture stands among the words: the adapter has a method `between` instead,
+    of what happens between the LLM's blocks, and of these it is told in `join`.
     """
     queries: int
     side: int | None = None
     text = vocabulary = 0
+
+    def join(self, layers: int, width: int) -> None:
+        """Called once with the number of the LLM's blocks and their width."""
 
 
 class Linear(Adapter):
@@ -59,8 +67,8 @@ class MLP(Adapter):
 
 
 class PixelShuffle(Adapter):
-    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features of each
-    square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
+    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features
+    of each square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
 
     Raises InputError where the patch grid can't be cut in such squares.
     """
@@ -68,7 +76,8 @@ class PixelShuffle(Adapter):
     def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False):
         super().__init__()
         if scale < 1 or grid % scale:
-            raise InputError(f"pixelshuffle: {grid} × {grid} patches can't be cut in squares of {scale} × {scale}")
+            raise InputError(
+                f"pixelshuffle: {grid} × {grid} patches can't be cut in squares of {scale} × {scale}")
         self.side, self.scale = grid // scale, scale
         self.queries = self.side ** 2
         self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
@@ -83,7 +92,8 @@ class PixelShuffle(Adapter):
 # What the transformers among them share
 
 class Attention(nn.Module):
-    """Multi-head attention of q (P,Q,W) to k and v (P,N,W'); mask (P,1,Q or 1,N) true where a query sees a key."""
+    """Multi-head attention of q (P,Q,W) to k and v (P,N,W'); mask (P,1,Q or 1,N) true where a query sees a
+    key."""
 
     def __init__(self, width: int, source_width: int, heads: int, *, shrink: int = 1, bias: bool = True):
         super().__init__()
@@ -102,18 +112,20 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True):
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True, gated: bool = False):
         super().__init__()
+        self.gate = nn.Linear(width, hidden, bias) if gated else None
         self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(x)
 
 
 class Words(nn.Module):
-    """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or, where it
-    is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
+    """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or,
+    where it is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
 
     def __init__(self, llm_width: int, width: int, positions: int, vocabulary: int):
         super().__init__()
@@ -136,10 +148,11 @@ def initialise(module: nn.Module) -> None:
 # The Q-Former
 
 class QFormerBlock(nn.Module):
-    """BERT's block, normed after each sublayer. Queries and words read each other, the queries alone read the picture;
-    words have a feed-forward layer of their own or, without `text`, end here."""
+    """BERT's block, normed after each sublayer. Queries and words read each other, the queries alone read the
+    picture; words have a feed-forward layer of their own or, without `text`, end here."""
 
-    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float, text: bool):
+    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float,
+                 text: bool):
         super().__init__()
         self.attention, self.norm1 = Attention(width, width, heads), nn.LayerNorm(width, eps)
         self.cross = Attention(width, vision_width, heads) if vision_width else None
@@ -161,14 +174,14 @@ class QFormerBlock(nn.Module):
 
 
 class QFormer(Adapter):
-    """BLIP-2's querying transformer (Li et al., 2023, arXiv:2301.12597): learned queries attend to each other and,
-    in every `every`-th block, to the patches (all N features, class token too); then a projection to the LLM's width.
-    With `text` the prompt's words join the queries' attention to each other (InstructBLIP: Dai et al., 2023,
-    arXiv:2305.06500).
+    """BLIP-2's querying transformer (Li et al., 2023, arXiv:2301.12597): learned queries attend to each other
+    and, in every `every`-th block, to the patches (all N features, class token too); then a projection to the
+    LLM's width. With `text` the prompt's words join the queries' attention to each other (InstructBLIP: Dai
+    et al., 2023, arXiv:2305.06500).
 
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
-    layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0: none),
-    `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
+    layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0:
+    none), `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
@@ -179,9 +192,9 @@ class QFormer(Adapter):
         self.query = nn.Parameter(torch.empty(queries, width))
         self.words = Words(llm_width, width, text, vocabulary) if text else None
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            QFormerBlock(width, vision_width if i % every == 0 else None, heads, mlp or 4 * width, dropout, eps,
-                         text=text > 0 and i + 1 < layers) for i in range(layers))  # no one reads the last block's words
+        self.blocks = nn.ModuleList(  # no one reads what words the last block would give
+            QFormerBlock(width, None if i % every else vision_width, heads, mlp or 4 * width, dropout, eps,
+                         text=text > 0 and i + 1 < layers) for i in range(layers))
         self.projection = nn.Linear(width, llm_width)
         nn.init.normal_(self.query, std=0.02)
         initialise(self)
@@ -199,14 +212,14 @@ class QFormer(Adapter):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "QFormer":
-        """Loads the Q-Former and projection of a BLIP-2 or InstructBLIP checkpoint (a folder or a hub name); that of
-        InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
+        """Loads the Q-Former and projection of a BLIP-2 or InstructBLIP checkpoint (a folder or a hub name);
+        that of InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
         checkpoint = Checkpoint(name)
         family, sizes = checkpoint.family({"blip-2": BLIP2, "instructblip": INSTRUCTBLIP})
         with torch.device("meta"):
             qformer = cls(**sizes)
-        last = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # what becomes of its words
-        load_weights(qformer, checkpoint, family._replace(unused=family.unused + last), dtype)
+        words = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # of the last block
+        load_weights(qformer, checkpoint, family._replace(unused=family.unused + words), dtype)
         return qformer.eval()
 
 
@@ -223,7 +236,8 @@ def blip2_config(c: dict) -> dict:
 
 def instructblip_config(c: dict) -> dict:
     q = c.get("qformer_config", {})
-    return blip2_config(c) | dict(text=q.get("max_position_embeddings", 512), vocabulary=q.get("vocab_size", 30522))
+    return blip2_config(c) | dict(text=q.get("max_position_embeddings", 512),
+                                  vocabulary=q.get("vocab_size", 30522))
 
 
 BLIP2 = Family(blip2_config, {
@@ -231,7 +245,8 @@ BLIP2 = Family(blip2_config, {
     "query": (lambda tensor: tensor[0], "query_tokens"),
     **{f"blocks.{{}}.{mine}.{ours}": f"encoder.layer.{{}}.{theirs}.{name}"
        for mine, theirs in (("attention", "attention"), ("cross", "crossattention"))
-       for ours, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"), ("out", "output.dense"))},
+       for ours, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"),
+                          ("out", "output.dense"))},
     "blocks.{}.norm1": "encoder.layer.{}.attention.output.LayerNorm",
     "blocks.{}.norm2": "encoder.layer.{}.crossattention.output.LayerNorm",
     "blocks.{}.mlp.up": "encoder.layer.{}.intermediate_query.dense",
@@ -266,12 +281,13 @@ class ResamplerBlock(nn.Module):
 
 
 class Resampler(Adapter):
-    """Flamingo's Perceiver resampler (Alayrac et al., 2022, arXiv:2204.14198): learned queries attend to the patches
-    and to each other at once, in every block. The paper's embeddings of a frame's time are embeddings of a patch's
-    place, a picture being one frame; norms and the ReLU are those of IDEFICS, its public reproduction.
+    """Flamingo's Perceiver resampler (Alayrac et al., 2022, arXiv:2204.14198): learned queries attend to the
+    patches and to each other at once, in every block. The paper's embeddings of a frame's time are embeddings
+    of a patch's place, a picture being one frame; norms and the ReLU are those of IDEFICS, its public
+    reproduction.
 
-    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward layers,
-    4 × width unless given).
+    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
+    layers, 4 × width unless given).
     """
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
@@ -280,7 +296,8 @@ class Resampler(Adapter):
         self.queries = queries
         self.query, self.places = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (queries, grid ** 2))
         self.project_in = nn.Linear(vision_width, width)
-        self.blocks = nn.ModuleList(ResamplerBlock(width, heads, mlp or 4 * width, eps) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(width, heads, mlp or 4 * width, eps) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps)
         self.projection = nn.Linear(width, llm_width)
         initialise(self)
@@ -297,8 +314,8 @@ class Resampler(Adapter):
 # SAM's two-way attention
 
 def fourier_places(matrix: torch.Tensor, grid: int) -> torch.Tensor:
-    """Sines and cosines (grid²,W) of where each patch's centre lies; `matrix` (2,W/2): frequencies along x and y, in
-    turns per half picture (Tancik et al., 2020, arXiv:2006.10739)."""
+    """Sines and cosines (grid²,W) of where each patch's centre lies; `matrix` (2,W/2): frequencies along x
+    and y, in turns per half picture (Tancik et al., 2020, arXiv:2006.10739)."""
     at = (torch.arange(grid) + 0.5) / grid * 2 - 1
     angles = 2 * math.pi * torch.stack([at.repeat(grid), at.repeat_interleave(grid)], -1) @ matrix
     return torch.cat([angles.sin(), angles.cos()], -1)
@@ -313,7 +330,7 @@ class TwoWayBlock(nn.Module):
         self.mlp = FeedForward(width, mlp, "relu")
         self.norm1, self.norm2, self.norm3, self.image_norm = (nn.LayerNorm(width, eps) for _ in range(4))
 
-    def forward(self, x, image, marks, places, mask):  # tokens (P,Q+L,W), patches (P,G²,W), what marks their places
+    def forward(self, x, image, marks, places, mask):  # tokens (P,Q+L,W), patches (P,G²,W), their positions
         if self.first:  # the tokens are their own marks
             x = self.norm1(self.attention(x, x, x, mask))
         else:
@@ -324,13 +341,14 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWay(Adapter):
-    """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643): learned queries, and the
-    words of the prompt with `text`, attend to each other and to the patches, and the patches to them; what a token was
-    at first, and where a patch lies (random Fourier features), is added anew at every attention.
+    """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643): learned
+    queries, and the words of the prompt with `text`, attend to each other and to the patches, and the patches
+    to them; what a token was at first, and where a patch lies (random Fourier features), is added anew at
+    every attention.
 
-    Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the feed-forward
-    layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have width / shrink numbers
-    in all heads together), `text` (tokens of the prompt it reads; 0: none).
+    Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the
+    feed-forward layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have
+    width / shrink numbers in all heads together), `text` (tokens of the prompt it reads; 0: none).
     """
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
@@ -343,7 +361,7 @@ class TwoWay(Adapter):
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
         self.words = Words(llm_width, width, text, 0) if text else None
         self.project_in = nn.Linear(vision_width, width)
-        matrix = torch.randn(2, width // 2, generator=torch.Generator().manual_seed(0))  # the same in every run
+        matrix = torch.randn(2, width // 2, generator=torch.Generator().manual_seed(0))  # of every run
         self.register_buffer("places", fourier_places(matrix, grid), persistent=False)
         self.blocks = nn.ModuleList(
             TwoWayBlock(width, heads, mlp or 4 * width, shrink, eps, first=i == 0) for i in range(layers))
@@ -365,8 +383,75 @@ class TwoWay(Adapter):
         return self.projection(x[:, :self.queries])
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo
+
+class GatedBlock(nn.Module):
+    """Gated cross-attention, then a gated feed-forward layer: what each adds is multiplied by the tanh of a
+    number that starts at 0, so that the LLM starts as it was."""
+
+    def __init__(self, width: int, source_width: int, heads: int, mlp: int, eps: float):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps) for _ in "12")
+        self.attention = Attention(width, source_width, heads, bias=False)
+        self.mlp = FeedForward(width, mlp, "silu", bias=False, gated=True)
+        self.alpha1, self.alpha2 = (nn.Parameter(torch.zeros(1)) for _ in "12")
+
+    def forward(self, x, images, seen):  # (B,T,W), (B,S,D), (B,T,S)
+        blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
+        y = self.attention(self.norm1(x), images, images, (seen | blind)[:, None])
+        x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
+        return x + self.alpha2.tanh() * self.mlp(self.norm2(x))
+
+
+class Flamingo(Adapter):
+    """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): before every `every`-th block of the frozen LLM a
+    gated block, in which a word attends to the resampled picture that was the last to come before it. Norms
+    and feed-forward layers are those of IDEFICS, its public reproduction.
+
+    Sizes: number of `queries`, `layers`, `width`, `heads` and `mlp` of the resampler; `heads` of the gated
+    blocks too, whose feed-forward layers are 4 times as wide as the LLM.
+    """
+    NEVER = 1 << 62  # a position that no word has
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
+        super().__init__()
+        self.queries, self.every, self.sizes = 0, every, (llm_width, heads, eps)
+        self.resampler = Resampler(vision_width, llm_width, grid, queries=queries, layers=layers, width=width,
+                                   heads=heads, mlp=mlp)
+
+    def join(self, layers: int, width: int) -> None:
+        llm_width, heads, eps = self.sizes
+        self.blocks = nn.ModuleList(GatedBlock(width, llm_width, heads, 4 * width, eps)
+                                    for _ in range(0, layers, self.every))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.resampler(features)
+
+    def between(self, images: torch.Tensor, begins: torch.Tensor):
+        """What the LLM calls between its blocks. images (P,Q,D), row by row; begins (B,M): the positions from
+        which on the words of a row see its images, of which there are M at most, NEVER for one that it
+        doesn't have."""
+        count = (begins < self.NEVER).sum(1, keepdim=True)  # (B,1)
+        which = torch.arange(begins.shape[1], device=images.device)  # (M,)
+        place = count.cumsum(0) - count + which  # (B,M)
+        Q, images = images.shape[1], images[place.clamp(max=len(images) - 1)].flatten(1, 2)  # (B,M·Q,D)
+
+        def apply(layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            if layer % self.every:
+                return x
+            mine, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (images, begins))  # of beams
+            last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
+            seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
+            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+                return self.blocks[layer // self.every](x.float(), mine, seen).to(x.dtype)
+
+        return apply
+
+
 ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer,
-            "resampler": Resampler, "twoway": TwoWay}
+            "resampler": Resampler, "twoway": TwoWay, "flamingo": Flamingo}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -402,11 +487,12 @@ class VLM(nn.Module):
     takes), "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT; null: the last), "adapter" (a name in
     ADAPTERS), "adapter_sizes", "image_position", "prompt", and what train.py adds.
 
-    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one for each,
-    as for words, and is what is meant where config.json says nothing; `shared` takes one for all; `xy` does too, but
-    adds a learned embedding of its row and one of its column to each patch's features before the adapter;
-    `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding (t, t + row, t + column), as
-    Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM with rotary positions.
+    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
+    for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
+    `xy` does too, but adds a learned embedding of its row and one of its column to each patch's features
+    before the adapter; `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding
+    (t, t + row, t + column), as Qwen2-VL does, which takes an adapter that keeps the grid of patches and an
+    LLM with rotary positions.
     """
 
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
@@ -416,7 +502,8 @@ class VLM(nn.Module):
         tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
         if self.image_position not in IMAGE_POSITIONS:
-            raise InputError(f"unknown image position {self.image_position!r}: choose from {', '.join(IMAGE_POSITIONS)}")
+            raise InputError(f"unknown image position {self.image_position!r}: "
+                             f"choose from {', '.join(IMAGE_POSITIONS)}")
         if config["adapter"] not in ADAPTERS:
             raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
@@ -427,13 +514,16 @@ class VLM(nn.Module):
                                                            **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
+        self.adapter.join(llm.config.layers, llm.config.width)
         if self.image_position == "rope-xy":
             if self.adapter.side is None:
-                raise InputError(f"rope-xy needs an adapter that keeps the grid of patches: {config['adapter']} has queries")
+                raise InputError("rope-xy needs an adapter that keeps the grid of patches, "
+                                 f"which {config['adapter']} doesn't")
             if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
-        self.places = (nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
-                       if self.image_position.endswith("+xy") or self.image_position == "xy" else None)
+        self.places = None
+        if self.image_position in ("xy", "sequence+xy"):
+            self.places = nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
         self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
         if format.end and not self.ends:
             self.ends = (tokenizer.special[format.end],)
@@ -506,9 +596,9 @@ class VLM(nn.Module):
             return self.vit(pixels, self.config.get("layer"))
 
     def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Ids (P,L) of what the adapter may read with each of P pictures: the words in its row of the ids (B,T), up to the
-        first of the places `where` (M,) of targets, no more than the adapter's `text`; -1 where there are no more.
-        None for an adapter that reads no words."""
+        """Ids (P,L) of what the adapter may read with each of P pictures: the words in its row of the ids
+        (B,T), up to the first of the places `where` (M,) of targets, no more than the adapter's `text`; -1
+        where there are no more. None for an adapter that reads no words."""
         if not self.adapter.text:
             return None
         B, T = tokens.shape
@@ -520,17 +610,9 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
         return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(image.sum(1) // self.adapter.queries, 0)
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) (None if P is 0) to embeddings
-        (B,T,D).
-        `prompt` as `VLM.prompt` gives it; in ids of the adapter's own vocabulary, where it has one."""
-        V, dtype = self.llm.config.vocabulary, self.llm.dtype
-        x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
-        if self.markers is not None:
-            marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
-            x = torch.where((tokens >= V)[..., None], marks, x)
-        if features is None:
-            return x
+    def images(self, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
+        ids of the adapter's own vocabulary, where it has one."""
         features = features.float()
         if self.places is not None:
             places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
@@ -539,12 +621,25 @@ class VLM(nn.Module):
         if prompt is not None:
             words = prompt.clamp(min=0)
             text = (words if self.adapter.vocabulary else self.llm.embed(words).float()), prompt >= 0
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.adapter(features, *text).to(dtype)  # (P,Q,D)
-        return x.masked_scatter((tokens == self.placeholder)[..., None], images)
+        dtype = self.llm.dtype
+        with torch.autocast(features.device.type, dtype, enabled=dtype != torch.float32):
+            return self.adapter(features, *text).to(dtype)
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None,
+              prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) (None if P is 0) to
+        embeddings (B,T,D); `prompt` as for `images`."""
+        V = self.llm.config.vocabulary
+        x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
+        if self.markers is not None:
+            marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(x.dtype)
+            x = torch.where((tokens >= V)[..., None], marks, x)
+        if features is None or not self.adapter.queries:
+            return x
+        return x.masked_scatter((tokens == self.placeholder)[..., None], self.images(features, prompt))
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), (B,T,3) for rope-xy, None for 0, 1, …"""
+        """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
         if self.image_position.startswith("sequence"):
             return None
         image = tokens == self.placeholder
@@ -557,9 +652,17 @@ class VLM(nn.Module):
         return t[..., None] + torch.stack([0 * i, i // side, i % side], -1) * image[..., None]
 
     def read(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor | None = None) -> dict:
-        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their arguments by name.
-        `where` (M,): the places of targets, if there are any."""
-        return dict(embeddings=self.embed(tokens, features, self.prompt(tokens, where)), positions=self.positions(tokens))
+        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their
+        arguments by name. `where` (M,): the places of targets, if there are any."""
+        positions = self.positions(tokens)
+        embeddings = self.embed(tokens, features, self.prompt(tokens, where))
+        inputs = dict(embeddings=embeddings, positions=positions)
+        if self.adapter.queries or features is None:
+            return inputs
+        begin = tokens == self.llm.config.vocabulary
+        at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
+        return inputs | dict(between=self.adapter.between(self.images(features), begins))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""
@@ -606,8 +709,10 @@ class VLM(nn.Module):
             prompts = prompt if isinstance(prompt, list) else [prompt] * len(features)
             rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
-        inputs = {name: None if value is None else [x[:len(row)] for x, row in zip(value, rows)]
-                  for name, value in self.read(tokens, features).items()}
+        inputs = self.read(tokens, features)
+        for name in ("embeddings", "positions"):
+            if inputs[name] is not None:
+                inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
         ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 

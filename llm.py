@@ -110,8 +110,9 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first turns the
-    fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024, arXiv:2409.12191)."""
+    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
+    turns the fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024,
+    arXiv:2409.12191)."""
     f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
     if positions.dim() == 2:
         positions = positions[..., None]
@@ -214,13 +215,13 @@ class LLM(nn.Module):
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # Gemma rounds the scale too
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
-               mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+               mask: torch.Tensor | None = None, cache: KVCache | None = None, between=None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
-        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask (B,1,T,S):
-        which of the S keys (cached ones included) each token sees, before a layer's window narrows it; causal unless
-        given.
-        Raises InputError past `max_positions`.
+        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask
+        (B,1,T,S): which of the S keys (cached ones included) each token sees, before a layer's window narrows
+        it; causal unless given. between(layer, x, positions): what becomes of the states x (B,T,W) before
+        each block, if anything. Raises InputError past `max_positions`.
         """
         config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
         if positions is None:
@@ -233,6 +234,8 @@ class LLM(nn.Module):
         turns = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
         masks = {window: narrow(mask, window, start, T, x.device) for window in set(config.windows)}
         for layer, (block, rope, window) in enumerate(zip(self.blocks, config.ropes, config.windows)):
+            if between is not None:
+                x = between(layer, x, positions)
             x = block(x, turns[rope], masks[window], cache, layer)
         if cache is not None:
             cache.length += T
@@ -247,16 +250,18 @@ class LLM(nn.Module):
         return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
 
     @torch.inference_mode()
-    def generate(self, tokens=None, *, embeddings=None, positions=None, max_tokens: int = 50, temperature: float = 0.0,
-                 top_k: int = 0, top_p: float = 1.0, beams: int = 1, end_tokens: tuple[int, ...] | None = None,
+    def generate(self, tokens=None, *, embeddings=None, positions=None, between=None, max_tokens: int = 50,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, beams: int = 1,
+                 end_tokens: tuple[int, ...] | None = None,
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
-        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
-        padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless given), (B,T) or
-        (B,T,3) or a list of rows, go on after the largest of a row. temperature 0 is greedy; top_k (0: off) and top_p
-        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for the likeliest text instead.
-        Returns B lists of new ids, without the end token. Raises InputError.
+        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths.
+        Rows are padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless
+        given), (B,T) or (B,T,3) or a list of rows, go on after the largest of a row. `between` as for
+        `hidden`; with beams it meets each row as often, one after the other. temperature 0 is greedy; top_k
+        (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
+        the likeliest text instead. Returns B lists of new ids, without the end token. Raises InputError.
         """
         if embeddings is None:
             embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
@@ -271,10 +276,12 @@ class LLM(nn.Module):
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
         if positions is None:
             positions = [torch.arange(n, device=x.device) for n in lengths]
-        positions = torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
+        positions = torch.stack([
+            F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
         for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
-            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in after):
+            if rope and rope.scaling == "longrope" and any(
+                    n <= rope.original < n + max_tokens - 1 for n in after):
                 raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
                                  "model reads longer ones in another way")
         key = torch.arange(T + max_tokens, device=x.device)
@@ -288,7 +295,7 @@ class LLM(nn.Module):
             if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
                 seen = (key[:end] >= pad[:, :, None]) | (key[:end] == query[:, None])
                 mask = (seen & (key[:end] <= query[:, None]))[:, None]  # (B,1,T,S)
-            hidden = self.hidden(x, positions, mask, cache)
+            hidden = self.hidden(x, positions, mask, cache, between)
             logits = self.logits(hidden[:, -1]).float()  # (B,V), or (B·beams,V)
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)

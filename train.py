@@ -29,7 +29,8 @@ from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, h
                   run, shuffled, skip, stack, write_file, write_json)
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
-SIZES = ("queries", "scale", "layers", "width", "heads", "dropout", "text")  # of an adapter, as options of the command line
+# of an adapter, as options of the command line
+SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
 
 
@@ -45,18 +46,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
     add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
     add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
-    add("--queries", type=int, help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
-    add("--adapter-scale", type=int, help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
+    add("--queries", type=int,
+        help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
+    add("--adapter-scale", type=int,
+        help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
     add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
+    add("--adapter-every", type=int, metavar="K",
+        help="qformer: every K-th block reads the picture; flamingo: a block that does stands before every "
+             "K-th of the language model (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
-        help="qformer, twoway: let it read the prompt too, N tokens of it at most (default: 0; 32, if N is left out)")
+        help="qformer, twoway: let it read the prompt too, N tokens of it at most "
+             "(default: 0; 32, if N is left out)")
     add("--image-position", default="sequence", choices=IMAGE_POSITIONS,
-        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as words; shared, one "
-             "for all; xy, shared, and embeddings of row and column are added to the encoder's features; sequence+xy, both; "
-             "rope-xy, rotary ones with row and column, for adapters that keep the grid of patches (default: sequence)")
+        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as "
+             "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
+             "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
+             "that keep the grid of patches (default: sequence)")
     add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
                                                      "<image>, or before it all (default: none)")
 
@@ -139,6 +147,8 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
         if (value := getattr(args, option)) is not None:
             if size not in sizes:
                 raise InputError(f"--{option.replace('_', '-')} means nothing to the {args.adapter} adapter")
+            if value < (least := 0 if size in ("dropout", "text") else 1):
+                raise InputError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
             sizes[size] = value
     return sizes
 
