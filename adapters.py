@@ -498,6 +498,7 @@ class VLM(nn.Module):
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
         super().__init__()
         self.format, V = format, llm.config.vocabulary
+        self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
@@ -607,8 +608,14 @@ class VLM(nn.Module):
         if where is not None:
             first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
             seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
+        repeats = image.sum(1) // self.adapter.queries
+        if self.reader is not None:
+            texts = [self.tokenizer.decode(row[read].tolist(), special=False) for row, read in zip(tokens, seen)]
+            rows = [[*self.reader.prefix, *self.reader.encode(text, special=False), *self.reader.suffix] for text in texts]
+            rows = [torch.tensor(row[:self.adapter.text], device=tokens.device) for row in rows]
+            return nn.utils.rnn.pad_sequence(rows, True, -1).repeat_interleave(repeats, 0)
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
-        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(image.sum(1) // self.adapter.queries, 0)
+        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
 
     def images(self, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
         """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
@@ -801,6 +808,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
     format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
     vlm = VLM(ViT.from_pretrained(parts[0], dtype), LLM.from_pretrained(parts[1], dtype), tokenizer,
               {"from": name} | config | (run or {}), format)
+    if vlm.adapter.vocabulary:
+        vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
     return vlm
 
@@ -848,7 +857,7 @@ def blip_config(c: dict) -> tuple[dict, dict, dict]:
     for name in ("vision_width", "llm_width", "grid"):
         del sizes[name]
     placeholder = c.get("image_token_index")  # older files have none
-    return {"model_type": "blip_2_vision_model"} | c.get("vision_config", {}), text_config(c, "opt"), dict(
+    return c.get("vision_config", {}) | {"model_type": "blip_2_vision_model"}, text_config(c, "opt"), dict(
         adapter="qformer", adapter_sizes=sizes, **{"placeholder": placeholder} if placeholder else {})
 
 
@@ -907,11 +916,16 @@ NANOVLM = {  # three generations: tiles and the whole, …
     "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
 }
 
+BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""), question="",
+                    images_first=True)
+blip2 = Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
+               BLIP2.names, {"": BLIP2_CHAT}, r".*position_ids")
+instructblip = blip2._replace(
+    names=INSTRUCTBLIP.names, unused=r".*position_ids|encoder\.layer\.\d+\.(intermediate|output)\..*",  # of the last block
+    formats={"": Format(lambda images, text: IMAGE * images + text, images_first=True)})
+
 PUBLIC = {  # config.json's model_type -> family
-    "blip-2": Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
-                     BLIP2.names, {"": Format(
-                         lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
-                         question="", images_first=True)}, r".*position_ids"),
+    "blip-2": blip2, "instructblip": instructblip,
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,

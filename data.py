@@ -65,7 +65,8 @@ def write_json(path: Path, value) -> None:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+               "qformer_tokenizer/tokenizer.json")
 
 
 def read_json(path: Path) -> dict:
@@ -136,7 +137,8 @@ def download(name: str, repository: Path, weights: bool) -> Path:
                 return
             print(f"downloading {name}/{file}", file=sys.stderr)
             digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
-            part = snapshot / f".{file}.part"
+            part = (snapshot / file).with_name(f".{Path(file).name}.part")
+            part.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
                                            progress=sys.stderr.isatty())
             if part.stat().st_size != files[file].get("size", part.stat().st_size):

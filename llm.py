@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import regex
 import tiktoken
@@ -729,25 +729,75 @@ class Pieces:
         return tuple(id for id in ids if id is not None)
 
 
+def bert_normaliser(step: dict) -> Callable[[str], str]:
+    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and accents if it
+    says so. The reference classes characters as Unicode 8 did."""
+    plain = step.get("strip_accents")
+    plain = step.get("lowercase", True) if plain is None else plain
+
+    def normalise(text: str) -> str:
+        if step.get("clean_text", True):
+            text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or (
+                unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd"))
+        if step.get("handle_chinese_chars", True):
+            text = regex.sub(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                             r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])", r" \1 ", text)
+        if plain:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return text.lower() if step.get("lowercase", True) else text
+
+    return normalise
+
+
+class WordPieces:
+    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those that go on."""
+
+    def __init__(self, model: dict):
+        self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
+        self.on, self.longest = model.get("continuing_subword_prefix", "##"), model.get("max_input_chars_per_word", 100)
+        self.word = functools.lru_cache(1 << 16)(self.cut)
+
+    def spell(self, token: str) -> bytes:
+        return (token.removeprefix(self.on) if token.startswith(self.on) else " " + token).encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        words = regex.findall(r"[\p{P}$+<=>^`|~]|[^\s\p{P}$+<=>^`|~]+", text)
+        return [id for word in words for id in self.word(word)]
+
+    def cut(self, word: str) -> tuple[int, ...]:
+        ids, start = [], 0
+        while start < len(word):
+            pieces = ((end, (self.on if start else "") + word[start:end]) for end in range(len(word), start, -1))
+            end, piece = next(((end, piece) for end, piece in pieces if piece in self.vocabulary), (0, ""))
+            if not end or len(word) > self.longest:
+                return self.unknown,
+            ids.append(self.vocabulary[piece])
+            start = end
+        return tuple(ids)
+
+
 class Tokenizer:
     """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out), `special`
-    the ids of the special tokens by their text, `bytes` the bytes each id stands for.
+    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any; `encode` leaves
+    them out), `special` the ids of the special tokens by their text, `bytes` the bytes each id stands for.
     """
 
     def __init__(self, file: dict):
-        model, self.prefix = file["model"], []
-        if model.get("type", "BPE") != "BPE":
+        model, self.prefix, self.suffix = file["model"], [], []
+        words = model.get("type") == "WordPiece"
+        if not words and model.get("type", "BPE") != "BPE":
             raise ValueError(f"a {model['type']} model is not supported")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
+            if model.get(option) and not words:
                 raise ValueError(f"{option} is not supported")
         self.normalisers = []
         for step in steps(file.get("normalizer"), "normalizers"):
             match step:
                 case {"type": "NFC"}:
                     self.normalisers.append(nfc)
+                case {"type": "BertNormalizer"}:
+                    self.normalisers.append(bert_normaliser(step))
                 case {"type": "Prepend", "prepend": prefix}:
                     self.normalisers.append(prefix.__add__)
                 case {"type": "Replace", "pattern": {"String": old}, "content": new}:
@@ -756,6 +806,10 @@ class Tokenizer:
                     raise ValueError(f"the normaliser {step} is not supported")
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
+            case [{"type": "BertPreTokenizer"}] if words:
+                self.model = WordPieces(model)
+            case _ if words:
+                raise ValueError(f"the pre-tokenizer {pre} of a WordPiece model is not supported")
             case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
                 self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
             case [{"type": "Digits", "individual_digits": True},
@@ -772,8 +826,8 @@ class Tokenizer:
                 raise ValueError(f"the pre-tokenizer {pre} is not supported")
         decoder = steps(file.get("decoder"), "decoders")
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        self.strip = " " * (strip in decoder)
-        known = [step["type"] for step in decoder] == ["ByteLevel"]
+        self.strip = " " * (strip in decoder or words)
+        known = words or [step["type"] for step in decoder] == ["ByteLevel"]
         if isinstance(self.model, Pieces):
             spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
             known = decoder == [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
@@ -782,8 +836,10 @@ class Tokenizer:
         for step in steps(file.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
-                names = [part["SpecialToken"]["id"] for part in before]
-                self.prefix += [id for name in names for id in step["special_tokens"][name]["ids"]]
+                after = itertools.takewhile(lambda part: "SpecialToken" in part, reversed(step["single"]))
+                for ids, parts in ((self.prefix, before), (self.suffix, list(after)[::-1] if words else ())):
+                    for part in parts:
+                        ids += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
                 raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}

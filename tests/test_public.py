@@ -16,7 +16,7 @@ from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from test_vlm import QUICK, command
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
-            "nanovlm_first")
+            "nanovlm_first", "instructblip_vicuna")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
