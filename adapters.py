@@ -54,8 +54,8 @@ class Linear(Adapter):
 
 
 class MLP(Adapter):
-    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744). `class_tokens` before the
-    patches are read as well."""
+    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744). `class_tokens`
+    before the patches are read as well."""
 
     def __init__(self, vision_width: int, width: int, grid: int, *, class_tokens: int = 0):
         super().__init__()
@@ -458,12 +458,13 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
 # The VLM
 
 class Format(NamedTuple):
-    """How a family of VLMs reads pictures and text: strings with IMAGE where a picture or one of its embeddings stands.
+    """How a family of VLMs reads pictures and text: strings with IMAGE where a picture or one of its
+    embeddings stands.
 
-    `chat` makes a prompt of the number of images that come first and the text after them. `image` spells a picture of
-    rows and columns of tiles (0 and 0: seen as a whole), each `queries` embeddings. `question` is asked where there is
-    no text. With `images_first`, images at the head of a prompt come even before the start token. `end` ends an answer
-    where config.json names no such token.
+    `chat` makes a prompt of the number of images that come first and the text after them. `image` spells a
+    picture of rows and columns of tiles (0 and 0: seen as a whole), each `queries` embeddings. `question` is
+    asked where there is no text. With `images_first`, images at the head of a prompt come even before the
+    start token. `end` ends an answer where config.json names no such token.
     """
     chat: Callable[[int, str], str]
     image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
@@ -473,26 +474,28 @@ class Format(NamedTuple):
 
 
 BEGIN, END = "<image begin>", "<image end>"
-OURS = Format(lambda images, text: IMAGE * images + text, lambda queries, rows, columns: BEGIN + IMAGE * queries + END, "")
+OURS = Format(lambda images, text: IMAGE * images + text,
+              lambda queries, rows, columns: BEGIN + IMAGE * queries + END, question="")
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
-    In the ids of a prompt, `placeholder` stands where an image embedding goes, once for each of the adapter's queries.
-    The vocabulary (V ids) of a VLM of ours grows by three: V and V+1, learned embeddings (`markers`) that begin and end
-    an image, and V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in their vocabulary. `config` is what
-    config.json of a run's folder holds: "vit" and "llm" (names) or "from" (the name of a public VLM, whose parts it
-    takes), "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT; null: the last), "adapter" (a name in
-    ADAPTERS), "adapter_sizes", "image_position", "prompt", and what train.py adds.
+    In the ids of a prompt, `placeholder` stands where an image embedding goes, once for each of the adapter's
+    queries. The vocabulary (V ids) of a VLM of ours grows by three: V and V+1, learned embeddings (`markers`)
+    that begin and end an image, and V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in
+    their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
+    (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
+    "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
+    "prompt", and what train.py adds.
 
     What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
     for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
     `xy` does too, but adds a learned embedding of its row and one of its column to each patch's features
-    before the adapter; `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding
-    (t, t + row, t + column), as Qwen2-VL does, which takes an adapter that keeps the grid of patches and an
-    LLM with rotary positions.
+    before the adapter; `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding (t,
+    t + row, t + column), as Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM
+    with rotary positions.
     """
 
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
@@ -510,7 +513,7 @@ class VLM(nn.Module):
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         try:
             vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
-            with torch.device("cpu" if format is OURS else "meta"):  # a public VLM's weights come from its file
+            with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
                 self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
                                                            **config["adapter_sizes"])
         except TypeError as error:
@@ -552,8 +555,8 @@ class VLM(nn.Module):
         return self.llm.embedding.weight.device
 
     def prompt_for(self, question: str) -> str:
-        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one; else, and with a VLM
-        of ours, it is the run's own prompt."""
+        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
+        else, and with a VLM of ours, it is the run's own prompt."""
         return question if question and self.format is not OURS else self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
@@ -562,13 +565,13 @@ class VLM(nn.Module):
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
                tiles: list[tuple[int, int]] | None = None, raw: bool = False) -> tuple[list[int], int]:
-        """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says `<image>`
-        (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline or token that ends it.
-        Also returns how many ids come before the caption.
+        """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
+        `<image>` (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline
+        or token that ends it. Also returns how many ids come before the caption.
 
-        `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that names none has
-        one). Text is data: a special token that it spells is read as plain text. With `raw` it is the whole prompt,
-        special tokens are read, and there is no format.
+        `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that
+        names none has one). Text is data: a special token that it spells is read as plain text. With `raw` it
+        is the whole prompt, special tokens are read, and there is no format.
         """
         format = OURS if raw else self.format
         images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
@@ -582,13 +585,15 @@ class VLM(nn.Module):
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
         ids = ids[:first] + self.start + ids[first:]
         pictures = iter(tiles or itertools.repeat((0, 0)))
-        ids = [i for id in ids for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
+        ids = [i for id in ids
+               for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
             last = prompt.split(IMAGE)[-1]  # a tokenizer of SentencePiece's kind puts the space itself
             gap = " " if last and not last[-1].isspace() and not self.tokenizer.strip else ""
             end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
-            target = [*self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)[:max_tokens], *token]
+            target = self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)
+            target = [*target[:max_tokens], *token]
         return ids + target, len(ids)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -610,9 +615,11 @@ class VLM(nn.Module):
             seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
         repeats = image.sum(1) // self.adapter.queries
         if self.reader is not None:
-            texts = [self.tokenizer.decode(row[read].tolist(), special=False) for row, read in zip(tokens, seen)]
-            rows = [[*self.reader.prefix, *self.reader.encode(text, special=False), *self.reader.suffix] for text in texts]
-            rows = [torch.tensor(row[:self.adapter.text], device=tokens.device) for row in rows]
+            reader, rows = self.reader, []
+            for row, read in zip(tokens, seen):
+                ids = reader.encode(self.tokenizer.decode(row[read].tolist(), special=False), special=False)
+                ids = [*reader.prefix, *ids, *reader.suffix][:self.adapter.text]
+                rows.append(torch.tensor(ids, device=tokens.device))
             return nn.utils.rnn.pad_sequence(rows, True, -1).repeat_interleave(repeats, 0)
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
         return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
@@ -688,25 +695,29 @@ class VLM(nn.Module):
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
             split: bool = True) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see `caption`."""
+        """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see
+        `caption`."""
         prompt = self.config.get("prompt", "") if prompt is None else prompt
         groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
         if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
-            raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, not {max(map(len, groups))}")
+            raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, "
+                             f"not {max(map(len, groups))}")
         cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
         pixels = [pixels for group in cut for pixels, *_ in group]
         rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
         return rows, torch.cat(pixels) if pixels else None
 
     @torch.inference_mode()
-    def caption(self, pictures: list = (), prompt: str | list[str] | None = None, features: torch.Tensor | None = None,
-                max_tokens: int = 60, raw: bool = False, split: bool = True, **decoding) -> list[str]:
+    def caption(self, pictures: list = (), prompt: str | list[str] | None = None,
+                features: torch.Tensor | None = None, max_tokens: int = 60, raw: bool = False,
+                split: bool = True, **decoding) -> list[str]:
         """One caption for each picture; a VLM of ours gives one line of text, without its newline.
 
-        An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's own prompt
-        unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv), one picture a caption,
-        save the encoder's work where they are known; with them, `prompt` may be a list. `raw`: see `encode`. `split`: in
-        tiles, where the family does so. `decoding` goes to `LLM.generate`.
+        An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's
+        own prompt unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv),
+        one picture a caption, save the encoder's work where they are known; with them, `prompt` may be a
+        list. `raw`: see `encode`. `split`: in tiles, where the family does so. `decoding` goes to
+        `LLM.generate`.
         """
         if features is None:
             rows, pixels = self.ask(pictures, prompt, raw, split)
@@ -715,7 +726,8 @@ class VLM(nn.Module):
             prompt = self.config.get("prompt", "") if prompt is None else prompt
             prompts = prompt if isinstance(prompt, list) else [prompt] * len(features)
             rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
+        tokens = [torch.tensor(row, device=self.device) for row in rows]
+        tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         inputs = self.read(tokens, features)
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
@@ -730,8 +742,8 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`, adapter in
-        float32, eval mode. Raises InputError."""
+        """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`,
+        adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         config, path = read_json(folder / "config.json"), folder / "adapter.safetensors"
         if family_of(config) in PUBLIC:
@@ -773,10 +785,10 @@ def build(config: dict, dtype: torch.dtype = torch.float32) -> VLM:
 # Public VLMs: what differs from one family to the next, as data
 
 class Public(NamedTuple):
-    """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and what of ours
-    it tells. The tensors of each part are those whose names begin as `vision`, `language` and `adapter`, regular
-    expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`: its Format, by a special token
-    that the tokenizer has ("": any)."""
+    """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
+    what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
+    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
+    its Format, by a special token that the tokenizer has ("": any)."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str
     language: str
@@ -792,7 +804,8 @@ def family_of(c: dict) -> str | None:
 
 
 def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
-    """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained from it."""
+    """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained
+    from it."""
     checkpoint = Checkpoint(name)
     checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.family(PUBLIC)
@@ -816,8 +829,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
 
 # What the reference takes where a language model's part of config.json says nothing
 DEFAULTS = {
-    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                  bos_token_id=1, eos_token_id=2),
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, bos_token_id=1, eos_token_id=2),
     "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
     "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32),
@@ -837,19 +850,22 @@ def llava_config(c: dict) -> tuple[dict, dict, dict]:
     vision, text = {"model_type": "clip_vision_model"} | c["vision_config"], text_config(c)
     tied = c.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     class_tokens = "clip" in vision["model_type"]
-    dropped = c.get("vision_feature_select_strategy", "default") == "default"  # the first feature, whatever it is
+    dropped = c.get("vision_feature_select_strategy", "default") == "default"  # the first, whatever it is
     return vision, text | {"tie_word_embeddings": tied}, dict(
         adapter="mlp", adapter_sizes=dict(class_tokens=class_tokens - dropped), layer=layer,
         placeholder=c.get("image_token_index", 32000))
 
 
+IMAGE_LINE = IMAGE + "\n"
 LLAVA = {  # its prompts follow the language model's
-    "<|im_start|>": Format(lambda images, text: f"<|im_start|>user {IMAGE * images}\n{text}<|im_end|><|im_start|>assistant"),
+    "<|im_start|>": Format(lambda images, text: (
+        f"<|im_start|>user {IMAGE * images}\n{text}<|im_end|><|im_start|>assistant")),
     "<|start_header_id|>": Format(lambda images, text: (
-        f"<|start_header_id|>user<|end_header_id|>\n\n{(IMAGE + chr(10)) * images}{text}<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>\n\n{IMAGE_LINE * images}{text}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")),
-    "<|user|>": Format(lambda images, text: f"<|user|>\n{(IMAGE + chr(10)) * images}{text}<|end|>\n<|assistant|>\n"),
-    "": Format(lambda images, text: f"USER: {(IMAGE + chr(10)) * images}{text} ASSISTANT:"),
+    "<|user|>": Format(lambda images, text: (
+        f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n")),
+    "": Format(lambda images, text: f"USER: {IMAGE_LINE * images}{text} ASSISTANT:"),
 }
 
 def blip_config(c: dict) -> tuple[dict, dict, dict]:
@@ -864,22 +880,25 @@ def blip_config(c: dict) -> tuple[dict, dict, dict]:
 def idefics3_config(c: dict) -> tuple[dict, dict, dict]:
     vision = c.get("vision_config", {}) | {"model_type": "idefics3_vision"}
     return vision, text_config(c) | {"tie_word_embeddings": c.get("tie_word_embeddings", False)}, dict(
-        adapter="pixelshuffle", adapter_sizes=dict(scale=c.get("scale_factor", 2)), placeholder=c.get("image_token_id", 128257))
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c.get("scale_factor", 2)),
+        placeholder=c.get("image_token_id", 128257))
 
 
 def idefics3_image(queries: int, rows: int, columns: int) -> str:
     around, whole = "<fake_token_around_image>", f"<global-img>{IMAGE * queries}"
-    tiles = "".join("".join(f"{around}<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for x in range(columns)) + "\n"
-                    for y in range(rows))
-    return tiles + "\n" * (rows > 0) + around + whole + around
+    tile = "{}<row_{}_col_{}>{}".format
+    tiles = ["".join(tile(around, y + 1, x + 1, IMAGE * queries) for x in range(columns))
+             for y in range(rows)]
+    return "".join(row + "\n" for row in tiles) + "\n" * (rows > 0) + around + whole + around
 
 
 def idefics3_chat(images: int, text: str) -> str:
     return f"User:{IMAGE * images or ' '}{text}<end_of_utterance>\nAssistant:"
 
 
-IDEFICS3 = {"<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics3_chat(images, text), idefics3_image),
-            "": Format(idefics3_chat, idefics3_image)}
+IDEFICS3 = {
+    "<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics3_chat(images, text), idefics3_image),
+    "": Format(idefics3_chat, idefics3_image)}
 idefics3 = Public(idefics3_config, r"(model\.)?vision_model\.", r"(model\.)?text_model\.|lm_head\.",
                   r"(model\.)?connector\.", {"projection": "modality_projection.proj"}, IDEFICS3)
 
@@ -891,11 +910,12 @@ def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
     pixels = {"image_processor_type": "nanoVLM"}
     if "max_img_size" in c:
         pixels |= dict(resample=3, size=dict(longest_edge=c["max_img_size"]), do_image_splitting=True,
-                       max_image_size=dict(longest_edge=c["vit_img_size"]), upscale=c.get("resize_to_max_side_len", False),
-                       whole="global_image_token" in extra)
+                       max_image_size=dict(longest_edge=c["vit_img_size"]),
+                       upscale=c.get("resize_to_max_side_len", False), whole="global_image_token" in extra)
     return c | {"image_processor": pixels}, c, dict(
-        adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]), tokenizer=c["lm_tokenizer"],
-        tokens=tokens, **{"placeholder": tokens[extra["image_token"]]} if extra else {})
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]),
+        tokenizer=c["lm_tokenizer"], tokens=tokens,
+        **{"placeholder": tokens[extra["image_token"]]} if extra else {})
 
 
 def nanovlm_chat(images: int, text: str) -> str:
@@ -916,12 +936,14 @@ NANOVLM = {  # three generations: tiles and the whole, …
     "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
 }
 
-BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""), question="",
-                    images_first=True)
-blip2 = Public(blip_config, r"vision_model\.", r"language_model\.", r"qformer\.|language_projection\.|query_tokens",
-               BLIP2.names, {"": BLIP2_CHAT}, r".*position_ids")
+BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
+                    question="", images_first=True)
+blip2 = Public(blip_config, r"vision_model\.", r"language_model\.",
+               r"qformer\.|language_projection\.|query_tokens", BLIP2.names, {"": BLIP2_CHAT},
+               r".*position_ids")
 instructblip = blip2._replace(
-    names=INSTRUCTBLIP.names, unused=r".*position_ids|encoder\.layer\.\d+\.(intermediate|output)\..*",  # of the last block
+    names=INSTRUCTBLIP.names,
+    unused=r".*position_ids|encoder\.layer\.\d+\.(intermediate|output)\..*",  # of the last block's words
     formats={"": Format(lambda images, text: IMAGE * images + text, images_first=True)})
 
 PUBLIC = {  # config.json's model_type -> family
@@ -929,5 +951,6 @@ PUBLIC = {  # config.json's model_type -> family
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,
-    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"}, NANOVLM),
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"},
+                      NANOVLM),
 }

@@ -1,8 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as many
-`s.questions(i)`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
+many `s.questions(i)`.
 """
 import copy
 import csv
@@ -65,8 +65,8 @@ def write_json(path: Path, value) -> None:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-               "qformer_tokenizer/tokenizer.json")
+               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+               "merges.txt", "qformer_tokenizer/tokenizer.json")
 
 
 def read_json(path: Path) -> dict:
@@ -97,8 +97,8 @@ def shards(folder: Path) -> list[Path]:
 def find_checkpoint(name: str, weights: bool = True) -> Path:
     """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
     cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its tokenizer
-    alone. Raises InputError."""
+    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
+    tokenizer alone. Raises InputError."""
     for folder in (Path(name).expanduser(), HERE / name):
         if folder.is_dir():
             return folder
@@ -110,7 +110,8 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     reference = repository / "refs" / "main"
     if reference.is_file():
         snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-        if weights and (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+        whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
+        if weights and whole:
             return snapshot
         if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             return snapshot
@@ -120,8 +121,9 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
 
 
 def download(name: str, repository: Path, weights: bool) -> Path:
-    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the cache's own layout); returns the snapshot folder.
-    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
+    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the
+    cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
+    short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
         with urllib.request.urlopen(f"{endpoint}/api/models/{name}/revision/main?blobs=true", timeout=30) as reply:
@@ -200,8 +202,8 @@ class Checkpoint:
         return tensor
 
     def part(self, prefixes: str, config: dict) -> "Checkpoint":
-        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular expression,
-        begins."""
+        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
+        expression, begins."""
         part = copy.copy(self)
         part.config = config
         part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
@@ -252,7 +254,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
     _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
     prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
-    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one, or none
+    # lm_head has a shorter one, or none
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
@@ -346,10 +349,10 @@ def clean(caption: str) -> str:
 class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each.
 
-    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and `caption`
-    (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the caption).
-    Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a picture's captions
-    answer, "" where the file doesn't say. Raises InputError.
+    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
+    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the
+    caption). Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a
+    picture's captions answer, "" where the file doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -371,7 +374,8 @@ class Captions(torch.utils.data.Dataset):
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
         self.paths = [folder / image for image in pairs]
-        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()] for side in (0, 1))
+        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()]
+                                  for side in (0, 1))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -390,12 +394,14 @@ class Captions(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.texts, part.asked = ([of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
+        part.paths, part.texts, part.asked = (
+            [of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
         return part
 
 
 def read_pairs(text: str):
-    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that `Captions` lists."""
+    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that
+    `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -418,10 +424,12 @@ def read_pairs(text: str):
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
-            answers = [i for i, turn in enumerate(item["conversations"]) if turn["from"] in ("gpt", "assistant")]
-            if answers:
-                question, answer = item["conversations"][max(0, answers[0] - 1)], item["conversations"][answers[0]]
-                yield item.get("image"), answer["value"], question["value"] if answers[0] else ""
+            question = ""
+            for turn in item["conversations"]:
+                if turn["from"] in ("gpt", "assistant"):
+                    yield item.get("image"), turn["value"], question
+                    break
+                question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:

@@ -501,8 +501,9 @@ def gemma3_config(c: dict) -> LLMConfig:
 def nanovlm_config(c: dict) -> LLMConfig:
     return llama_config(dict(
         vocab_size=c["lm_vocab_size"], hidden_size=c["lm_hidden_dim"], intermediate_size=c["lm_inter_dim"],
-        num_hidden_layers=c["lm_n_blocks"], num_attention_heads=c["lm_n_heads"], num_key_value_heads=c["lm_n_kv_heads"],
-        max_position_embeddings=c["lm_max_position_embeddings"], rope_theta=c["lm_re_base"], rms_norm_eps=c["lm_rms_eps"],
+        num_hidden_layers=c["lm_n_blocks"], num_attention_heads=c["lm_n_heads"],
+        num_key_value_heads=c["lm_n_kv_heads"], max_position_embeddings=c["lm_max_position_embeddings"],
+        rope_theta=c["lm_re_base"], rms_norm_eps=c["lm_rms_eps"],
         tie_word_embeddings=c["lm_tie_weights"], eos_token_id=c.get("lm_eos_token_id")))
 
 
@@ -579,7 +580,7 @@ def neox_names(config: LLMConfig) -> dict:
 
 NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
     "norm1": "norm1", "norm2": "norm2",
-    **{f"attention.{ours}": f"attn.{theirs}_proj" for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out"))},
+    **{f"attention.{name}": f"attn.{name}_proj" for name in ("q", "k", "v", "out")},
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
 ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
 
@@ -729,9 +730,13 @@ class Pieces:
         return tuple(id for id in ids if id is not None)
 
 
+CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                        r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])")
+
+
 def bert_normaliser(step: dict) -> Callable[[str], str]:
-    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and accents if it
-    says so. The reference classes characters as Unicode 8 did."""
+    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
+    accents if it says so. The reference classes characters as Unicode 8 did."""
     plain = step.get("strip_accents")
     plain = step.get("lowercase", True) if plain is None else plain
 
@@ -740,8 +745,7 @@ def bert_normaliser(step: dict) -> Callable[[str], str]:
             text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or (
                 unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd"))
         if step.get("handle_chinese_chars", True):
-            text = regex.sub(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                             r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])", r" \1 ", text)
+            text = CHINESE.sub(r" \1 ", text)
         if plain:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
         return text.lower() if step.get("lowercase", True) else text
@@ -750,11 +754,13 @@ def bert_normaliser(step: dict) -> Callable[[str], str]:
 
 
 class WordPieces:
-    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those that go on."""
+    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those
+    that go on."""
 
     def __init__(self, model: dict):
         self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
-        self.on, self.longest = model.get("continuing_subword_prefix", "##"), model.get("max_input_chars_per_word", 100)
+        self.on = model.get("continuing_subword_prefix", "##")
+        self.longest = model.get("max_input_chars_per_word", 100)
         self.word = functools.lru_cache(1 << 16)(self.cut)
 
     def spell(self, token: str) -> bytes:
@@ -767,11 +773,11 @@ class WordPieces:
     def cut(self, word: str) -> tuple[int, ...]:
         ids, start = [], 0
         while start < len(word):
-            pieces = ((end, (self.on if start else "") + word[start:end]) for end in range(len(word), start, -1))
-            end, piece = next(((end, piece) for end, piece in pieces if piece in self.vocabulary), (0, ""))
+            on = self.on * (start > 0)
+            end = next((e for e in range(len(word), start, -1) if on + word[start:e] in self.vocabulary), 0)
             if not end or len(word) > self.longest:
                 return self.unknown,
-            ids.append(self.vocabulary[piece])
+            ids.append(self.vocabulary[on + word[start:end]])
             start = end
         return tuple(ids)
 
@@ -779,8 +785,9 @@ class WordPieces:
 class Tokenizer:
     """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any; `encode` leaves
-    them out), `special` the ids of the special tokens by their text, `bytes` the bytes each id stands for.
+    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any;
+    `encode` leaves them out), `special` the ids of the special tokens by their text, `bytes` the bytes each
+    id stands for.
     """
 
     def __init__(self, file: dict):

@@ -2,7 +2,7 @@
 
     python sample.py photo.jpg                         # a caption, by the newest run in out/
     python sample.py photo.jpg "What is on the table?" # an answer
-    python sample.py photo.jpg --model NAME            # by another run, or by a public VLM (BLIP-2, LLaVA, SmolVLM, …)
+    python sample.py photo.jpg --model NAME            # by another run, or a public VLM (LLaVA, SmolVLM, …)
     python sample.py --data captions.csv --images DIR  # caption a whole set and score it
 """
 import argparse
@@ -18,7 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import IMAGE, SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip, write_file
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip,
+                  write_file)
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
@@ -153,8 +154,10 @@ def caption_set(vlm: VLM, captions, batches, decoding: dict) -> dict[int, str]:
 
 
 def as_read(vlm: VLM, ids: list[int]) -> str:
-    """A prompt as the language model reads it, special tokens and all; an image's embeddings as <image>×their number."""
-    return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", vlm.tokenizer.decode(ids))
+    """A prompt as the language model reads it, special tokens and all; an image's embeddings as <image>×their
+    number."""
+    text = vlm.tokenizer.decode(ids)
+    return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:
@@ -179,15 +182,20 @@ def contact_sheet(captions, texts: dict[int, str], columns: int = 4, rows: int =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("pictures", nargs="*", metavar="PICTURE", help="picture files; a last argument with a space in it that is no file "
-                                                       "is the prompt, as in photo.jpg \"What is this?\"")
-    add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
+    add("pictures", nargs="*", metavar="PICTURE",
+        help="picture files; a last argument with a space in it that is no file is the prompt, as in "
+             "photo.jpg \"What is this?\"")
+    add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: "
+                                        "the newest run in out/)")
     add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
-                         "several <image>s, as many pictures go into each caption (default: the run's own prompt). A public "
-                         "VLM gets it as a question, in its own prompt format")
-    add("--raw-prompt", action="store_true", help="take the prompt as it is: no format around it, special tokens are read")
-    add("--show-prompt", action="store_true", help="print what the language model reads of each prompt, on stderr")
-    add("--no-split", action="store_true", help="see each picture as a whole, where the model would see it in tiles too")
+                         "several <image>s, as many pictures go into each caption (default: the run's own "
+                         "prompt). A public VLM gets it as a question, in its own prompt format")
+    add("--raw-prompt", action="store_true",
+        help="take the prompt as it is: no format around it, special tokens are read")
+    add("--show-prompt", action="store_true",
+        help="print what the language model reads of each prompt, on stderr")
+    add("--no-split", action="store_true",
+        help="see each picture as a whole, where the model would see it in tiles too")
     add("--data", metavar="FILE", help="caption and score a set instead: a captions file, as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where the pictures of --data lie (default: beside the file)")
     add("--save", metavar="FILE", help="with --data: write the captions, one JSON object a line")
@@ -219,7 +227,8 @@ def main() -> None:
         sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
                 {Path(args.data).name: Captions(args.data, args.images)})
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
-    decoding = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split)
+    decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     if args.data:
         score_sets(vlm, sets, decoding, args)
@@ -233,7 +242,8 @@ def main() -> None:
         try:
             pictures = [[open_picture(name) for name in names]]
             if args.show_prompt:
-                print(as_read(vlm, vlm.ask(pictures, args.prompt, args.raw_prompt, not args.no_split)[0][0]), file=sys.stderr)
+                (ids,), _ = vlm.ask(pictures, **asking)
+                print(as_read(vlm, ids), file=sys.stderr)
             text, = vlm.caption(pictures, **decoding)
             print(text if len(args.pictures) == group else f"{' '.join(names)}: {text}", flush=True)
         except InputError as error:  # one bad picture doesn't cost the others their captions

@@ -39,8 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--from", dest="origin", metavar="NAME", help="start from a public VLM, a folder or a hub name, and train its adapter "
-                                                      "on captions or on the questions and answers of LLaVA's JSON")
+    add("--from", dest="origin", metavar="NAME",
+        help="start from a public VLM, a folder or a hub name, and train its adapter on captions, or on the "
+             "questions and answers of LLaVA's JSON")
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
     add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
@@ -127,7 +128,8 @@ def read_options() -> argparse.Namespace:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position",
                      *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
             if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"--{name.replace('_', '-')} means nothing with --from: {args.origin} has its own")
+                raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
+                                 f"{args.origin} has its own")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
@@ -248,7 +250,8 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
-    for name in ("origin", "vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
+    # so that the run is found again from any working directory
+    for name in ("origin", "vit", "llm", "data", "images", "val"):
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
     parts = {"from": args.origin} if args.origin else dict(
@@ -278,7 +281,8 @@ def main() -> None:
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
         write_json(folder / "config.json", vlm.config)
-    print(f"{folder}: {vlm.config['adapter']} adapter, {sum(p.numel() for p in trained.values()):,} trained parameters, "
+    print(f"{folder}: {vlm.config['adapter']} adapter, "
+          f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
           f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
 
     # Pictures, encoded once or step by step
@@ -313,9 +317,10 @@ def main() -> None:
         cache = fits and args.steps * args.batch >= len(train)
 
     def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
-        return [tensor.to(device, non_blocking=True) for tensor in stack([vlm.encode(
-            vlm.prompt_for(question), caption, args.max_tokens) for question, caption in (
-                draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i) for i in indices)])]
+        pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
+                 for i in indices]
+        return [tensor.to(device, non_blocking=True) for tensor in stack([
+            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])]
 
     @torch.no_grad()
     def validate() -> float:
@@ -375,7 +380,8 @@ def main() -> None:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
         scores = {}
         for label, (captions, kept, features) in sets.items():
-            texts = caption_set(vlm, captions, ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64)), {})
+            batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
+            texts = caption_set(vlm, captions, batches, {})
             scores[f"{label} ({len(kept)})"] = score(captions, texts)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))

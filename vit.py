@@ -155,12 +155,13 @@ class Preprocessor:
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
 
     def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
-        """Pixels (T,3,S,S) of the views that a family has of a picture, in the order of its prompt, and the rows and columns
-        of tiles among them: 0 and 0 where it is seen as a whole alone, as it is without `split`.
+        """Pixels (T,3,S,S) of the views that a family has of a picture, in the order of its prompt, and the
+        rows and columns of tiles among them: 0 and 0 where it is seen as a whole alone, as it is without
+        `split`.
 
-        Idefics3 and SmolVLM: the longest edge becomes `size`, then both are stretched to whole tiles; last comes the
-        whole. nanoVLM (`upscale`): the longest edge becomes `size`, or if not `upscale` no more than it takes to fill
-        its tiles; the whole comes first, where `whole` says that it comes.
+        Idefics3 and SmolVLM: the longest edge becomes `size`, then both are stretched to whole tiles; last
+        comes the whole. nanoVLM (`upscale`): the longest edge becomes `size`, or if not `upscale` no more
+        than it takes to fill its tiles; the whole comes first, where `whole` says that it comes.
         """
         p, side = self.settings, self.image_size
         if "max_image_size" not in p:
@@ -188,7 +189,8 @@ class Preprocessor:
             shorter = tiled(int(longer / (w / h) if w >= h else longer * (w / h)))
         picture = picture.resize(oriented(longer, shorter), resample)
         x = self.pixels(picture)
-        cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)  # (T,3,S,S)
+        cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (3,rows,S,columns,S)
+        cut = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (T,3,S,S)
         if len(cut) == 1:
             return cut, 0, 0
         if "upscale" in p:
@@ -205,7 +207,8 @@ class Preprocessor:
         if p.get("do_rescale", True):
             x = x * p.get("rescale_factor", 1 / 255)
         if p.get("do_normalize", True):
-            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
+            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1)
+                         for key in ("image_mean", "image_std"))
             x = (x - mean) / std
         return x
 
@@ -434,11 +437,12 @@ siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tan
                        processor="Siglip", class_tokens=0), SIGLIP_NAMES,
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
 idefics3 = Family(reader(dict(hidden_size=1152, num_attention_heads=16, intermediate_size=3072, patch_size=32,
-                              hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0), SIGLIP_NAMES, "")
+                              hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0),
+                  SIGLIP_NAMES, "")
 nanovlm = Family(lambda c: siglip.config(dict(
     image_size=c["vit_img_size"], patch_size=c["vit_patch_size"], hidden_size=c["vit_hidden_dim"],
-    intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"], num_attention_heads=c["vit_n_heads"],
-    layer_norm_eps=c["vit_ln_eps"])), NANOVLM_NAMES, "")
+    intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"],
+    num_attention_heads=c["vit_n_heads"], layer_norm_eps=c["vit_ln_eps"])), NANOVLM_NAMES, "")
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
 dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
                 r"classifier\..*|embeddings\.mask_token")
@@ -475,7 +479,8 @@ PROCESSORS = {
     "Siglip": dict(resample=3),
     "Blip": dict(resample=3, **OPENAI),
     **dict.fromkeys(("Idefics3", "SmolVLM"), dict(
-        resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364), do_image_splitting=True)),
+        resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364),
+        do_image_splitting=True)),
     "nanoVLM": dict(resample=2, do_normalize=False),
     "Sam": dict(resample=2, do_pad=True, edges=("longest_edge",), **IMAGENET),
 }
