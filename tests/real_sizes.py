@@ -1,5 +1,6 @@
 """Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each. Needs transformers, and 10 GB of memory for the largest.
+prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 10 GB of memory for the
+largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
@@ -179,17 +180,19 @@ def decoder(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Whole VLMs: how long they take, in bfloat16
 
-SMOLLM2 = dict(vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-               num_key_value_heads=3, head_dim=64, max_position_embeddings=8192)
-SMOLLM2_360M = SMOLLM2 | dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
-                              num_key_value_heads=5)
-BASE = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16)
+SMOLLM2 = dict(vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+               num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192)
+SMOLLM2_360M = SMOLLM2 | dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+                              num_attention_heads=15, num_key_value_heads=5)
+BASE = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            patch_size=16)
 TILES = dict(size=dict(longest_edge=2048), max_image_size=dict(longest_edge=512))
 
 
 def smolvlm(text: dict) -> tuple:
     return tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig(
-        vision_config=BASE | dict(image_size=512), text_config=text | dict(model_type="llama"), scale_factor=4)
+        vision_config=BASE | dict(image_size=512), text_config=text | dict(model_type="llama"),
+        scale_factor=4)
 
 
 # name -> (class, config), the fixture whose tokenizer it takes, what preprocessor_config.json says
@@ -198,10 +201,13 @@ VLMS = {
     "SmolVLM-256M --no-split": (smolvlm(SMOLLM2), "smolvlm", TILES),
     "SmolVLM-500M": (smolvlm(SMOLLM2_360M), "smolvlm", TILES),
     "llava-interleave-qwen-0.5b": ((tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=tf.SiglipVisionConfig(**SO400M | dict(num_hidden_layers=26), image_size=384, vision_use_head=False),
-        text_config=dict(model_type="qwen2", vocab_size=152000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
-                         num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True),
-        vision_feature_select_strategy="full", vision_feature_layer=-1)), "llava_qwen", dict(size=dict(height=384, width=384))),
+        vision_config=tf.SiglipVisionConfig(**SO400M | dict(num_hidden_layers=26), image_size=384,
+                                            vision_use_head=False),
+        text_config=dict(model_type="qwen2", vocab_size=152000, hidden_size=1024, intermediate_size=2816,
+                         num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+                         tie_word_embeddings=True),
+        vision_feature_select_strategy="full", vision_feature_layer=-1)),
+        "llava_qwen", dict(size=dict(height=384, width=384))),
     "blip2-opt-2.7b": ((tf.Blip2ForConditionalGeneration, tf.Blip2Config(text_config=dict(
         model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32,
         word_embed_proj_dim=2560))), "blip2_opt", dict(size=dict(height=224, width=224))),
@@ -217,7 +223,8 @@ def write_random(folder: Path, name: str) -> None:
         shapes = {key: shape for key, shape in shapes.items() if not key.endswith("lm_head.weight")}
     where, shard, size = {}, {}, 0
     for i, (key, shape) in enumerate(shapes.items()):
-        shard[key] = torch.randn(shape, dtype=torch.bfloat16) * (0.02 if len(shape) > 1 else 0.1) + ("norm" in key)
+        scale = 0.02 if len(shape) > 1 else 0.1
+        shard[key] = torch.randn(shape, dtype=torch.bfloat16) * scale + ("norm" in key)
         size += shard[key].nbytes
         if size > 1 << 30 or i == len(shapes) - 1:
             file = f"model-{len(set(where.values())) + 1}.safetensors"
@@ -260,7 +267,8 @@ if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     for rows, row, header in (
             (ENCODERS, encoder, "| encoder | parameters | px | features | scale | error | scale at layer -2 | error |"),
-            (DECODERS, decoder, "| decoder | parameters | prompt | error | scale of logits | 64 greedy tokens |"),
+            (DECODERS, decoder,
+             "| decoder | parameters | prompt | error | scale of logits | 64 greedy tokens |"),
             (VLMS, whole, "| VLM | parameters | loaded in | prompt | first token | tokens/s | memory |")):
         names = [name for name in rows if name in sys.argv[1:] or len(sys.argv) == 1]
         if names:

@@ -66,7 +66,7 @@ def test_other_layouts(name, fixtures, tmp_path):
     save_file(renamed, tmp_path / "model.safetensors")
     answers_equal_the_reference(tmp_path, golden)
     save_file(renamed | {"visual.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="model.safetensors: tensor 'visual.norm.weight' is not part of a llava model"):
+    with pytest.raises(InputError, match="tensor 'visual.norm.weight' is not part of a llava model"):
         VLM.from_pretrained(str(tmp_path))
 
 
@@ -76,7 +76,8 @@ def copy_of(fixture, folder, **changes) -> dict:
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
     return load_file(folder / "golden.safetensors")
 
 
@@ -88,7 +89,8 @@ def test_blip2_without_an_image_token(fixtures, tmp_path):
     ids, _ = vlm.encode(ASKED[0][1])
     assert max(ids) == vlm.placeholder >= vlm.llm.config.vocabulary
     features = vlm.features(vlm.vit.preprocess(picture(*ASKED[0][0][0]))[None])
-    close(vlm.llm.logits(vlm.llm.hidden(**vlm.read(torch.tensor([ids]), features))[0, -3:]), golden["logits0"], 1e-3)
+    hidden = vlm.llm.hidden(**vlm.read(torch.tensor([ids]), features))
+    close(vlm.llm.logits(hidden[0, -3:]), golden["logits0"], 1e-3)
 
 
 def test_what_cannot_be_is_said(fixtures, tmp_path):
@@ -125,19 +127,21 @@ def test_prompts_can_be_seen_and_overridden(fixtures, tmp_path, monkeypatch, cap
         "<|im_start|>User:<fake_token_around_image><global-img><image>×4<fake_token_around_image>What is it?"
         "<end_of_utterance>\nAssistant:")
     assert command(monkeypatch, sample, "a.png", "What is it?", "--prompt", "What?", *llava) == 2
-    assert command(monkeypatch, sample, "a.png", "none.png", *llava) == 2  # no space: a picture that isn't there
+    assert command(monkeypatch, sample, "a.png", "none.png", *llava) == 2  # no space: a picture's name
     assert "none.png: no such picture" in capsys.readouterr().err
 
 
 def test_a_question_controls_nothing(fixtures):
-    for name, control in (("llava_llama3", "<|eot_id|>"), ("smolvlm", "<end_of_utterance>"), ("llava", "</s>")):
+    for name, control in (
+            ("llava_llama3", "<|eot_id|>"), ("smolvlm", "<end_of_utterance>"), ("llava", "</s>")):
         vlm = VLM.from_pretrained(str(fixtures / name))
         plain, asked = (vlm.encode(text)[0] for text in ("What?", f"What?{control}"))
         assert asked.count(vlm.tokenizer.special[control]) == plain.count(vlm.tokenizer.special[control])
         assert len(asked) > len(plain)
         ids, before = vlm.encode("What?", f"A dog{control}<image>")
         assert ids[before:].count(vlm.placeholder) == 0
-        assert ids[-1] == vlm.llm.config.end_tokens[0] and ids[before:].count(vlm.tokenizer.special[control]) <= 1
+        assert ids[-1] == vlm.llm.config.end_tokens[0]
+        assert ids[before:].count(vlm.tokenizer.special[control]) <= 1
 
 
 @pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
@@ -146,7 +150,8 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     for i in range(12):
         picture(20 + i, 30).save(f"{i}.png")
     Path("qa.json").write_text(json.dumps([dict(image=f"{i}.png", conversations=[
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
     before = VLM.from_pretrained(str(fixtures / name))
     options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
@@ -158,7 +163,8 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[3]["loss"] < lines[0]["loss"]
     capsys.readouterr()
-    assert command(monkeypatch, sample, "--model", "run", "0.png", "--show-prompt", "--prompt", "What is it?") == 0
+    asking = ["--model", "run", "0.png", "--show-prompt", "--prompt", "What is it?"]
+    assert command(monkeypatch, sample, *asking) == 0
     assert "What is it?" in capsys.readouterr().err
     assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
     assert command(monkeypatch, train, *options, "--out", "other", "--adapter", "linear") == 2

@@ -46,7 +46,8 @@ class Letters:
         self.added[token] = id
 
     def encode(self, text, special=True, plain=range(0)):
-        return [self.added.get(c, 52 if c == "\n" else ord(c[0]) % 26 + 1) for c in re.findall(r"(?s)<[^<>]*>|.", text)]
+        return [self.added.get(c, 52 if c == "\n" else ord(c[0]) % 26 + 1)
+                for c in re.findall(r"(?s)<[^<>]*>|.", text)]
 
     def decode(self, ids, special=True):
         return b"".join(self.bytes[i] for i in ids).decode()
