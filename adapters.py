@@ -1,9 +1,12 @@
 """The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins ViT, adapter, LLM.
 
-An adapter is told the encoder's width, the LLM's width and the patch grid, nothing else. It maps features
-(P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); `queries` is Q. The last grid² of the N are the patches.
+Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
+import itertools
+import math
+import re
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,109 +14,212 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import (IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint, load_weights, read_json,
-                  write_file)
+from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
+                  load_weights, read_json, write_file)
 from llm import LLM, Tokenizer
 from vit import ViT
 
 
-class Linear(nn.Module):
+class Adapter(nn.Module):
+    """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side),
+    nothing else. It maps features (P,N,Dv) of P pictures, as the ViT gives them, to (P,Q,D); the last grid²
+    of the N are the patches.
+
+    `queries` is Q; `side` is the root of Q where they are places of the picture, row by row, None where they
+    are queries, which have no place. With `text` above 0 it reads as many of the prompt's first tokens too,
+    as (words, seen): the LLM's embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where
+    there is a word (P,L).
+
+    With `queries` 0 nothing of a picture stands among the words: the adapter has a method `between` instead,
+    of what happens between the LLM's blocks, and of these it is told in `join`.
+    """
+    queries: int
+    side: int | None = None
+    text = vocabulary = 0
+
+    def join(self, layers: int, width: int) -> None:
+        """Called once with the number of the LLM's blocks and their width."""
+
+
+class Linear(Adapter):
     """One projection, patch by patch, as LLaVA's first version (Liu et al., 2023, arXiv:2304.08485)."""
 
     def __init__(self, vision_width: int, width: int, grid: int):
         super().__init__()
-        self.queries = grid ** 2
+        self.side, self.queries = grid, grid ** 2
         self.projection = nn.Linear(vision_width, width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.projection(features[:, -self.queries:])
 
 
-class MLP(nn.Module):
-    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744)."""
+class MLP(Adapter):
+    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744). `class_tokens`
+    before the patches are read as well."""
 
-    def __init__(self, vision_width: int, width: int, grid: int):
+    def __init__(self, vision_width: int, width: int, grid: int, *, class_tokens: int = 0):
         super().__init__()
-        self.queries = grid ** 2
+        self.side, self.queries = None if class_tokens else grid, grid ** 2 + class_tokens
         self.up, self.down = nn.Linear(vision_width, width), nn.Linear(width, width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.down(F.gelu(self.up(features[:, -self.queries:])))
 
 
-class PostNormAttention(nn.Module):
-    """BERT's attention: x (B,Q,W) reads `source` (B,N,W'), is added to what it read, and normed."""
+class PixelShuffle(Adapter):
+    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features
+    of each square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
 
-    def __init__(self, width: int, source_width: int, heads: int, dropout: float, eps: float):
+    Raises InputError where the patch grid can't be cut in such squares.
+    """
+
+    def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.q = nn.Linear(width, width)
-        self.k, self.v = nn.Linear(source_width, width), nn.Linear(source_width, width)
-        self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
+        if scale < 1 or grid % scale:
+            raise InputError(
+                f"pixelshuffle: {grid} × {grid} patches can't be cut in squares of {scale} × {scale}")
+        self.side, self.scale = grid // scale, scale
+        self.queries = self.side ** 2
+        self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
 
-    def forward(self, x, source):
-        q, k, v = (proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj, y in ((self.q, x), (self.k, source), (self.v, source)))
-        return self.norm(x + self.dropout(self.out(attend(q, k, v).transpose(1, 2).flatten(2))))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = features[:, -self.queries * self.scale ** 2:]
+        x = x.unflatten(1, (self.side, self.scale, self.side, self.scale)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
+        return self.projection(x.flatten(3).flatten(1, 2))
 
+
+# ---------------------------------------------------------------------------------------------------------
+# What the transformers among them share
+
+class Attention(nn.Module):
+    """Multi-head attention of q (P,Q,W) to k and v (P,N,W'); mask (P,1,Q or 1,N) true where a query sees a
+    key."""
+
+    def __init__(self, width: int, source_width: int, heads: int, *, shrink: int = 1, bias: bool = True):
+        super().__init__()
+        inner = width // shrink  # of all heads together
+        if heads < 1 or inner < 1 or inner % heads:
+            raise InputError(f"the adapter's width {inner} is not a multiple of its {heads} heads")
+        self.heads = heads
+        self.q = nn.Linear(width, inner, bias)
+        self.k, self.v = (nn.Linear(source_width, inner, bias) for _ in "kv")
+        self.out = nn.Linear(inner, width, bias)
+
+    def forward(self, q, k, v, mask=None):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj, x in ((self.q, q), (self.k, k), (self.v, v)))  # (P,H,…,hd)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True, gated: bool = False):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias) if gated else None
+        self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x):
+        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(x)
+
+
+class Words(nn.Module):
+    """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or,
+    where it is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
+
+    def __init__(self, llm_width: int, width: int, positions: int, vocabulary: int):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(llm_width, width)
+        self.positions = nn.Embedding(positions, width)
+
+    def forward(self, words, seen):
+        return self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
+
+
+def initialise(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The Q-Former
 
 class QFormerBlock(nn.Module):
-    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float):
+    """BERT's block, normed after each sublayer. Queries and words read each other, the queries alone read the
+    picture; words have a feed-forward layer of their own or, without `text`, end here."""
+
+    def __init__(self, width: int, vision_width: int | None, heads: int, mlp: int, dropout: float, eps: float,
+                 text: bool):
         super().__init__()
-        self.attention = PostNormAttention(width, width, heads, dropout, eps)
-        self.cross = PostNormAttention(width, vision_width, heads, dropout, eps) if vision_width else None
-        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
-        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width, eps)
+        self.attention, self.norm1 = Attention(width, width, heads), nn.LayerNorm(width, eps)
+        self.cross = Attention(width, vision_width, heads) if vision_width else None
+        self.norm2 = nn.LayerNorm(width, eps) if vision_width else None
+        self.mlp, self.norm3 = FeedForward(width, mlp, "gelu"), nn.LayerNorm(width, eps)
+        self.text_mlp = FeedForward(width, mlp, "gelu") if text else None
+        self.text_norm = nn.LayerNorm(width, eps) if text else None
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, features):
-        x = self.attention(x, x)
+    def forward(self, x, mask, queries, features):  # x (P,Q+L,W)
+        x = self.norm1(x + self.dropout(self.attention(x, x, x, mask)))
+        x, text = x[:, :queries], x[:, queries:]
         if self.cross is not None:
-            x = self.cross(x, features)
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+            x = self.norm2(x + self.dropout(self.cross(x, features, features)))
+        x = self.norm3(x + self.dropout(self.mlp(x)))
+        if self.text_mlp is None:
+            return x
+        return torch.cat([x, self.text_norm(text + self.dropout(self.text_mlp(text)))], 1)
 
 
-class QFormer(nn.Module):
-    """BLIP-2's querying transformer (Li et al., 2023, arXiv:2301.12597): learned queries attend to each other and,
-    in every `every`-th block, to the patches (all N features, class token too); then a projection to the LLM's width.
+class QFormer(Adapter):
+    """BLIP-2's querying transformer (Li et al., 2023, arXiv:2301.12597): learned queries attend to each other
+    and, in every `every`-th block, to the patches (all N features, class token too); then a projection to the
+    LLM's width. With `text` the prompt's words join the queries' attention to each other (InstructBLIP: Dai
+    et al., 2023, arXiv:2305.06500).
 
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
-    layers, 4 × width unless given), `dropout` after every sublayer.
+    layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0:
+    none), `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
-                 eps: float = 1e-12):
+                 text: int = 0, vocabulary: int = 0, eps: float = 1e-12):
         super().__init__()
-        if width % heads:
-            raise InputError(f"the Q-Former's width {width} is not a multiple of its {heads} heads")
-        self.queries = queries
+        self.queries, self.text, self.vocabulary = queries, text, vocabulary
         self.query = nn.Parameter(torch.empty(queries, width))
+        self.words = Words(llm_width, width, text, vocabulary) if text else None
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            QFormerBlock(width, vision_width if i % every == 0 else None, heads, mlp or 4 * width, dropout, eps)
-            for i in range(layers))
+        self.blocks = nn.ModuleList(  # no one reads what words the last block would give
+            QFormerBlock(width, None if i % every else vision_width, heads, mlp or 4 * width, dropout, eps,
+                         text=text > 0 and i + 1 < layers) for i in range(layers))
         self.projection = nn.Linear(width, llm_width)
         nn.init.normal_(self.query, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialise(self)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        x = self.dropout(self.norm(self.query)).expand(len(features), -1, -1)  # (P,Q,W)
+    def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
+                seen: torch.Tensor | None = None) -> torch.Tensor:
+        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
+        if words is not None:
+            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
+            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, features)
-        return self.projection(x)
+            x = block(x, mask, self.queries, features)
+        return self.projection(x[:, :self.queries])
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "QFormer":
-        """Loads the Q-Former and projection of a BLIP-2 checkpoint (a folder or a hub name). Raises InputError."""
+        """Loads the Q-Former and projection of a BLIP-2 or InstructBLIP checkpoint (a folder or a hub name);
+        that of InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
         checkpoint = Checkpoint(name)
-        family, sizes = checkpoint.family({"blip-2": BLIP2})
+        family, sizes = checkpoint.family({"blip-2": BLIP2, "instructblip": INSTRUCTBLIP})
         with torch.device("meta"):
             qformer = cls(**sizes)
-        load_weights(qformer, checkpoint, family, dtype)
+        words = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # of the last block
+        load_weights(qformer, checkpoint, family._replace(unused=family.unused + words), dtype)
         return qformer.eval()
 
 
@@ -128,49 +234,314 @@ def blip2_config(c: dict) -> dict:
                 eps=q.get("layer_norm_eps", 1e-12))
 
 
+def instructblip_config(c: dict) -> dict:
+    q = c.get("qformer_config", {})
+    return blip2_config(c) | dict(text=q.get("max_position_embeddings", 512),
+                                  vocabulary=q.get("vocab_size", 30522))
+
+
 BLIP2 = Family(blip2_config, {
     "norm": "layernorm",
     "query": (lambda tensor: tensor[0], "query_tokens"),
-    **{f"blocks.{{}}.{ours}.{mine}": f"encoder.layer.{{}}.{theirs}.{name}"
-       for ours, theirs in (("attention", "attention"), ("cross", "crossattention"))
-       for mine, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"),
-                          ("out", "output.dense"), ("norm", "output.LayerNorm"))},
-    "blocks.{}.up": "encoder.layer.{}.intermediate_query.dense",
-    "blocks.{}.down": "encoder.layer.{}.output_query.dense",
-    "blocks.{}.norm": "encoder.layer.{}.output_query.LayerNorm",
+    **{f"blocks.{{}}.{mine}.{ours}": f"encoder.layer.{{}}.{theirs}.{name}"
+       for mine, theirs in (("attention", "attention"), ("cross", "crossattention"))
+       for ours, name in (("q", "attention.query"), ("k", "attention.key"), ("v", "attention.value"),
+                          ("out", "output.dense"))},
+    "blocks.{}.norm1": "encoder.layer.{}.attention.output.LayerNorm",
+    "blocks.{}.norm2": "encoder.layer.{}.crossattention.output.LayerNorm",
+    "blocks.{}.mlp.up": "encoder.layer.{}.intermediate_query.dense",
+    "blocks.{}.mlp.down": "encoder.layer.{}.output_query.dense",
+    "blocks.{}.norm3": "encoder.layer.{}.output_query.LayerNorm",
     "projection": "language_projection",
 }, r"(vision_model|language_model)\..*|.*position_ids")
+INSTRUCTBLIP = Family(instructblip_config, BLIP2.names | {
+    "norm": "embeddings.layernorm",
+    "words.words": "embeddings.word_embeddings",
+    "words.positions": "embeddings.position_embeddings",
+    "blocks.{}.text_mlp.up": "encoder.layer.{}.intermediate.dense",
+    "blocks.{}.text_mlp.down": "encoder.layer.{}.output.dense",
+    "blocks.{}.text_norm": "encoder.layer.{}.output.LayerNorm",
+}, BLIP2.unused)
 
-ADAPTERS = {"linear": Linear, "mlp": MLP, "qformer": QFormer}
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo's resampler
+
+class ResamplerBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp: int, eps: float):
+        super().__init__()
+        self.source_norm, self.norm1, self.norm2 = (nn.LayerNorm(width, eps) for _ in range(3))
+        self.attention = Attention(width, width, heads, bias=False)
+        self.mlp = FeedForward(width, mlp, "relu", bias=False)
+
+    def forward(self, x, source):  # (P,Q,W), (P,N,W)
+        y = self.norm1(x)
+        both = torch.cat([self.source_norm(source), y], 1)
+        x = x + self.attention(y, both, both)
+        return x + self.mlp(self.norm2(x))
+
+
+class Resampler(Adapter):
+    """Flamingo's Perceiver resampler (Alayrac et al., 2022, arXiv:2204.14198): learned queries attend to the
+    patches and to each other at once, in every block. The paper's embeddings of a frame's time are embeddings
+    of a patch's place, a picture being one frame; norms and the ReLU are those of IDEFICS, its public
+    reproduction.
+
+    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
+    layers, 4 × width unless given).
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
+        super().__init__()
+        self.queries = queries
+        self.query, self.places = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (queries, grid ** 2))
+        self.project_in = nn.Linear(vision_width, width)
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(width, heads, mlp or 4 * width, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, llm_width)
+        initialise(self)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        source = self.project_in(features[:, -len(self.places):]) + self.places  # (P,G²,W)
+        x = self.query.expand(len(features), -1, -1)  # (P,Q,W)
+        for block in self.blocks:
+            x = block(x, source)
+        return self.projection(self.norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# SAM's two-way attention
+
+def fourier_places(matrix: torch.Tensor, grid: int) -> torch.Tensor:
+    """Sines and cosines (grid²,W) of where each patch's centre lies; `matrix` (2,W/2): frequencies along x
+    and y, in turns per half picture (Tancik et al., 2020, arXiv:2006.10739)."""
+    at = (torch.arange(grid) + 0.5) / grid * 2 - 1
+    angles = 2 * math.pi * torch.stack([at.repeat(grid), at.repeat_interleave(grid)], -1) @ matrix
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class TwoWayBlock(nn.Module):
+    def __init__(self, width: int, heads: int, mlp: int, shrink: int, eps: float, first: bool):
+        super().__init__()
+        self.first = first
+        self.attention = Attention(width, width, heads)
+        self.to_image, self.to_tokens = (Attention(width, width, heads, shrink=shrink) for _ in range(2))
+        self.mlp = FeedForward(width, mlp, "relu")
+        self.norm1, self.norm2, self.norm3, self.image_norm = (nn.LayerNorm(width, eps) for _ in range(4))
+
+    def forward(self, x, image, marks, places, mask):  # tokens (P,Q+L,W), patches (P,G²,W), their positions
+        if self.first:  # the tokens are their own marks
+            x = self.norm1(self.attention(x, x, x, mask))
+        else:
+            x = self.norm1(x + self.attention(x + marks, x + marks, x, mask))
+        x = self.norm2(x + self.to_image(x + marks, image + places, image))
+        x = self.norm3(x + self.mlp(x))
+        return x, self.image_norm(image + self.to_tokens(image + places, x + marks, x, mask))
+
+
+class TwoWay(Adapter):
+    """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643): learned
+    queries, and the words of the prompt with `text`, attend to each other and to the patches, and the patches
+    to them; what a token was at first, and where a patch lies (random Fourier features), is added anew at
+    every attention.
+
+    Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the
+    feed-forward layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have
+    width / shrink numbers in all heads together), `text` (tokens of the prompt it reads; 0: none).
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, shrink: int = 2, text: int = 0,
+                 eps: float = 1e-5):
+        super().__init__()
+        if width % 2:
+            raise InputError(f"twoway: the width {width} is not even")
+        self.queries, self.text = queries, text
+        self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.words = Words(llm_width, width, text, 0) if text else None
+        self.project_in = nn.Linear(vision_width, width)
+        matrix = torch.randn(2, width // 2, generator=torch.Generator().manual_seed(0))  # of every run
+        self.register_buffer("places", fourier_places(matrix, grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            TwoWayBlock(width, heads, mlp or 4 * width, shrink, eps, first=i == 0) for i in range(layers))
+        self.to_image, self.norm = Attention(width, width, heads, shrink=shrink), nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, llm_width)
+        initialise(self)
+
+    def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
+                seen: torch.Tensor | None = None) -> torch.Tensor:
+        image = self.project_in(features[:, -len(self.places):])  # (P,G²,W)
+        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
+        if words is not None:
+            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
+            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        marks = x
+        for block in self.blocks:
+            x, image = block(x, image, marks, self.places, mask)
+        x = self.norm(x + self.to_image(x + marks, image + self.places, image))
+        return self.projection(x[:, :self.queries])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo
+
+class GatedBlock(nn.Module):
+    """Gated cross-attention, then a gated feed-forward layer: what each adds is multiplied by the tanh of a
+    number that starts at 0, so that the LLM starts as it was."""
+
+    def __init__(self, width: int, source_width: int, heads: int, mlp: int, eps: float):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps) for _ in "12")
+        self.attention = Attention(width, source_width, heads, bias=False)
+        self.mlp = FeedForward(width, mlp, "silu", bias=False, gated=True)
+        self.alpha1, self.alpha2 = (nn.Parameter(torch.zeros(1)) for _ in "12")
+
+    def forward(self, x, images, seen):  # (B,T,W), (B,S,D), (B,T,S)
+        blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
+        y = self.attention(self.norm1(x), images, images, (seen | blind)[:, None])
+        x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
+        return x + self.alpha2.tanh() * self.mlp(self.norm2(x))
+
+
+class Flamingo(Adapter):
+    """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): before every `every`-th block of the frozen LLM a
+    gated block, in which a word attends to the resampled picture that was the last to come before it. Norms
+    and feed-forward layers are those of IDEFICS, its public reproduction.
+
+    Sizes: number of `queries`, `layers`, `width`, `heads` and `mlp` of the resampler; `heads` of the gated
+    blocks too, whose feed-forward layers are 4 times as wide as the LLM.
+    """
+    NEVER = 1 << 62  # a position that no word has
+
+    def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
+                 width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
+        super().__init__()
+        self.queries, self.every, self.sizes = 0, every, (llm_width, heads, eps)
+        self.resampler = Resampler(vision_width, llm_width, grid, queries=queries, layers=layers, width=width,
+                                   heads=heads, mlp=mlp)
+
+    def join(self, layers: int, width: int) -> None:
+        llm_width, heads, eps = self.sizes
+        self.blocks = nn.ModuleList(GatedBlock(width, llm_width, heads, 4 * width, eps)
+                                    for _ in range(0, layers, self.every))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.resampler(features)
+
+    def between(self, images: torch.Tensor, begins: torch.Tensor):
+        """What the LLM calls between its blocks. images (P,Q,D), row by row; begins (B,M): the positions from
+        which on the words of a row see its images, of which there are M at most, NEVER for one that it
+        doesn't have."""
+        count = (begins < self.NEVER).sum(1, keepdim=True)  # (B,1)
+        which = torch.arange(begins.shape[1], device=images.device)  # (M,)
+        place = count.cumsum(0) - count + which  # (B,M)
+        Q, images = images.shape[1], images[place.clamp(max=len(images) - 1)].flatten(1, 2)  # (B,M·Q,D)
+
+        def apply(layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            if layer % self.every:
+                return x
+            mine, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (images, begins))  # of beams
+            last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
+            seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
+            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+                return self.blocks[layer // self.every](x.float(), mine, seen).to(x.dtype)
+
+        return apply
+
+
+ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer": QFormer,
+            "resampler": Resampler, "twoway": TwoWay, "flamingo": Flamingo}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The VLM
+
+class Format(NamedTuple):
+    """How a family of VLMs reads pictures and text: strings with IMAGE where a picture or one of its
+    embeddings stands.
+
+    `chat` makes a prompt of the number of images that come first and the text after them. `image` spells a
+    picture of rows and columns of tiles (0 and 0: seen as a whole), each `queries` embeddings. `question` is
+    asked where there is no text. With `images_first`, images at the head of a prompt come even before the
+    start token. `end` ends an answer where config.json names no such token.
+    """
+    chat: Callable[[int, str], str]
+    image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
+    question: str = "Describe this image."
+    images_first: bool = False
+    end: str = ""
+
+
+BEGIN, END = "<image begin>", "<image end>"
+OURS = Format(lambda images, text: IMAGE * images + text,
+              lambda queries, rows, columns: BEGIN + IMAGE * queries + END, question="")
+IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
-    The vocabulary (V ids) grows by three: V and V+1, learned embeddings (`markers`) that begin and end an image;
-    V+2, the placeholder where an image embedding stands, once for each of the adapter's queries. `config` is what
-    config.json of a run's folder holds: "vit" and "llm" (names), "image_size" (pixels; null: the
-    checkpoint's own), "layer" (of the ViT; null: the last), "adapter"
-    (a name in ADAPTERS), "adapter_sizes", "prompt", and what train.py adds.
+    In the ids of a prompt, `placeholder` stands where an image embedding goes, once for each of the adapter's
+    queries. The vocabulary (V ids) of a VLM of ours grows by three: V and V+1, learned embeddings (`markers`)
+    that begin and end an image, and V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in
+    their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
+    (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
+    "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
+    "prompt", and what train.py adds.
+
+    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
+    for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
+    `xy` does too, but adds a learned embedding of its row and one of its column to each patch's features
+    before the adapter; `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding (t,
+    t + row, t + column), as Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM
+    with rotary positions.
     """
 
-    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict):
+    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
         super().__init__()
+        self.format, V = format, llm.config.vocabulary
+        self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
+        self.placeholder = config.get("placeholder", V + 2)
+        tokenizer.add(IMAGE, self.placeholder)
+        self.image_position = config.get("image_position", "sequence")
+        if self.image_position not in IMAGE_POSITIONS:
+            raise InputError(f"unknown image position {self.image_position!r}: "
+                             f"choose from {', '.join(IMAGE_POSITIONS)}")
         if config["adapter"] not in ADAPTERS:
             raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         try:
             vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
-            self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
-                                                       **config["adapter_sizes"])
+            with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
+                self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
+                                                           **config["adapter_sizes"])
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
-        scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
-        self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
+        self.adapter.join(llm.config.layers, llm.config.width)
+        if self.image_position == "rope-xy":
+            if self.adapter.side is None:
+                raise InputError("rope-xy needs an adapter that keeps the grid of patches, "
+                                 f"which {config['adapter']} doesn't")
+            if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
+                raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
+        self.places = None
+        if self.image_position in ("xy", "sequence+xy"):
+            self.places = nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
+        self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
+        if format.end and not self.ends:
+            self.ends = (tokenizer.special[format.end],)
+        if format is OURS:
+            self.start = [] if llm.config.start_token is None else [llm.config.start_token]
+            self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
+            tokenizer.add(BEGIN, V, special=True)
+            tokenizer.add(END, V + 1, special=True)
+            scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
+            self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a run trains and saves: the adapter and the markers."""
+        """What a run trains and saves: the adapter, the markers, the embeddings of places."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(("vit.", "llm."))}
 
     def train(self, mode: bool = True) -> "VLM":
@@ -179,21 +550,50 @@ class VLM(nn.Module):
         self.llm.eval()
         return self
 
-    def encode(self, text: str, caption: str | None = None, max_tokens: int = 128) -> tuple[list[int], int]:
-        """Ids of a sequence: start token, `text` with an image where it says `<image>` (before it, where it doesn't),
-        and the caption with the newline that ends it, at most `max_tokens` of them. Also returns how many ids come
-        before the caption. Text is data: a special token that it spells is read as plain text."""
-        V, config = self.llm.config.vocabulary, self.llm.config
-        image = [V, *[V + 2] * self.adapter.queries, V + 1]
-        text = text if IMAGE in text else IMAGE + text
-        pieces = [self.tokenizer.encode(piece, special=False) for piece in text.split(IMAGE)]
-        ids = [] if config.start_token is None else [config.start_token]
-        for i, piece in enumerate(pieces):
-            ids += image * (i > 0) + piece
+    @property
+    def device(self) -> torch.device:
+        return self.llm.embedding.weight.device
+
+    def prompt_for(self, question: str) -> str:
+        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
+        else, and with a VLM of ours, it is the run's own prompt."""
+        return question if question and self.format is not OURS else self.config.get("prompt", "")
+
+    def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
+        """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
+        return self.tokenizer.encode(self.format.image(self.adapter.queries, rows, columns))
+
+    def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
+               tiles: list[tuple[int, int]] | None = None, raw: bool = False) -> tuple[list[int], int]:
+        """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
+        `<image>` (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline
+        or token that ends it. Also returns how many ids come before the caption.
+
+        `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that
+        names none has one). Text is data: a special token that it spells is read as plain text. With `raw` it
+        is the whole prompt, special tokens are read, and there is no format.
+        """
+        format = OURS if raw else self.format
+        images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
+        text = text[images * len(IMAGE):]
+        if not images and IMAGE not in text:
+            images = 1 if tiles is None else len(tiles)
+        text = text or format.question
+        head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
+        prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
+        ids = self.tokenizer.encode(prompt, plain=plain)
+        first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
+        ids = ids[:first] + self.start + ids[first:]
+        pictures = iter(tiles or itertools.repeat((0, 0)))
+        ids = [i for id in ids
+               for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
-            gap = " " if pieces[-1] and not text[-1].isspace() else ""
-            target = self.tokenizer.encode(f"{gap}{caption}\n", special=False)[:max_tokens]
+            last = prompt.split(IMAGE)[-1]  # a tokenizer of SentencePiece's kind puts the space itself
+            gap = " " if last and not last[-1].isspace() and not self.tokenizer.strip else ""
+            end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
+            target = self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)
+            target = [*target[:max_tokens], *token]
         return ids + target, len(ids)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -201,50 +601,138 @@ class VLM(nn.Module):
         with torch.no_grad():
             return self.vit(pixels, self.config.get("layer"))
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) to embeddings (B,T,D)."""
-        V, dtype = self.llm.config.vocabulary, self.llm.dtype
+    def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Ids (P,L) of what the adapter may read with each of P pictures: the words in its row of the ids
+        (B,T), up to the first of the places `where` (M,) of targets, no more than the adapter's `text`; -1
+        where there are no more. None for an adapter that reads no words."""
+        if not self.adapter.text:
+            return None
+        B, T = tokens.shape
+        image = tokens == self.placeholder
+        seen = (tokens < self.llm.config.vocabulary) & ~image
+        if where is not None:
+            first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
+            seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
+        repeats = image.sum(1) // self.adapter.queries
+        if self.reader is not None:
+            reader, rows = self.reader, []
+            for row, read in zip(tokens, seen):
+                ids = reader.encode(self.tokenizer.decode(row[read].tolist(), special=False), special=False)
+                ids = [*reader.prefix, *ids, *reader.suffix][:self.adapter.text]
+                rows.append(torch.tensor(ids, device=tokens.device))
+            return nn.utils.rnn.pad_sequence(rows, True, -1).repeat_interleave(repeats, 0)
+        order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
+        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
+
+    def images(self, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
+        ids of the adapter's own vocabulary, where it has one."""
+        features = features.float()
+        if self.places is not None:
+            places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
+            features = features + F.pad(places, (0, 0, features.shape[1] - len(places), 0))
+        text = ()
+        if prompt is not None:
+            words = prompt.clamp(min=0)
+            text = (words if self.adapter.vocabulary else self.llm.embed(words).float()), prompt >= 0
+        dtype = self.llm.dtype
+        with torch.autocast(features.device.type, dtype, enabled=dtype != torch.float32):
+            return self.adapter(features, *text).to(dtype)
+
+    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None,
+              prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) (None if P is 0) to
+        embeddings (B,T,D); `prompt` as for `images`."""
+        V = self.llm.config.vocabulary
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
-        marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(dtype)
-        x = torch.where((tokens >= V)[..., None], marks, x)
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.adapter(features.to(self.markers.dtype)).to(dtype)  # (P,Q,D)
-        return x.masked_scatter((tokens == V + 2)[..., None], images)
+        if self.markers is not None:
+            marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(x.dtype)
+            x = torch.where((tokens >= V)[..., None], marks, x)
+        if features is None or not self.adapter.queries:
+            return x
+        return x.masked_scatter((tokens == self.placeholder)[..., None], self.images(features, prompt))
+
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
+        if self.image_position.startswith("sequence"):
+            return None
+        image = tokens == self.placeholder
+        behind = F.pad(image, (1, 0))[:, :-1]  # what comes after an image's embedding
+        side = self.adapter.side if self.image_position == "rope-xy" else 1
+        t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
+        if self.image_position != "rope-xy":
+            return t
+        i = (image.cumsum(1) - 1) % self.adapter.queries
+        return t[..., None] + torch.stack([0 * i, i // side, i % side], -1) * image[..., None]
+
+    def read(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor | None = None) -> dict:
+        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their
+        arguments by name. `where` (M,): the places of targets, if there are any."""
+        positions = self.positions(tokens)
+        embeddings = self.embed(tokens, features, self.prompt(tokens, where))
+        inputs = dict(embeddings=embeddings, positions=positions)
+        if self.adapter.queries or features is None:
+            return inputs
+        begin = tokens == self.llm.config.vocabulary
+        at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+        begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
+        return inputs | dict(between=self.adapter.between(self.images(features), begins))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""
-        hidden = self.llm.hidden(self.embed(tokens, features))
+        hidden = self.llm.hidden(**self.read(tokens, features, where))
         return self.llm.logits(hidden.flatten(0, 1)[where])
 
     def encode_pictures(self, captions, batches, workers: int = 0):
         """Reads and encodes the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
         be read, their features (P,N,Dv) (None if P is 0), and {index: reason} of the others."""
-        cuda = self.markers.is_cuda
+        cuda = self.device.type == "cuda"
         for indices, pixels, bad in torch.utils.data.DataLoader(
                 Pixels(captions, self.vit.preprocess), batch_sampler=batches, collate_fn=Pixels.collate,
                 num_workers=workers, pin_memory=cuda):
-            features = None if pixels is None else self.features(pixels.to(self.markers.device, non_blocking=cuda))
+            features = None if pixels is None else self.features(pixels.to(self.device, non_blocking=cuda))
             yield indices, features, bad
 
-    @torch.inference_mode()
-    def caption(self, pictures: list = (), prompt: str | None = None, features: torch.Tensor | None = None,
-                max_tokens: int = 60, **decoding) -> list[str]:
-        """One caption for each picture: one line of text, without its newline.
-
-        An entry of `pictures` is a PIL.Image, or a list of them, one for each `<image>` in `prompt` (the run's
-        own prompt unless given). `features` (P,N,Dv), where known, save the encoder's work. `decoding` goes to `LLM.generate`.
-        """
+    def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
+            split: bool = True) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see
+        `caption`."""
         prompt = self.config.get("prompt", "") if prompt is None else prompt
-        images = max(1, prompt.count(IMAGE))
+        groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
+        if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
+            raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, "
+                             f"not {max(map(len, groups))}")
+        cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
+        pixels = [pixels for group in cut for pixels, *_ in group]
+        rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
+        return rows, torch.cat(pixels) if pixels else None
+
+    @torch.inference_mode()
+    def caption(self, pictures: list = (), prompt: str | list[str] | None = None,
+                features: torch.Tensor | None = None, max_tokens: int = 60, raw: bool = False,
+                split: bool = True, **decoding) -> list[str]:
+        """One caption for each picture; a VLM of ours gives one line of text, without its newline.
+
+        An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's
+        own prompt unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv),
+        one picture a caption, save the encoder's work where they are known; with them, `prompt` may be a
+        list. `raw`: see `encode`. `split`: in tiles, where the family does so. `decoding` goes to
+        `LLM.generate`.
+        """
         if features is None:
-            rows = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
-            if any(len(row) != images for row in rows):
-                raise InputError(f"the prompt has room for {images} pictures, not {max(map(len, rows))}")
-            pixels = torch.stack([self.vit.preprocess(picture) for row in rows for picture in row])
-            features = self.features(pixels.to(self.markers.device))
-        tokens = torch.tensor([self.encode(prompt)[0]] * (len(features) // images), device=self.markers.device)
-        ends = self.llm.config.end_tokens + tuple(i for i, token in self.tokenizer.bytes.items() if b"\n" in token)
-        ids = self.llm.generate(embeddings=self.embed(tokens, features), max_tokens=max_tokens, end_tokens=ends, **decoding)
+            rows, pixels = self.ask(pictures, prompt, raw, split)
+            features = None if pixels is None else self.features(pixels.to(self.device))
+        else:
+            prompt = self.config.get("prompt", "") if prompt is None else prompt
+            prompts = prompt if isinstance(prompt, list) else [prompt] * len(features)
+            rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
+        tokens = [torch.tensor(row, device=self.device) for row in rows]
+        tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        inputs = self.read(tokens, features)
+        for name in ("embeddings", "positions"):
+            if inputs[name] is not None:
+                inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
+        ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:
@@ -254,9 +742,12 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Rebuilds a run from its folder: backbones in `dtype`, adapter in float32, eval mode. Raises InputError."""
+        """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`,
+        adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         config, path = read_json(folder / "config.json"), folder / "adapter.safetensors"
+        if family_of(config) in PUBLIC:
+            return public(name, dtype).eval()
         try:
             vlm = build(config, dtype)
         except KeyError as error:
@@ -283,6 +774,183 @@ class VLM(nn.Module):
 
 
 def build(config: dict, dtype: torch.dtype = torch.float32) -> VLM:
-    """A VLM with an untrained adapter: frozen backbones in `dtype`, adapter in float32."""
+    """A VLM with an untrained adapter, or a public VLM's: frozen backbones in `dtype`, adapter in float32."""
+    if config.get("from"):
+        return public(config["from"], dtype, config)
     return VLM(ViT.from_pretrained(config["vit"], dtype, config.get("image_size")), LLM.from_pretrained(config["llm"], dtype),
                Tokenizer.from_pretrained(config["llm"]), config)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Public VLMs: what differs from one family to the next, as data
+
+class Public(NamedTuple):
+    """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
+    what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
+    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
+    its Format, by a special token that the tokenizer has ("": any)."""
+    config: Callable[[dict], tuple[dict, dict, dict]]
+    vision: str
+    language: str
+    adapter: str
+    names: dict
+    formats: dict[str, Format]
+    unused: str = ""
+
+
+def family_of(c: dict) -> str | None:
+    """What config.json says it is. nanoVLM's says nothing."""
+    return c.get("model_type", "nanovlm" if "mp_pixel_shuffle_factor" in c else None)
+
+
+def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
+    """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained
+    from it."""
+    checkpoint = Checkpoint(name)
+    checkpoint.config["model_type"] = family_of(checkpoint.config)
+    row, (vision, language, config) = checkpoint.family(PUBLIC)
+    parts = [checkpoint.part(prefixes, part) for prefixes, part in (
+        (row.vision, vision), (row.language, language), (row.adapter, checkpoint.config))]
+    if stray := sorted(checkpoint.where.keys() - {tensor for part in parts for tensor in part.where}):
+        kind = checkpoint.config["model_type"]
+        raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
+    other = config.pop("tokenizer", name)
+    tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
+    for token, id in config.pop("tokens", {}).items():
+        tokenizer.add(token, id, special=True)
+    format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
+    vlm = VLM(ViT.from_pretrained(parts[0], dtype), LLM.from_pretrained(parts[1], dtype), tokenizer,
+              {"from": name} | config | (run or {}), format)
+    if vlm.adapter.vocabulary:
+        vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
+    load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
+    return vlm
+
+
+# What the reference takes where a language model's part of config.json says nothing
+DEFAULTS = {
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, bos_token_id=1, eos_token_id=2),
+    "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
+    "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=32),
+}
+
+
+def text_config(c: dict, kind: str = "llama") -> dict:
+    text = {"model_type": kind} | c.get("text_config", {})
+    return DEFAULTS.get(text["model_type"], {}) | text
+
+
+def llava_config(c: dict) -> tuple[dict, dict, dict]:
+    if c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
+        raise ValueError("a projector without GELU or bias is not supported")
+    if not isinstance(layer := c.get("vision_feature_layer", -2), int):
+        raise ValueError(f"vision_feature_layer {layer} is not supported")
+    vision, text = {"model_type": "clip_vision_model"} | c["vision_config"], text_config(c)
+    tied = c.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    class_tokens = "clip" in vision["model_type"]
+    dropped = c.get("vision_feature_select_strategy", "default") == "default"  # the first, whatever it is
+    return vision, text | {"tie_word_embeddings": tied}, dict(
+        adapter="mlp", adapter_sizes=dict(class_tokens=class_tokens - dropped), layer=layer,
+        placeholder=c.get("image_token_index", 32000))
+
+
+IMAGE_LINE = IMAGE + "\n"
+LLAVA = {  # its prompts follow the language model's
+    "<|im_start|>": Format(lambda images, text: (
+        f"<|im_start|>user {IMAGE * images}\n{text}<|im_end|><|im_start|>assistant")),
+    "<|start_header_id|>": Format(lambda images, text: (
+        f"<|start_header_id|>user<|end_header_id|>\n\n{IMAGE_LINE * images}{text}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")),
+    "<|user|>": Format(lambda images, text: (
+        f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n")),
+    "": Format(lambda images, text: f"USER: {IMAGE_LINE * images}{text} ASSISTANT:"),
+}
+
+def blip_config(c: dict) -> tuple[dict, dict, dict]:
+    sizes = INSTRUCTBLIP.config(c) if c["model_type"] == "instructblip" else BLIP2.config(c)
+    for name in ("vision_width", "llm_width", "grid"):
+        del sizes[name]
+    placeholder = c.get("image_token_index")  # older files have none
+    return c.get("vision_config", {}) | {"model_type": "blip_2_vision_model"}, text_config(c, "opt"), dict(
+        adapter="qformer", adapter_sizes=sizes, **{"placeholder": placeholder} if placeholder else {})
+
+
+def idefics3_config(c: dict) -> tuple[dict, dict, dict]:
+    vision = c.get("vision_config", {}) | {"model_type": "idefics3_vision"}
+    return vision, text_config(c) | {"tie_word_embeddings": c.get("tie_word_embeddings", False)}, dict(
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c.get("scale_factor", 2)),
+        placeholder=c.get("image_token_id", 128257))
+
+
+def idefics3_image(queries: int, rows: int, columns: int) -> str:
+    around, whole = "<fake_token_around_image>", f"<global-img>{IMAGE * queries}"
+    tile = "{}<row_{}_col_{}>{}".format
+    tiles = ["".join(tile(around, y + 1, x + 1, IMAGE * queries) for x in range(columns))
+             for y in range(rows)]
+    return "".join(row + "\n" for row in tiles) + "\n" * (rows > 0) + around + whole + around
+
+
+def idefics3_chat(images: int, text: str) -> str:
+    return f"User:{IMAGE * images or ' '}{text}<end_of_utterance>\nAssistant:"
+
+
+IDEFICS3 = {
+    "<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics3_chat(images, text), idefics3_image),
+    "": Format(idefics3_chat, idefics3_image)}
+idefics3 = Public(idefics3_config, r"(model\.)?vision_model\.", r"(model\.)?text_model\.|lm_head\.",
+                  r"(model\.)?connector\.", {"projection": "modality_projection.proj"}, IDEFICS3)
+
+def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
+    if c.get("vit_cls_flag"):
+        raise ValueError("vit_cls_flag is not supported")
+    extra = c.get("vlm_extra_tokens") or {}  # a tokenizer of another checkpoint takes them in, in this order
+    tokens = {token: c.get("lm_base_vocab_size", 49152) + i for i, token in enumerate(extra.values())}
+    pixels = {"image_processor_type": "nanoVLM"}
+    if "max_img_size" in c:
+        pixels |= dict(resample=3, size=dict(longest_edge=c["max_img_size"]), do_image_splitting=True,
+                       max_image_size=dict(longest_edge=c["vit_img_size"]),
+                       upscale=c.get("resize_to_max_side_len", False), whole="global_image_token" in extra)
+    return c | {"image_processor": pixels}, c, dict(
+        adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]),
+        tokenizer=c["lm_tokenizer"], tokens=tokens,
+        **{"placeholder": tokens[extra["image_token"]]} if extra else {})
+
+
+def nanovlm_chat(images: int, text: str) -> str:
+    pictures = IMAGE if images == 1 else "".join(f"<image: {i}>{IMAGE}" for i in range(images))
+    return f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def nanovlm_tiles(queries: int, rows: int, columns: int) -> str:
+    return "".join(f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for y in range(rows) for x in range(columns))
+
+
+NANOVLM = {  # three generations: tiles and the whole, …
+    "<|global_image|>": Format(nanovlm_chat, lambda queries, rows, columns: (
+        f"<|global_image|>{IMAGE * queries}" + nanovlm_tiles(queries, rows, columns)), end="<|im_end|>"),
+    "<row_1_col_1>": Format(nanovlm_chat, lambda queries, rows, columns: (
+        nanovlm_tiles(queries, rows or 1, columns or 1)), end="<|im_end|>"),
+    "<|image|>": Format(nanovlm_chat, end="<|im_end|>"),
+    "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
+}
+
+BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
+                    question="", images_first=True)
+blip2 = Public(blip_config, r"vision_model\.", r"language_model\.",
+               r"qformer\.|language_projection\.|query_tokens", BLIP2.names, {"": BLIP2_CHAT},
+               r".*position_ids")
+instructblip = blip2._replace(
+    names=INSTRUCTBLIP.names,
+    unused=r".*position_ids|encoder\.layer\.\d+\.(intermediate|output)\..*",  # of the last block's words
+    formats={"": Format(lambda images, text: IMAGE * images + text, images_first=True)})
+
+PUBLIC = {  # config.json's model_type -> family
+    "blip-2": blip2, "instructblip": instructblip,
+    "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
+                    r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
+    "idefics3": idefics3, "smolvlm": idefics3,
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"},
+                      NANOVLM),
+}

@@ -1,7 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.captions(i)`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
+many `s.questions(i)`.
 """
 import copy
 import csv
@@ -63,8 +64,9 @@ def write_json(path: Path, value) -> None:
 # Checkpoints: where a name leads, and how tensors leave the file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-               "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+               "merges.txt", "qformer_tokenizer/tokenizer.json")
 
 
 def read_json(path: Path) -> dict:
@@ -92,10 +94,11 @@ def shards(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, weights: bool = True) -> Path:
     """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
     cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. Raises InputError."""
+    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
+    tokenizer alone. Raises InputError."""
     for folder in (Path(name).expanduser(), HERE / name):
         if folder.is_dir():
             return folder
@@ -107,16 +110,20 @@ def find_checkpoint(name: str) -> Path:
     reference = repository / "refs" / "main"
     if reference.is_file():
         snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-        if (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+        whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
+        if weights and whole:
+            return snapshot
+        if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             return snapshot
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
-    return download(name, repository)
+    return download(name, repository, weights)
 
 
-def download(name: str, repository: Path) -> Path:
-    """Fetches a checkpoint's files into `repository` (the cache's own layout); returns the snapshot folder.
-    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
+def download(name: str, repository: Path, weights: bool) -> Path:
+    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the
+    cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
+    short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     try:
         with urllib.request.urlopen(f"{endpoint}/api/models/{name}/revision/main?blobs=true", timeout=30) as reply:
@@ -132,7 +139,8 @@ def download(name: str, repository: Path) -> Path:
                 return
             print(f"downloading {name}/{file}", file=sys.stderr)
             digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
-            part = snapshot / f".{file}.part"
+            part = (snapshot / file).with_name(f".{Path(file).name}.part")
+            part.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
                                            progress=sys.stderr.isatty())
             if part.stat().st_size != files[file].get("size", part.stat().st_size):
@@ -143,7 +151,9 @@ def download(name: str, repository: Path) -> Path:
         for file in SMALL_FILES:
             if file in files:
                 fetch(file)
-        if WEIGHTS in files:
+        if not weights:
+            pass
+        elif WEIGHTS in files:
             fetch(WEIGHTS)
         elif INDEX in files:
             fetch(INDEX)
@@ -191,6 +201,14 @@ class Checkpoint:
         self.mapped[2] += tensor.nbytes
         return tensor
 
+    def part(self, prefixes: str, config: dict) -> "Checkpoint":
+        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
+        expression, begins."""
+        part = copy.copy(self)
+        part.config = config
+        part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
+        return part
+
     def json(self, file: str) -> dict:
         """A JSON file of the folder; empty where there is none."""
         return read_json(self.folder / file) if (self.folder / file).is_file() else {}
@@ -236,11 +254,12 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
     _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
     prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
+    # lm_head has a shorter one, or none
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
-        # lm_head has no prefix
-        disk = [next((p + d for d in names.split("|") for p in (prefix, "") if p + d in checkpoint.where),
+        disk = [next((p + d for d in names.split("|") for p in prefixes if p + d in checkpoint.where),
                      prefix + names.split("|")[0]) for names in disk]
         tensors = []
         for d in disk:
@@ -330,9 +349,10 @@ def clean(caption: str) -> str:
 class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each.
 
-    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and `caption`
-    (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the caption).
-    Relative picture names are looked up in `images`, or beside the file. Raises InputError.
+    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
+    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the
+    caption). Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a
+    picture's captions answer, "" where the file doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -343,16 +363,19 @@ class Captions(torch.utils.data.Dataset):
             text = self.file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-        pairs: dict[str, list[str]] = {}
+        pairs: dict[str, list[tuple[str, str]]] = {}
         try:
-            for image, caption in read_pairs(text):
+            for image, caption, *question in read_pairs(text):
                 if isinstance(image, str) and image and isinstance(caption, str) and any(map(str.isalnum, caption)):
-                    pairs.setdefault(image, []).append(clean(caption))
+                    question = " ".join("".join(question).replace(IMAGE, "").split())
+                    pairs.setdefault(image, []).append((clean(caption), question))
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise InputError(f"{self.file}: not a caption file that can be read ({type(error).__name__}: {error})") from None
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths, self.texts = [folder / image for image in pairs], list(pairs.values())
+        self.paths = [folder / image for image in pairs]
+        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()]
+                                  for side in (0, 1))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -363,17 +386,22 @@ class Captions(torch.utils.data.Dataset):
     def captions(self, i: int) -> list[str]:
         return self.texts[i]
 
+    def questions(self, i: int) -> list[str]:
+        return self.asked[i]
+
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.texts = [self.paths[i] for i in indices], [self.texts[i] for i in indices]
+        part.paths, part.texts, part.asked = (
+            [of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
         return part
 
 
 def read_pairs(text: str):
-    """Yields (image, caption) from the text of any of the formats that `Captions` lists."""
+    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that
+    `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -396,8 +424,12 @@ def read_pairs(text: str):
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
-            answers = [turn["value"] for turn in item["conversations"] if turn["from"] in ("gpt", "assistant")]
-            yield item.get("image"), (answers or [None])[0]
+            question = ""
+            for turn in item["conversations"]:
+                if turn["from"] in ("gpt", "assistant"):
+                    yield item.get("image"), turn["value"], question
+                    break
+                question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
@@ -425,8 +457,8 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
         write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
 
 
-def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> str:
-    """The caption that picture `index` shows in `epoch`: a pure function of its arguments."""
+def draw_caption(captions: list, seed: int, epoch: int, index: int):
+    """The one of its captions that picture `index` shows in `epoch`: a pure function of its arguments."""
     return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
 
 
@@ -634,6 +666,9 @@ class Shapes(torch.utils.data.Dataset):
 
     def captions(self, i: int) -> list[str]:
         return self.scene(i).captions()
+
+    def questions(self, i: int) -> list[str]:
+        return [""] * 4
 
 
 THING = rf"(a|the) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"

@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import regex
 import tiktoken
@@ -110,9 +110,16 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size) at positions (B,T), half-split."""
-    f = frequencies(rope, positions.amax(-1, keepdim=True) + 1)
-    angles = positions[:, None, :, None].float() * f[:, None, None]  # (B,1,T,size/2)
+    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
+    turns the fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024,
+    arXiv:2409.12191)."""
+    f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
+    if positions.dim() == 2:
+        positions = positions[..., None]
+    else:
+        side = 3 * f.shape[1] // 8
+        positions = positions[..., [0] * (f.shape[1] - 2 * side) + [1] * side + [2] * side]
+    angles = (positions.float() * f[:, None])[:, None]  # (B,1,T,size/2)
     angles = torch.cat([angles, angles], -1)
     return (angles.cos() * rope.scale).to(dtype), (angles.sin() * rope.scale).to(dtype)
 
@@ -208,12 +215,13 @@ class LLM(nn.Module):
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # Gemma rounds the scale too
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
-               mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+               mask: torch.Tensor | None = None, cache: KVCache | None = None, between=None) -> torch.Tensor:
         """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
 
-        positions (B,T): 0, 1, … after what the cache holds, unless given. mask (B,1,T,S): which of the S keys
-        (cached ones included) each token sees, before a layer's window narrows it; causal unless given.
-        Raises InputError past `max_positions`.
+        positions (B,T), or (B,T,3) for `rotary`: 0, 1, … after what the cache holds, unless given. mask
+        (B,1,T,S): which of the S keys (cached ones included) each token sees, before a layer's window narrows
+        it; causal unless given. between(layer, x, positions): what becomes of the states x (B,T,W) before
+        each block, if anything. Raises InputError past `max_positions`.
         """
         config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
         if positions is None:
@@ -226,6 +234,8 @@ class LLM(nn.Module):
         turns = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
         masks = {window: narrow(mask, window, start, T, x.device) for window in set(config.windows)}
         for layer, (block, rope, window) in enumerate(zip(self.blocks, config.ropes, config.windows)):
+            if between is not None:
+                x = between(layer, x, positions)
             x = block(x, turns[rope], masks[window], cache, layer)
         if cache is not None:
             cache.length += T
@@ -240,15 +250,18 @@ class LLM(nn.Module):
         return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
 
     @torch.inference_mode()
-    def generate(self, tokens=None, *, embeddings=None, max_tokens: int = 50, temperature: float = 0.0,
-                 top_k: int = 0, top_p: float = 1.0, beams: int = 1, end_tokens: tuple[int, ...] | None = None,
+    def generate(self, tokens=None, *, embeddings=None, positions=None, between=None, max_tokens: int = 50,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, beams: int = 1,
+                 end_tokens: tuple[int, ...] | None = None,
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
-        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
-        padded on the left and get the text each would get alone. temperature 0 is greedy; top_k (0: off) and top_p
-        (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for the likeliest text instead.
-        Returns B lists of new ids, without the end token. Raises InputError.
+        Takes `tokens` or `embeddings`: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths.
+        Rows are padded on the left and get the text each would get alone. Their `positions` (0, 1, … unless
+        given), (B,T) or (B,T,3) or a list of rows, go on after the largest of a row. `between` as for
+        `hidden`; with beams it meets each row as often, one after the other. temperature 0 is greedy; top_k
+        (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
+        the likeliest text instead. Returns B lists of new ids, without the end token. Raises InputError.
         """
         if embeddings is None:
             embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
@@ -259,12 +272,18 @@ class LLM(nn.Module):
             raise InputError("there is nothing to continue: a row is empty")
         if beams > 1 and temperature:
             raise InputError("beam search draws nothing: leave the temperature at 0")
-        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
-            if rope and rope.scaling == "longrope" and any(n <= rope.original < n + max_tokens - 1 for n in lengths):
-                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
-                                 "model reads longer ones in another way")
         x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.dtype)
         pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
+        if positions is None:
+            positions = [torch.arange(n, device=x.device) for n in lengths]
+        positions = torch.stack([
+            F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
+        after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
+        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
+            if rope and rope.scaling == "longrope" and any(
+                    n <= rope.original < n + max_tokens - 1 for n in after):
+                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
+                                 "model reads longer ones in another way")
         key = torch.arange(T + max_tokens, device=x.device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
@@ -276,7 +295,7 @@ class LLM(nn.Module):
             if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
                 seen = (key[:end] >= pad[:, :, None]) | (key[:end] == query[:, None])
                 mask = (seen & (key[:end] <= query[:, None]))[:, None]  # (B,1,T,S)
-            hidden = self.hidden(x, (query - pad).clamp(min=0), mask, cache)
+            hidden = self.hidden(x, positions, mask, cache, between)
             logits = self.logits(hidden[:, -1]).float()  # (B,V), or (B·beams,V)
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -285,17 +304,17 @@ class LLM(nn.Module):
             else:
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
                 cache.select(rows)
-                pad = pad[rows]
+                pad, after = pad[rows], after[rows]
             if done.all():
                 break
-            x = self.embed(chosen)[:, None]
+            x, positions, after = self.embed(chosen)[:, None], after, after + 1
         rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
         return [row[:next((i for i, token in enumerate(row) if token in end_tokens), len(row))] for row in rows]
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "LLM":
-        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError."""
-        checkpoint = Checkpoint(name)
+    def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":
+        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError."""
+        checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
         # generation_config.json, where there is one, knows best what ends a text
         end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
@@ -479,6 +498,15 @@ def gemma3_config(c: dict) -> LLMConfig:
     return replace(config, ropes=tuple(near if window else far for window in config.windows))
 
 
+def nanovlm_config(c: dict) -> LLMConfig:
+    return llama_config(dict(
+        vocab_size=c["lm_vocab_size"], hidden_size=c["lm_hidden_dim"], intermediate_size=c["lm_inter_dim"],
+        num_hidden_layers=c["lm_n_blocks"], num_attention_heads=c["lm_n_heads"],
+        num_key_value_heads=c["lm_n_kv_heads"], max_position_embeddings=c["lm_max_position_embeddings"],
+        rope_theta=c["lm_re_base"], rms_norm_eps=c["lm_rms_eps"],
+        tie_word_embeddings=c["lm_tie_weights"], eos_token_id=c.get("lm_eos_token_id")))
+
+
 def inner_config(c: dict) -> LLMConfig:
     """Of the language model in a model of more than text."""
     return FAMILIES[c["text_config"]["model_type"]].config(c["text_config"])
@@ -550,6 +578,10 @@ def neox_names(config: LLMConfig) -> dict:
         "attention.out": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"})
 
 
+NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
+    "norm1": "norm1", "norm2": "norm2",
+    **{f"attention.{name}": f"attn.{name}_proj" for name in ("q", "k", "v", "out")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
 ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
 
 FAMILIES = {  # config.json's model_type -> family
@@ -563,6 +595,7 @@ FAMILIES = {  # config.json's model_type -> family
     "qwen3": Family(lambda c: qwen_config(c, qk_norm=True), LLAMA_NAMES, ""),
     "phi3": Family(llama_config, phi3_names, ROPE_BUFFER),
     "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias"),
+    "nanovlm": Family(nanovlm_config, NANOVLM_NAMES, r"rotary_embd\.inv_freq|head\.weight"),
     "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, ""),
     "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
 }
@@ -594,6 +627,11 @@ def nfc(text: str) -> str:
 
 def as_pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def any_of(tokens) -> re.Pattern:
+    """Finds these tokens in a text, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def steps(part: dict | None, inner: str) -> list[dict]:
@@ -692,25 +730,81 @@ class Pieces:
         return tuple(id for id in ids if id is not None)
 
 
+CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                        r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])")
+
+
+def bert_normaliser(step: dict) -> Callable[[str], str]:
+    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
+    accents if it says so. The reference classes characters as Unicode 8 did."""
+    plain = step.get("strip_accents")
+    plain = step.get("lowercase", True) if plain is None else plain
+
+    def normalise(text: str) -> str:
+        if step.get("clean_text", True):
+            text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or (
+                unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd"))
+        if step.get("handle_chinese_chars", True):
+            text = CHINESE.sub(r" \1 ", text)
+        if plain:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return text.lower() if step.get("lowercase", True) else text
+
+    return normalise
+
+
+class WordPieces:
+    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those
+    that go on."""
+
+    def __init__(self, model: dict):
+        self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
+        self.on = model.get("continuing_subword_prefix", "##")
+        self.longest = model.get("max_input_chars_per_word", 100)
+        self.word = functools.lru_cache(1 << 16)(self.cut)
+
+    def spell(self, token: str) -> bytes:
+        return (token.removeprefix(self.on) if token.startswith(self.on) else " " + token).encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        words = regex.findall(r"[\p{P}$+<=>^`|~]|[^\s\p{P}$+<=>^`|~]+", text)
+        return [id for word in words for id in self.word(word)]
+
+    def cut(self, word: str) -> tuple[int, ...]:
+        ids, start = [], 0
+        while start < len(word):
+            on = self.on * (start > 0)
+            end = next((e for e in range(len(word), start, -1) if on + word[start:e] in self.vocabulary), 0)
+            if not end or len(word) > self.longest:
+                return self.unknown,
+            ids.append(self.vocabulary[on + word[start:end]])
+            start = end
+        return tuple(ids)
+
+
 class Tokenizer:
     """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out), `special`
-    the ids of the special tokens by their text, `bytes` the bytes each id stands for.
+    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any;
+    `encode` leaves them out), `special` the ids of the special tokens by their text, `bytes` the bytes each
+    id stands for.
     """
 
     def __init__(self, file: dict):
-        model, self.prefix = file["model"], []
-        if model.get("type", "BPE") != "BPE":
+        model, self.prefix, self.suffix = file["model"], [], []
+        words = model.get("type") == "WordPiece"
+        if not words and model.get("type", "BPE") != "BPE":
             raise ValueError(f"a {model['type']} model is not supported")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
+            if model.get(option) and not words:
                 raise ValueError(f"{option} is not supported")
         self.normalisers = []
         for step in steps(file.get("normalizer"), "normalizers"):
             match step:
                 case {"type": "NFC"}:
                     self.normalisers.append(nfc)
+                case {"type": "BertNormalizer"}:
+                    self.normalisers.append(bert_normaliser(step))
                 case {"type": "Prepend", "prepend": prefix}:
                     self.normalisers.append(prefix.__add__)
                 case {"type": "Replace", "pattern": {"String": old}, "content": new}:
@@ -719,6 +813,10 @@ class Tokenizer:
                     raise ValueError(f"the normaliser {step} is not supported")
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
+            case [{"type": "BertPreTokenizer"}] if words:
+                self.model = WordPieces(model)
+            case _ if words:
+                raise ValueError(f"the pre-tokenizer {pre} of a WordPiece model is not supported")
             case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
                 self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
             case [{"type": "Digits", "individual_digits": True},
@@ -735,8 +833,8 @@ class Tokenizer:
                 raise ValueError(f"the pre-tokenizer {pre} is not supported")
         decoder = steps(file.get("decoder"), "decoders")
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        self.strip = " " * (strip in decoder)
-        known = [step["type"] for step in decoder] == ["ByteLevel"]
+        self.strip = " " * (strip in decoder or words)
+        known = words or [step["type"] for step in decoder] == ["ByteLevel"]
         if isinstance(self.model, Pieces):
             spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
             known = decoder == [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
@@ -745,8 +843,10 @@ class Tokenizer:
         for step in steps(file.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
-                names = [part["SpecialToken"]["id"] for part in before]
-                self.prefix += [id for name in names for id in step["special_tokens"][name]["ids"]]
+                after = itertools.takewhile(lambda part: "SpecialToken" in part, reversed(step["single"]))
+                for ids, parts in ((self.prefix, before), (self.suffix, list(after)[::-1] if words else ())):
+                    for part in parts:
+                        ids += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
                 raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
@@ -754,23 +854,29 @@ class Tokenizer:
         for content, token in added.items():
             normalised = bool(token.get("normalized"))
             self.added[normalised][self.normalise(content) if normalised else content] = token
-        self.patterns = [re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-                         for tokens in self.added]
+        self.patterns = [any_of(tokens) for tokens in self.added]
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
         self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
         self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
+
+    def add(self, token: str, id: int, special: bool = False) -> None:
+        """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
+        self.added[False][token] = {"id": id, "special": special}
+        self.added[True].pop(token, None)
+        self.patterns = [any_of(tokens) for tokens in self.added]
+        self.special[token], self.bytes[id] = id, token.encode()
 
     def normalise(self, text: str) -> str:
         for step in self.normalisers:
             text = step(text)
         return text
 
-    def cut(self, text: str, normalised: bool, special: bool):
+    def cut(self, text: str, normalised: bool, special: bool, plain: range = range(0)):
         """Yields the added tokens in a text and what is between them: (start, None, id) and (start, text, None)."""
         end = 0  # of what has been yielded
         for match in self.patterns[normalised].finditer(text):
             token, (start, stop) = self.added[normalised][match[0]], match.span()
-            if token["special"] and not special or token.get("single_word") and (
+            if token["special"] and (not special or start in plain) or token.get("single_word") and (
                     regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
                 continue
             while token.get("lstrip") and start > end and text[start - 1] in WHITE_SPACE:
@@ -784,13 +890,17 @@ class Tokenizer:
         if end < len(text):
             yield end, text[end:], None
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, special: bool = True, plain: range = range(0)) -> list[int]:
         """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
-        control. Half a surrogate pair is read as U+FFFD."""
+        control; so do the characters `plain` of a text. Half a surrogate pair is read as U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
-        for start, piece, id in self.cut(text, False, special):
-            inner = self.cut(self.normalise(piece), True, special) if piece is not None else [(start, None, id)]
+        for start, piece, id in self.cut(text, False, special, plain):
+            if piece is None:
+                inner = [(start, None, id)]
+            else:
+                data = plain.start < start + len(piece) and start < plain.stop
+                inner = self.cut(self.normalise(piece), True, special and not data)
             for begin, piece, id in inner:
                 ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
         return ids
@@ -810,7 +920,7 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name: str) -> "Tokenizer":
         """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
-        folder = find_checkpoint(name)
+        folder = find_checkpoint(name, weights=False)
         path = folder / "tokenizer.json"
         try:
             config = {}

@@ -1,6 +1,8 @@
 """Pictures in, words out; and the scores of captions.
 
     python sample.py photo.jpg                         # a caption, by the newest run in out/
+    python sample.py photo.jpg "What is on the table?" # an answer
+    python sample.py photo.jpg --model NAME            # by another run, or a public VLM (LLaVA, SmolVLM, …)
     python sample.py --data captions.csv --images DIR  # caption a whole set and score it
 """
 import argparse
@@ -16,7 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip, write_file
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip,
+                  write_file)
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
@@ -139,12 +142,22 @@ def newest_run() -> str:
     return str(max(runs, key=lambda run: (run / "adapter.safetensors").stat().st_mtime))
 
 
-def caption_set(vlm: VLM, batches, decoding: dict) -> dict[int, str]:
-    """Captions what `batches` yields, (indices, features) pairs: {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, decoding: dict) -> dict[int, str]:
+    """Captions what `batches` of a set yields, (indices, features) pairs: {index: caption}."""
     texts = {}
     for indices, features in batches:
-        texts.update(zip(indices, vlm.caption(features=features, **decoding)))
+        prompt = decoding.get("prompt")
+        if prompt is None:
+            prompt = [vlm.prompt_for(captions.questions(i)[0]) for i in indices]
+        texts.update(zip(indices, vlm.caption(features=features, **decoding | {"prompt": prompt})))
     return texts
+
+
+def as_read(vlm: VLM, ids: list[int]) -> str:
+    """A prompt as the language model reads it, special tokens and all; an image's embeddings as <image>×their
+    number."""
+    text = vlm.tokenizer.decode(ids)
+    return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:
@@ -169,10 +182,20 @@ def contact_sheet(captions, texts: dict[int, str], columns: int = 4, rows: int =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("pictures", nargs="*", metavar="PICTURE", help="picture files")
-    add("--model", metavar="FOLDER", help="a run's folder (default: the newest run in out/)")
+    add("pictures", nargs="*", metavar="PICTURE",
+        help="picture files; a last argument with a space in it that is no file is the prompt, as in "
+             "photo.jpg \"What is this?\"")
+    add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: "
+                                        "the newest run in out/)")
     add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
-                         "several <image>s, as many pictures go into each caption (default: the run's own prompt)")
+                         "several <image>s, as many pictures go into each caption (default: the run's own "
+                         "prompt). A public VLM gets it as a question, in its own prompt format")
+    add("--raw-prompt", action="store_true",
+        help="take the prompt as it is: no format around it, special tokens are read")
+    add("--show-prompt", action="store_true",
+        help="print what the language model reads of each prompt, on stderr")
+    add("--no-split", action="store_true",
+        help="see each picture as a whole, where the model would see it in tiles too")
     add("--data", metavar="FILE", help="caption and score a set instead: a captions file, as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where the pictures of --data lie (default: beside the file)")
     add("--save", metavar="FILE", help="with --data: write the captions, one JSON object a line")
@@ -186,12 +209,16 @@ def main() -> None:
     add("--workers", type=int, default=2, help="processes that read pictures, with --data (default: 2)")
     machine_options(parser)
     args = parser.parse_args()
+    if args.pictures and re.search(r"\s", args.pictures[-1]) and not Path(args.pictures[-1]).exists():
+        if args.prompt is not None:
+            parser.error(f"{args.pictures[-1]!r} is no file, and there is a --prompt already")
+        args.prompt = args.pictures.pop()
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
     if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
         parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
 
-    if args.data and (args.prompt or "").count("<image>") > 1:
+    if args.data and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data, --prompt takes one <image>")
 
     device = pick_device(args.device)
@@ -200,19 +227,24 @@ def main() -> None:
         sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
                 {Path(args.data).name: Captions(args.data, args.images)})
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
-    decoding = dict(prompt=args.prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split)
+    decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     if args.data:
         score_sets(vlm, sets, decoding, args)
         return
-    group = max(1, (vlm.config.get("prompt", "") if args.prompt is None else args.prompt).count("<image>"))
+    group = max(1, (vlm.config.get("prompt", "") if args.prompt is None else args.prompt).count(IMAGE))
     if len(args.pictures) % group:
         raise InputError(f"the prompt takes {group} pictures at a time: {len(args.pictures)} can't be shared out")
     failed = False
     for i in range(0, len(args.pictures), group):
         names = args.pictures[i:i + group]
         try:
-            text, = vlm.caption([[open_picture(name) for name in names]], **decoding)
+            pictures = [[open_picture(name) for name in names]]
+            if args.show_prompt:
+                (ids,), _ = vlm.ask(pictures, **asking)
+                print(as_read(vlm, ids), file=sys.stderr)
+            text, = vlm.caption(pictures, **decoding)
             print(text if len(args.pictures) == group else f"{' '.join(names)}: {text}", flush=True)
         except InputError as error:  # one bad picture doesn't cost the others their captions
             print(f"sample.py: error: {error}", file=sys.stderr)
@@ -232,7 +264,7 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -
                 if indices:
                     yield indices, features
 
-        texts = caption_set(vlm, read(), decoding)
+        texts = caption_set(vlm, captions, read(), decoding)
         scores[f"{label} ({len(texts)})"] = score(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values():

@@ -3,6 +3,7 @@
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
         --data captions.csv --images photos/
+    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos/
 
 Without --data it learns to caption scenes of the built-in shapes world, in about six minutes on two CPU cores.
 """
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters import ADAPTERS, VLM, build
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
 from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
                   run, shuffled, skip, stack, write_file, write_json)
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
-SIZES = ("queries", "layers", "width", "heads", "dropout")  # of an adapter, as options of the command line
+# of an adapter, as options of the command line
+SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
 
 
@@ -37,16 +39,33 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
+    add("--from", dest="origin", metavar="NAME",
+        help="start from a public VLM, a folder or a hub name, and train its adapter on captions, or on the "
+             "questions and answers of LLaVA's JSON")
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
     add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
     add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
     add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
-    add("--queries", type=int, help="qformer: embeddings a picture becomes (default: 32)")
-    add("--adapter-layers", type=int, help="qformer: blocks, every second reads the picture (default: 4)")
-    add("--adapter-width", type=int, help="qformer: hidden size (default: 256)")
-    add("--adapter-heads", type=int, help="qformer: attention heads (default: 8)")
+    add("--queries", type=int,
+        help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
+    add("--adapter-scale", type=int,
+        help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
+    add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
+    add("--adapter-width", type=int, help="its hidden size (default: 256)")
+    add("--adapter-heads", type=int, help="its attention heads (default: 8)")
+    add("--adapter-every", type=int, metavar="K",
+        help="qformer: every K-th block reads the picture; flamingo: a block that does stands before every "
+             "K-th of the language model (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
+    add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
+        help="qformer, twoway: let it read the prompt too, N tokens of it at most "
+             "(default: 0; 32, if N is left out)")
+    add("--image-position", default="sequence", choices=IMAGE_POSITIONS,
+        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as "
+             "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
+             "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
+             "that keep the grid of patches (default: sequence)")
     add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
                                                      "<image>, or before it all (default: none)")
 
@@ -105,6 +124,12 @@ def read_options() -> argparse.Namespace:
             if name not in FREE and getattr(args, name, value) != value:
                 raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
         args.out = args.resume
+    if args.origin:
+        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position",
+                     *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
+                                 f"{args.origin} has its own")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
@@ -124,6 +149,8 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
         if (value := getattr(args, option)) is not None:
             if size not in sizes:
                 raise InputError(f"--{option.replace('_', '-')} means nothing to the {args.adapter} adapter")
+            if value < (least := 0 if size in ("dropout", "text") else 1):
+                raise InputError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
             sizes[size] = value
     return sizes
 
@@ -223,11 +250,14 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
-    for name in ("vit", "llm", "data", "images", "val"):  # so that the run is found again from any working directory
+    # so that the run is found again from any working directory
+    for name in ("origin", "vit", "llm", "data", "images", "val"):
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
-    config = dict(vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter, adapter_sizes=adapter_sizes(args),
-                  prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+    parts = {"from": args.origin} if args.origin else dict(
+        vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
+        adapter_sizes=adapter_sizes(args), image_position=args.image_position)
+    config = dict(**parts, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype).to(device).train()
@@ -239,7 +269,7 @@ def main() -> None:
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
 
     # The run's folder
-    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{args.adapter}")
+    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
     first = 0
     if args.resume:
         first = load_checkpoint(folder, vlm, optimizer, scaler)
@@ -250,8 +280,9 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
-        write_json(folder / "config.json", config)
-    print(f"{folder}: {args.adapter} adapter, {sum(p.numel() for p in trained.values()):,} trained parameters, "
+        write_json(folder / "config.json", vlm.config)
+    print(f"{folder}: {vlm.config['adapter']} adapter, "
+          f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
           f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
 
     # Pictures, encoded once or step by step
@@ -286,8 +317,10 @@ def main() -> None:
         cache = fits and args.steps * args.batch >= len(train)
 
     def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
-        return [tensor.to(device, non_blocking=True) for tensor in stack([vlm.encode(
-            args.prompt, draw_caption(captions.captions(i), args.seed, epoch, i), args.max_tokens) for i in indices])]
+        pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
+                 for i in indices]
+        return [tensor.to(device, non_blocking=True) for tensor in stack([
+            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])]
 
     @torch.no_grad()
     def validate() -> float:
@@ -347,7 +380,8 @@ def main() -> None:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
         scores = {}
         for label, (captions, kept, features) in sets.items():
-            texts = caption_set(vlm, ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64)), {})
+            batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
+            texts = caption_set(vlm, captions, batches, {})
             scores[f"{label} ({len(kept)})"] = score(captions, texts)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))

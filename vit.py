@@ -1,4 +1,5 @@
 """The image encoder: picture → pixels → patch features. One `ViT` reads every family; see FAMILIES."""
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -136,6 +137,7 @@ class Preprocessor:
     S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
     scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
     to 224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares.
+    Where a family has tiles (`max_image_size`), these are the squares; see `tiles`.
     """
 
     def __init__(self, settings: dict, default: int, image_size: int | None = None):
@@ -144,14 +146,76 @@ class Preprocessor:
                            for edges, value in ((settings.get("edges", square), settings.get("size", default)),
                                                 (square, settings.get("crop_size", default)),
                                                 (square, settings.get("pad_size", default))))
-        last = crop if settings.get("do_center_crop") else pad if settings.get("do_pad") else size
+        tile = dict.fromkeys(square, settings.get("max_image_size", {}).get("longest_edge"))
+        last = (tile if tile["height"] else crop if settings.get("do_center_crop") else
+                pad if settings.get("do_pad") else size)
         if not last.get("height") or last["height"] != last.get("width"):
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
 
+    def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
+        """Pixels (T,3,S,S) of the views that a family has of a picture, in the order of its prompt, and the
+        rows and columns of tiles among them: 0 and 0 where it is seen as a whole alone, as it is without
+        `split`.
+
+        Idefics3 and SmolVLM: the longest edge becomes `size`, then both are stretched to whole tiles; last
+        comes the whole. nanoVLM (`upscale`): the longest edge becomes `size`, or if not `upscale` no more
+        than it takes to fill its tiles; the whole comes first, where `whole` says that it comes.
+        """
+        p, side = self.settings, self.image_size
+        if "max_image_size" not in p:
+            return self(picture)[None], 0, 0
+        picture, resample = rgb(picture), Image.Resampling(p["resample"])
+        longest, (w, h) = self.size["longest_edge"], picture.size
+
+        def oriented(longer: int, shorter: int) -> tuple[int, int]:
+            return (longer, shorter) if w >= h else (shorter, longer)
+
+        def tiled(length: float) -> int:
+            return max(1, math.ceil(length / side)) * side
+
+        if "upscale" not in p:
+            shorter = int(longest / (w / h) if w >= h else longest * (w / h))
+            picture = picture.resize(oriented(longest, max(1, shorter + shorter % 2)), resample)
+            w, h = picture.size
+        if not split or not p["do_image_splitting"]:
+            return self.pixels(picture.resize((side, side), resample))[None], 0, 0
+        if "upscale" in p:
+            longer = longest if p["upscale"] else min(longest, tiled(max(w, h)))
+            shorter = tiled(min(w, h) * (longer / max(w, h)))
+        else:
+            longer = tiled(max(w, h))
+            shorter = tiled(int(longer / (w / h) if w >= h else longer * (w / h)))
+        picture = picture.resize(oriented(longer, shorter), resample)
+        x = self.pixels(picture)
+        cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (3,rows,S,columns,S)
+        cut = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)  # (T,3,S,S)
+        if len(cut) == 1:
+            return cut, 0, 0
+        if "upscale" in p:
+            whole = F.interpolate(x[None], (side, side), mode="bilinear", antialias=True)
+            views = [whole, cut] if p["whole"] else [cut]
+        else:
+            views = [cut, self.pixels(picture.resize((side, side), resample))[None]]
+        return torch.cat(views), picture.height // side, picture.width // side
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """An RGB picture as it is to numbers (3,H,W)."""
+        p = self.settings
+        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+        if p.get("do_rescale", True):
+            x = x * p.get("rescale_factor", 1 / 255)
+        if p.get("do_normalize", True):
+            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1)
+                         for key in ("image_mean", "image_std"))
+            x = (x - mean) / std
+        return x
+
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         p, picture, side = self.settings, rgb(picture), self.image_size
+        if "max_image_size" in p:
+            return self.tiles(picture, split=False)[0][0]
         if p.get("do_resize", True):
             if "longest_edge" in self.size:
                 scale = self.size["longest_edge"] / max(picture.size)
@@ -164,12 +228,7 @@ class Preprocessor:
         if p.get("do_center_crop"):  # outside the picture is black
             left, top = (picture.width - side) // 2, (picture.height - side) // 2
             picture = picture.crop((left, top, left + side, top + side))
-        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)  # (3,H,W)
-        if p.get("do_rescale", True):
-            x = x * p.get("rescale_factor", 1 / 255)
-        if p.get("do_normalize", True):
-            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
-            x = (x - mean) / std
+        x = self.pixels(picture)
         if p.get("do_pad"):  # right and bottom, with zeros, that is the mean
             x = F.pad(x, (0, side - x.shape[2], 0, side - x.shape[1]))
         return x.contiguous()
@@ -228,19 +287,21 @@ class ViT(nn.Module):
             self.positions = nn.Parameter(x[0].flatten(1).T.to(self.positions.dtype).contiguous())
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> "ViT":
-        """Loads a checkpoint (a folder or a hub name) in eval mode. Raises InputError.
+    def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32,
+                        image_size: int | None = None) -> "ViT":
+        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError.
 
         `image_size`, pixels along a side: what `preprocess` makes and the encoder takes, unless given the size that
         preprocessor_config.json states, else config.json's. Position embeddings are interpolated where it isn't theirs.
         """
-        checkpoint = Checkpoint(name)
+        checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
         with torch.device("meta"):
             vit = cls(config)
         load_weights(vit, checkpoint, family, dtype)
         path = checkpoint.folder / "preprocessor_config.json"
-        settings = checkpoint.json(path.name)
+        settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
+                    or checkpoint.json("processor_config.json").get("image_processor") or {})
         kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or config.processor
         kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
         if kind not in PROCESSORS:
@@ -344,6 +405,13 @@ EVA_NAMES = CLIP_NAMES | {
     **fused("encoder.layers.{}.self_attn.qkv"),
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.projection",
 }
+NANOVLM_NAMES = {
+    "patches": "patch_embedding.conv", "positions": (rows, "patch_embedding.position_embedding"),
+    "blocks.{}.norm1": "blocks.{}.ln1", "blocks.{}.norm2": "blocks.{}.ln2",
+    **fused("blocks.{}.attn.qkv_proj"), "blocks.{}.attention.out": "blocks.{}.attn.out_proj",
+    "blocks.{}.up": "blocks.{}.mlp.fc1", "blocks.{}.down": "blocks.{}.mlp.fc2",
+    "norm": "layer_norm",
+}
 SAM_NAMES = {
     "patches": "patch_embed.projection",
     "positions": (rows, "pos_embed"),
@@ -368,6 +436,13 @@ clip = Family(reader(dict(intermediate_size=3072, patch_size=32, hidden_act="qui
 siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"),
                        processor="Siglip", class_tokens=0), SIGLIP_NAMES,
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
+idefics3 = Family(reader(dict(hidden_size=1152, num_attention_heads=16, intermediate_size=3072, patch_size=32,
+                              hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0),
+                  SIGLIP_NAMES, "")
+nanovlm = Family(lambda c: siglip.config(dict(
+    image_size=c["vit_img_size"], patch_size=c["vit_patch_size"], hidden_size=c["vit_hidden_dim"],
+    intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"],
+    num_attention_heads=c["vit_n_heads"], layer_norm_eps=c["vit_ln_eps"])), NANOVLM_NAMES, "")
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
 dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
                 r"classifier\..*|embeddings\.mask_token")
@@ -385,7 +460,7 @@ sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=
 FAMILIES = {  # config.json's model_type -> family
     "vit": vit, "deit": deit,
     "clip": clip, "clip_vision_model": clip,
-    "siglip": siglip, "siglip_vision_model": siglip,
+    "siglip": siglip, "siglip_vision_model": siglip, "idefics3_vision": idefics3, "nanovlm": nanovlm,
     "dinov2": dinov2, "dinov2_with_registers": registers,
     "blip-2": eva, "blip_2_vision_model": eva,
     "sam": sam, "sam_vision_model": sam,
@@ -403,5 +478,9 @@ PROCESSORS = {
     "Bit": dict(resample=3, do_center_crop=True, edges=("shortest_edge",), **OPENAI),
     "Siglip": dict(resample=3),
     "Blip": dict(resample=3, **OPENAI),
+    **dict.fromkeys(("Idefics3", "SmolVLM"), dict(
+        resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364),
+        do_image_splitting=True)),
+    "nanoVLM": dict(resample=2, do_normalize=False),
     "Sam": dict(resample=2, do_pad=True, edges=("longest_edge",), **IMAGENET),
 }

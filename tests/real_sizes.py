@@ -1,11 +1,16 @@
 """Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each. Needs transformers, and 10 GB of memory for the largest.
+prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 10 GB of memory for the
+largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
 import gc
+import json
+import os
+import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -13,7 +18,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "fixtures")]
 
 import torch
 import transformers as tf
+from PIL import Image
+from safetensors.torch import save_file
 
+from adapters import VLM
 from llm import LLM
 from make import randomise
 from vit import ViT
@@ -169,11 +177,99 @@ def decoder(name: str) -> str:
             f"{'same' if same else 'differ'}, {len(set(greedy.tolist()))} different |")
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Whole VLMs: how long they take, in bfloat16
+
+SMOLLM2 = dict(vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+               num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192)
+SMOLLM2_360M = SMOLLM2 | dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+                              num_attention_heads=15, num_key_value_heads=5)
+BASE = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            patch_size=16)
+TILES = dict(size=dict(longest_edge=2048), max_image_size=dict(longest_edge=512))
+
+
+def smolvlm(text: dict) -> tuple:
+    return tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig(
+        vision_config=BASE | dict(image_size=512), text_config=text | dict(model_type="llama"),
+        scale_factor=4)
+
+
+# name -> (class, config), the fixture whose tokenizer it takes, what preprocessor_config.json says
+VLMS = {
+    "SmolVLM-256M": (smolvlm(SMOLLM2), "smolvlm", TILES),
+    "SmolVLM-256M --no-split": (smolvlm(SMOLLM2), "smolvlm", TILES),
+    "SmolVLM-500M": (smolvlm(SMOLLM2_360M), "smolvlm", TILES),
+    "llava-interleave-qwen-0.5b": ((tf.LlavaForConditionalGeneration, tf.LlavaConfig(
+        vision_config=tf.SiglipVisionConfig(**SO400M | dict(num_hidden_layers=26), image_size=384,
+                                            vision_use_head=False),
+        text_config=dict(model_type="qwen2", vocab_size=152000, hidden_size=1024, intermediate_size=2816,
+                         num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+                         tie_word_embeddings=True),
+        vision_feature_select_strategy="full", vision_feature_layer=-1)),
+        "llava_qwen", dict(size=dict(height=384, width=384))),
+    "blip2-opt-2.7b": ((tf.Blip2ForConditionalGeneration, tf.Blip2Config(text_config=dict(
+        model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32,
+        word_embed_proj_dim=2560))), "blip2_opt", dict(size=dict(height=224, width=224))),
+}
+
+
+def write_random(folder: Path, name: str) -> None:
+    """A checkpoint of a VLM with random weights, shard by shard, never whole in memory."""
+    (kind, config), fixture, settings = VLMS[name]
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in kind(config).state_dict().items()}
+    if getattr(config, "tie_word_embeddings", True):
+        shapes = {key: shape for key, shape in shapes.items() if not key.endswith("lm_head.weight")}
+    where, shard, size = {}, {}, 0
+    for i, (key, shape) in enumerate(shapes.items()):
+        scale = 0.02 if len(shape) > 1 else 0.1
+        shard[key] = torch.randn(shape, dtype=torch.bfloat16) * scale + ("norm" in key)
+        size += shard[key].nbytes
+        if size > 1 << 30 or i == len(shapes) - 1:
+            file = f"model-{len(set(where.values())) + 1}.safetensors"
+            save_file(shard, folder / file)
+            where |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    source = HERE / "fixtures" / fixture
+    small = json.loads((source / "config.json").read_text())
+    image = {key: small[key] for key in ("image_token_id", "image_token_index") if key in small}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | image))
+    processor = json.loads((source / "processor_config.json").read_text())["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+
+
+def whole(name: str) -> str:
+    """One row: size, ids of a prompt with a picture of 1024 × 768 px, seconds from picture to first token,
+    tokens per second after it, and what memory it took at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(Path(folder), name)
+        start = time.time()
+        vlm = VLM.from_pretrained(folder, torch.bfloat16)
+        loaded, vlm.ends = time.time() - start, ()
+        picture = [Image.effect_noise((1024, 768), 60).convert("RGB")]
+        options = dict(prompt="What is this?", split=not name.endswith("--no-split"))
+        prompt = len(vlm.ask(picture, **options)[0][0])
+        seconds = []
+        for tokens in (1, 33):
+            start = time.time()
+            vlm.caption(picture, max_tokens=tokens, **options)
+            seconds.append(time.time() - start)
+    millions = sum(p.numel() for p in vlm.parameters()) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # KiB
+    return (f"| {name} | {millions:.0f} M | {loaded:.0f} s | {prompt} | {seconds[0]:.1f} s | "
+            f"{32 / (seconds[1] - seconds[0]):.1f} | {peak:.1f} GiB |")
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     for rows, row, header in (
             (ENCODERS, encoder, "| encoder | parameters | px | features | scale | error | scale at layer -2 | error |"),
-            (DECODERS, decoder, "| decoder | parameters | prompt | error | scale of logits | 64 greedy tokens |")):
+            (DECODERS, decoder,
+             "| decoder | parameters | prompt | error | scale of logits | 64 greedy tokens |"),
+            (VLMS, whole, "| VLM | parameters | loaded in | prompt | first token | tokens/s | memory |")):
         names = [name for name in rows if name in sys.argv[1:] or len(sys.argv) == 1]
         if names:
             print(f"{header}\n{'|---' * (header.count('|') - 1)}|")

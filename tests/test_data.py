@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+from adapters import VLM
 from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, draw_caption, find_checkpoint, held_out, judge,
                   open_picture, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
@@ -256,23 +257,24 @@ REVISION = "0123456789abcdef"
 
 @pytest.fixture
 def hub(fixtures, tmp_path, monkeypatch):
-    folder, faults = fixtures / "llama_sharded", {}
+    faults = {}  # and "serves", where another folder than llama_sharded is served
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if "status" in faults:
                 return self.send_error(faults["status"])
-            path = self.path.split("?")[0]
+            path, folder = self.path.split("?")[0], fixtures / faults.get("serves", "llama_sharded")
             if path == "/api/models/someone/tiny/revision/main":
-                files = [dict(rfilename=f.name, size=f.stat().st_size, lfs=dict(sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
-                         for f in folder.iterdir()]
+                files = [dict(rfilename=str(f.relative_to(folder)), size=f.stat().st_size,
+                              lfs=dict(sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
+                         for f in folder.rglob("*") if f.is_file()]
                 return self.answer(json.dumps(dict(sha=REVISION, siblings=files)).encode())
             if path.startswith("/someone/tiny/resolve/"):  # large files are kept elsewhere
                 self.send_response(302)
                 self.send_header("Location", path.replace("/someone/tiny/resolve", "/cdn"))
                 self.end_headers()
                 return
-            content = (folder / path.rsplit("/", 1)[1]).read_bytes()
+            content = (folder / path.split(f"/{REVISION}/")[1]).read_bytes()
             if faults.get("corrupt") and path.endswith("00003-of-00007.safetensors"):
                 content = content[:-1] + b"x"
             self.answer(content[:len(content) // 2] if faults.get("cut") and path.endswith("00003-of-00007.safetensors") else content,
@@ -306,6 +308,16 @@ def test_download_fills_the_cache(hub, fixtures, tmp_path, monkeypatch):
     assert "golden.safetensors" not in {path.name for path in snapshot.iterdir()}  # just the files needed
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     LLM.from_pretrained("someone/tiny")  # from the cache
+
+
+def test_a_tokenizer_comes_without_the_weights(hub, fixtures, tmp_path, monkeypatch):
+    hub["serves"] = "instructblip_vicuna"
+    assert Tokenizer.from_pretrained("someone/tiny").special["<image>"]
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / REVISION
+    assert (snapshot / "config.json").is_file() and not (snapshot / "model.safetensors").exists()
+    assert VLM.from_pretrained("someone/tiny").reader  # the Q-Former's tokenizer lies in a folder of its own
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    VLM.from_pretrained("someone/tiny")
 
 
 @pytest.mark.parametrize("fault", ("cut", "corrupt"))

@@ -1,0 +1,337 @@
+"""Every adapter turns features into embeddings, and those of public models equal the reference (see
+fixtures/make.py)."""
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import sample
+import train
+from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay,
+                      fourier_places)
+from data import InputError, stack
+from fixtures.compare import close
+from fixtures.pictures import picture
+from llm import LLM
+from test_vlm import QUICK, Letters, command, small
+from vit import ViT
+
+SMALL = {adapter: dict(width=16, heads=2) for adapter in ("qformer", "resampler", "twoway", "flamingo")}
+KEEP_A_GRID = ("linear", "mlp", "pixelshuffle")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_adapters_turn_features_into_embeddings(adapter):
+    torch.manual_seed(0)
+    module = ADAPTERS[adapter](12, 20, 4, **SMALL.get(adapter, {})).eval()
+    features = torch.randn(4, 17, 12)  # a class token and 4 × 4 patches
+    out = module(features)
+    assert out.shape == (4, {"linear": 16, "mlp": 16, "pixelshuffle": 4}.get(adapter, 32), 20)
+    assert module.queries == (0 if adapter == "flamingo" else out.shape[1])
+    assert torch.allclose(module(features[2:]), out[2:], atol=1e-6)
+    for i in range(1, 17):  # every patch counts
+        changed = features.clone()
+        changed[:, i] += 1
+        moved = (module(changed) - out).abs().amax((0, 2)) > 1e-5
+        assert moved.any()
+        if adapter in KEEP_A_GRID:  # and only in its own place
+            side = int(module.queries ** 0.5)
+            assert moved.nonzero().tolist() == [[(i - 1) // 4 * side // 4 * side + (i - 1) % 4 * side // 4]]
+
+
+def load(module: torch.nn.Module, path, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Gives a module the weights of a golden file, `names` leading from the beginnings of our names to
+    theirs, "{}" standing for a number. What isn't named is the identity or nothing. Returns the rest of the
+    file."""
+    golden = load_file(path)
+    for name, p in module.named_parameters():
+        number = re.search(r"\.\d+\.", name)
+        key = name.replace(number[0], ".{}.") if number else name
+        ours = next((ours for ours in names if key == ours or key.startswith(ours + ".")), None)
+        if ours is None:
+            torch.nn.init.eye_(p) if p.dim() > 1 and p.shape[0] == p.shape[1] else torch.nn.init.zeros_(p)
+        else:
+            theirs = names[ours] + key.removeprefix(ours)
+            p.copy_(golden.pop(theirs.replace("{}", number[0][1:-1]) if number else theirs))
+    return golden
+
+
+@torch.no_grad()
+def test_pixelshuffle_equals_idefics3(fixtures):
+    adapter = PixelShuffle(7, 10, 6, scale=3)
+    golden = load(adapter, fixtures / "pixelshuffle.safetensors", {"projection": "modality_projection.proj"})
+    close(adapter(golden["features"]), golden["embeddings"])
+
+
+@torch.no_grad()
+def test_resampler_equals_idefics(fixtures):
+    adapter = Resampler(12, 12, 3, queries=5, layers=2, width=12, heads=3)
+    parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "output_proj"}
+    golden = load(adapter, fixtures / "resampler.safetensors", {
+        "query": "latents", "norm": "layer_norm",
+        "blocks.{}.source_norm": "blocks.{}.0.context_layer_norm",
+        "blocks.{}.norm1": "blocks.{}.0.latents_layer_norm",
+        **{f"blocks.{{}}.attention.{ours}": f"blocks.{{}}.0.{theirs}" for ours, theirs in parts.items()},
+        "blocks.{}.norm2": "blocks.{}.1.ln",
+        "blocks.{}.mlp.up": "blocks.{}.1.fc", "blocks.{}.mlp.down": "blocks.{}.1.c_proj"})
+    assert golden.keys() == {"features", "embeddings"}
+    close(adapter(golden["features"]), golden["embeddings"])
+
+
+@torch.no_grad()
+def test_twoway_equals_sam(fixtures):
+    adapter = TwoWay(12, 12, 4, queries=5, layers=3, width=12, heads=3, mlp=20)
+    parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+    attentions = {"blocks.{}.attention": "layers.{}.self_attn",
+                  "blocks.{}.to_image": "layers.{}.cross_attn_token_to_image",
+                  "blocks.{}.to_tokens": "layers.{}.cross_attn_image_to_token",
+                  "to_image": "final_attn_token_to_image"}
+    golden = load(adapter, fixtures / "twoway.safetensors", {
+        "query": "query", "norm": "layer_norm_final_attn",
+        **{f"{mine}.{ours}": f"{their}.{theirs}"
+           for mine, their in attentions.items() for ours, theirs in parts.items()},
+        **{f"blocks.{{}}.norm{i}": f"layers.{{}}.layer_norm{i}" for i in (1, 2, 3)},
+        "blocks.{}.image_norm": "layers.{}.layer_norm4",
+        "blocks.{}.mlp.up": "layers.{}.mlp.lin1", "blocks.{}.mlp.down": "layers.{}.mlp.lin2"})
+    assert golden.keys() == {"features", "matrix", "places", "embeddings"}
+    adapter.places = fourier_places(golden["matrix"], 4)
+    close(adapter.places, golden["places"])
+    close(adapter(golden["features"]), golden["embeddings"])
+
+
+@torch.no_grad()
+def test_qformer_equals_blip2(fixtures):
+    folder = fixtures / "blip2"
+    qformer, golden = QFormer.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
+    close(qformer(golden["features"]), golden["embeddings"])
+
+
+@torch.no_grad()
+def test_qformer_equals_instructblip(fixtures):
+    folder = fixtures / "instructblip"
+    qformer, golden = QFormer.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
+    prompt = golden["prompt"]
+    close(qformer(golden["features"], prompt.clamp(min=0), prompt >= 0), golden["embeddings"])
+    alone = qformer(golden["features"][1:], prompt[1:, :4], prompt[1:, :4] >= 0)  # without the padding
+    close(alone, golden["embeddings"][1:])
+
+
+@pytest.mark.parametrize("adapter", ("qformer", "twoway"))
+@torch.no_grad()
+def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
+    vlm = small(fixtures, adapter, text=4)
+    V, pad = vlm.llm.config.vocabulary, -1
+    rows = [vlm.encode("ab", "xyz"), vlm.encode("abcdefg<image>h<image>", "z"), vlm.encode("", "p")]
+    tokens, where, _ = stack(rows)
+    a, b, c = [0, 20, 21, pad], [0, 20, 21, 22], [0, pad, pad, pad]  # the start token is a word too
+    assert vlm.prompt(tokens, where).tolist() == [a, b, b, c]
+    assert vlm.prompt(tokens[:1, :rows[0][1]]).tolist() == [a]
+    features = vlm.features(torch.randn(4, 3, 30, 30))
+    logits = vlm(tokens, features, where)
+    changed = tokens.clone()
+    changed[0, rows[0][1]:] = 7  # another caption: what is known before it stays the same
+    assert torch.equal(vlm(changed, features, where)[0], logits[0])
+
+    def embed(text: str, pad: int = 0) -> torch.Tensor:
+        tokens = torch.tensor([vlm.encode(text)[0]])
+        return vlm.embed(tokens, features[:1], F.pad(vlm.prompt(tokens), (0, pad), value=-1))[0, 2:7]
+
+    assert (embed("ab") - embed("ba")).abs().max() > 1e-3
+    assert torch.allclose(embed("ab"), embed("ab", 1), atol=1e-5)
+    assert torch.equal(embed("abc"), embed("abcd"))  # the prompt is cut where the adapter stops reading
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flamingo
+
+@torch.no_grad()
+def test_gated_block_equals_idefics(fixtures):
+    block = GatedBlock(12, 10, 3, 20, 1e-6)
+    parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
+    golden = load(block, fixtures / "flamingo.safetensors", {
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+        "alpha1": "alpha_cross_attn", "alpha2": "alpha_dense",
+        **{f"attention.{ours}": f"cross_attn.{theirs}" for ours, theirs in parts.items()},
+        **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}})
+    assert golden.keys() == {"x", "images", "seen", "out"}
+    close(block(golden["x"], golden["images"], golden["seen"]), golden["out"])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("llama", "gpt2", "opt_post"))
+@torch.no_grad()
+def test_flamingo_starts_as_the_llm_it_is_put_in(name, dtype, fixtures):
+    vlm = VLM(ViT.from_pretrained(str(fixtures / "clip")), LLM.from_pretrained(str(fixtures / name), dtype),
+              Letters(), dict(adapter="flamingo", adapter_sizes=dict(width=16, heads=2)))
+    gates = {name: p for name, p in vlm.trained.items() if "alpha" in name}
+    for p in set(vlm.trained.values()) - set(gates.values()):
+        torch.nn.init.normal_(p, std=0.5)
+    tokens, features = torch.tensor([vlm.encode("a<image>b<image>c")[0]]), torch.randn(2, 26, 24)
+    inputs = vlm.read(tokens, features)
+    plain = vlm.llm(embeddings=inputs["embeddings"])
+    assert torch.equal(vlm.llm.logits(vlm.llm.hidden(**inputs)), plain)
+    assert len(gates) == 4 and not any(gates.values())
+    for p in gates.values():
+        p.fill_(0.5)
+    assert (vlm.llm.logits(vlm.llm.hidden(**inputs)) - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_flamingo_sees_the_last_image_before_a_word(fixtures):
+    vlm = small(fixtures, "flamingo")
+    rows = ["ab<image>c<image>de", "abcdefg", "<image>abcd"]
+    tokens, _, _ = stack([vlm.encode(row if "<image>" in row else "<image>" + row) for row in rows])
+    tokens[1, 1:3] = 5  # a row without an image
+    features = torch.randn(3, 26, 24)
+    x, positions = torch.randn(3, tokens.shape[1], 24), torch.arange(tokens.shape[1])[None]
+
+    def apply(features):
+        return vlm.read(tokens, features)["between"](0, x, positions)
+
+    # start token, a, b; the image's two markers, c; the other's, d, e
+    for image, seen in enumerate(((0, slice(3, 6)), (0, slice(6, None)), (2, slice(1, None)))):
+        changed = features.clone()
+        changed[image] += 1
+        moved = (apply(changed) - apply(features)).abs().amax(-1) > 1e-6
+        expected = torch.zeros_like(moved)
+        expected[seen] = True
+        assert torch.equal(moved, expected)
+    between = vlm.read(tokens, features)["between"]
+    assert torch.equal(between(1, x, positions), x)  # every second block has one
+    assert not torch.equal(apply(features), x)
+
+
+@pytest.mark.parametrize("mode", ("sequence", "shared"))
+@pytest.mark.parametrize("name", ("llama3", "opt_post", "gemma3"))
+@torch.no_grad()
+def test_flamingo_generates(mode, name, fixtures):
+    vlm = small(fixtures, "flamingo", llm=name, image_position=mode)
+    for p in vlm.adapter.blocks.parameters():
+        p.mul_(0.4)  # or one token would drown all others
+    features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
+    rows = [vlm.encode(text) for text in ("<image>ab", "a<image>b<image>abcd")]
+    inputs = [vlm.read(torch.tensor([ids]), part)
+              for (ids, _), part in zip(rows, (features[:1], features[1:]))]
+    batch = vlm.read(stack(rows)[0], features)
+    for key in ("embeddings", "positions"):
+        if batch[key] is not None:
+            batch[key] = [row[:len(ids)] for row, (ids, _) in zip(batch[key], rows)]
+    check_generation(vlm.llm, inputs, batch)
+    blank = vlm.read(torch.tensor([rows[0][0]]), torch.zeros_like(features[:1]))
+    assert (vlm.llm.hidden(**blank) - vlm.llm.hidden(**inputs[0]))[:, -1].abs().max() > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Positions
+
+@torch.no_grad()
+def test_rotary_positions_equal_qwen2_vl(fixtures):
+    folder = fixtures / "qwen2_vl"
+    llm, golden = LLM.from_pretrained(str(folder)), load_file(folder / "golden.safetensors")
+    rows = [{key[:-1]: value for key, value in golden.items() if key[-1] == i} for i in "01"]
+    vlm = small(fixtures, "linear", image_position="rope-xy")
+    V = vlm.llm.config.vocabulary
+    for row in rows:
+        positions = vlm.positions(torch.where(row["words"] == 1, 5, V + 2)[None])
+        assert torch.equal(positions[0], row["positions"])
+        close(llm.logits(llm.hidden(row["embeddings"][None], positions)[0]), row["logits"])
+    embeddings, positions = ([row[key] for row in rows] for key in ("embeddings", "positions"))
+    generated = llm.generate(embeddings=embeddings, positions=positions, max_tokens=12, end_tokens=())
+    assert generated == [row["greedy"].tolist() for row in rows]
+    assert generated != llm.generate(embeddings=embeddings, max_tokens=12, end_tokens=())
+
+
+@pytest.mark.parametrize("name", ("llama", "llama_dynamic", "phi3_long", "gpt_neox", "gemma3"))
+@torch.no_grad()
+def test_rotary_positions_of_text_alone_are_plain(name, fixtures):
+    llm, tokens = LLM.from_pretrained(str(fixtures / name)), torch.arange(2, 32).view(2, 15)
+    positions = torch.arange(15).expand(2, 15)
+    plain = llm.hidden(llm.embed(tokens))
+    assert torch.allclose(llm.hidden(llm.embed(tokens), positions), plain, atol=1e-6)
+    triples = positions[..., None].expand(2, 15, 3)
+    assert torch.allclose(llm.hidden(llm.embed(tokens), triples), plain, atol=1e-6)
+
+
+def test_positions_of_an_image(fixtures):
+    row = "a<image>bc<image>"
+    for mode, adapter, expected in (
+            ("shared", "qformer", [0, 1, 2, *[3] * 5, 4, 5, 6, 7, *[8] * 5, 9]),
+            ("xy", "qformer", [0, 1, 2, *[3] * 5, 4, 5, 6, 7, *[8] * 5, 9]),
+            ("rope-xy", "mlp", [0, 1, 2, *range(3, 8), *[8, 9, 10], 11, *range(12, 17), 17])):
+        vlm = small(fixtures, adapter, image_position=mode)
+        tokens = torch.tensor([vlm.encode(row)[0]])
+        positions = vlm.positions(tokens)
+        if mode == "rope-xy":  # x in the first row of each image; the fixture tells y and x apart
+            places = positions[0, tokens[0] == vlm.llm.config.vocabulary + 2].view(2, 5, 5, 3)
+            assert torch.equal(places[:, :, :, 0].unique(), torch.tensor([3, 12]))
+            keep = [0, 1, 2, *range(3, 8), 28, 29, 30, 31, *range(32, 37), 57]
+            positions = positions[:, keep, 2]
+        assert positions[0].tolist() == expected
+    for mode in ("sequence", "sequence+xy"):
+        assert small(fixtures, "qformer", image_position=mode).positions(tokens) is None
+
+
+def check_generation(llm: LLM, rows: list[dict], batch: dict) -> None:
+    """Rows are continued alone as in a batch, as without a cache, and with beams."""
+    how = dict(max_tokens=12, end_tokens=())
+    alone = [llm.generate(**row, **how)[0] for row in rows]
+    assert llm.generate(**batch, **how) == alone and len({id for ids in alone for id in ids}) > 2
+    assert llm.generate(**batch, **how, beams=3) == [llm.generate(**row, **how, beams=3)[0] for row in rows]
+    for row, ids in zip(rows, alone):
+        row = dict(row)
+        for id in ids:
+            assert llm.logits(llm.hidden(**row)[:, -1]).argmax() == id
+            row["embeddings"] = torch.cat([row["embeddings"], llm.embed(torch.tensor([[id]]))], 1)
+            if (positions := row["positions"]) is not None:
+                row["positions"] = torch.cat([positions, positions.amax().expand_as(positions[:, :1]) + 1], 1)
+
+
+@pytest.mark.parametrize("mode", IMAGE_POSITIONS)
+@pytest.mark.parametrize("name", ("llama3", "gpt2_wide"))
+@torch.no_grad()
+def test_positions_hold_in_generation(mode, name, fixtures):
+    if (mode, name) == ("rope-xy", "gpt2_wide"):
+        with pytest.raises(InputError, match="rope-xy needs a language model that rotates"):
+            small(fixtures, "pixelshuffle", llm=name, scale=5, image_position=mode)
+        return
+    vlm = small(fixtures, "pixelshuffle", llm=name, scale=1 if mode == "rope-xy" else 5, image_position=mode)
+    features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
+    inputs = [vlm.read(torch.tensor([vlm.encode(text)[0]]), part)
+              for text, part in (("<image>ab", features[:1]), ("a<image>b<image>abcd", features[1:]))]
+    batch = {key: [row[key][0] for row in inputs] for key, value in inputs[0].items() if value is not None}
+    check_generation(vlm.llm, inputs, batch)
+
+
+@torch.no_grad()
+def test_places_are_added_to_the_patches(fixtures):
+    plain, vlm = (small(fixtures, "linear", image_position=mode) for mode in ("sequence", "sequence+xy"))
+    vlm.load_state_dict({**vlm.state_dict(), **plain.state_dict()})
+    features, tokens = torch.randn(1, 26, 24), torch.tensor([vlm.encode("")[0]])
+    moved = features.clone()
+    for y in range(5):
+        for x in range(5):
+            moved[:, 1 + 5 * y + x] += vlm.places[0, y] + vlm.places[1, x]
+    close(vlm.embed(tokens, features), plain.embed(tokens, moved), 1e-5)
+    assert "places" in vlm.trained and "places" not in plain.trained
+
+
+def test_image_positions_that_cannot_be(fixtures):
+    with pytest.raises(InputError, match="an adapter that keeps the grid of patches, which qformer doesn't"):
+        small(fixtures, "qformer", image_position="rope-xy")
+    with pytest.raises(InputError, match="which flamingo doesn't"):
+        small(fixtures, "flamingo", image_position="rope-xy")
+    with pytest.raises(InputError, match="unknown image position 'polar'"):
+        small(fixtures, "linear", image_position="polar")
+
+
+@pytest.mark.parametrize("mode", IMAGE_POSITIONS[1:])
+def test_train_with_image_position(mode, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--adapter", "pixelshuffle", "--image-position", mode, "--out", "run"]
+    assert command(monkeypatch, train, *options, *QUICK) == 0
+    picture(120, 80).save("a.png")
+    assert command(monkeypatch, sample, "a.png", "--model", "run", "--max-tokens", "5") == 0
+    assert VLM.from_pretrained("run").image_position == mode

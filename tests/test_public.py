@@ -1,0 +1,171 @@
+"""Whole public VLMs equal the reference: pixels, prompts, logits, greedy answers (see fixtures/public.py)."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from adapters import VLM
+from data import InputError
+from fixtures.compare import close
+from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
+from test_vlm import QUICK, command
+
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
+            "nanovlm_first", "instructblip_vicuna")
+
+
+def answers_equal_the_reference(folder, golden: dict) -> None:
+    vlm = VLM.from_pretrained(str(folder))
+    asked = ASKED_OF_ONE if vlm.config["adapter"] == "qformer" else ASKED
+    for i, (sizes, text) in enumerate(asked[:sum(key.startswith("ids") for key in golden)]):
+        cut = [vlm.vit.preprocess.tiles(picture(*size)) for size in sizes]
+        ids, before = vlm.encode(text, tiles=[tiles for _, *tiles in cut])
+        assert before == len(ids) and ids == golden[f"ids{i}"].tolist()
+        features = None
+        if cut:
+            pixels = torch.cat([pixels for pixels, *_ in cut])
+            close(pixels[..., ::5, ::3], golden[f"pixels{i}"])
+            features = vlm.features(pixels)
+        inputs = vlm.read(torch.tensor([ids]), features)
+        logits = vlm.llm.logits(vlm.llm.hidden(**inputs)[:, -3:])
+        close(logits[0], golden[f"logits{i}"], 1e-3)
+        if f"greedy{i}" in golden:
+            assert vlm.llm.generate(**inputs, max_tokens=10) == [golden[f"greedy{i}"].tolist()]
+            answer = vlm.tokenizer.decode(golden[f"greedy{i}"].tolist(), special=False).strip()
+            assert vlm.caption([[picture(*size) for size in sizes]], text, max_tokens=10) == [answer]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_answers_equal_the_reference(name, fixtures):
+    answers_equal_the_reference(fixtures / name, load_file(fixtures / name / "golden.safetensors"))
+
+
+# How names in other files differ: as the first public ones were written, and as newer ones are
+LAYOUTS = {
+    "llava old": ("llava", r"^vision_tower\.", "vision_tower.vision_model."),
+    "llava new": ("llava", r"^language_model\.model\.|^language_model\.(?=lm_head)|^(?=vision|multi)",
+                  lambda match: {"": "model.", "language_model.": ""}.get(match[0], "model.language_model.")),
+    "llava_qwen old": ("llava_qwen", r"^vision_tower\.", "vision_tower.vision_model."),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_other_layouts(name, fixtures, tmp_path):
+    fixture, old, new = LAYOUTS[name]
+    golden = copy_of(fixtures / fixture, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {re.sub(old, new, key): tensor for key, tensor in state.items()}
+    assert renamed.keys() != state.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    answers_equal_the_reference(tmp_path, golden)
+    save_file(renamed | {"visual.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="tensor 'visual.norm.weight' is not part of a llava model"):
+        VLM.from_pretrained(str(tmp_path))
+
+
+def copy_of(fixture, folder, **changes) -> dict:
+    """Copies a fixture, its config.json with `changes` (None: without that key); returns what it answers."""
+    for path in fixture.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_file(folder / "golden.safetensors")
+
+
+@torch.no_grad()
+def test_blip2_without_an_image_token(fixtures, tmp_path):
+    """Older files have none in their vocabulary: the place of a picture is an id after it."""
+    golden = copy_of(fixtures / "blip2_opt", tmp_path, image_token_index=None)
+    vlm = VLM.from_pretrained(str(tmp_path))
+    ids, _ = vlm.encode(ASKED[0][1])
+    assert max(ids) == vlm.placeholder >= vlm.llm.config.vocabulary
+    features = vlm.features(vlm.vit.preprocess(picture(*ASKED[0][0][0]))[None])
+    hidden = vlm.llm.hidden(**vlm.read(torch.tensor([ids]), features))
+    close(vlm.llm.logits(hidden[0, -3:]), golden["logits0"], 1e-3)
+
+
+def test_what_cannot_be_is_said(fixtures, tmp_path):
+    for fixture, change, message in (
+            ("llava", dict(vision_feature_layer=[-2, -5]), "vision_feature_layer"),
+            ("llava", dict(multimodal_projector_bias=False), "not supported"),
+            ("idefics3", dict(scale_factor=3), "squares of 3 × 3"),
+            ("nanovlm", dict(vit_cls_flag=True), "vit_cls_flag")):
+        copy_of(fixtures / fixture, tmp_path, **change)
+        with pytest.raises(InputError, match=message):
+            VLM.from_pretrained(str(tmp_path))
+
+
+def test_prompts_can_be_seen_and_overridden(fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(53, 37).save("a.png")
+    picture(20, 61).save("b.png")
+    common = ["--show-prompt", "--max-tokens", "3", "--precision", "float32"]
+    llava, smolvlm = (["--model", fixtures / name, *common] for name in ("llava", "smolvlm"))
+
+    def shown(*arguments) -> str:
+        assert command(monkeypatch, sample, *arguments) == 0
+        return capsys.readouterr().err.strip()
+
+    assert shown("a.png", "What is it?", *llava) == "<s> USER: <image>×25 \nWhat is it? ASSISTANT:"
+    assert shown("a.png", "--prompt", "What?", *llava) == "<s> USER: <image>×25 \nWhat? ASSISTANT:"
+    assert shown("a.png", *llava) == "<s> USER: <image>×25 \nDescribe this image. ASSISTANT:"
+    assert shown("a.png", "b.png", "--prompt", "<image>or <image>?", *llava) == (
+        "<s> USER: <image>×25 \nor <image>×25 ? ASSISTANT:")
+    assert shown("a.png", "It is", "--raw-prompt", *llava) == "<s><image>×25 It is"
+    assert shown("a.png", "</s>It is<image>", "--raw-prompt", *llava) == "<s></s> It is<image>×25"
+    assert "<row_3_col_3><image>×4" in shown("a.png", "What is it?", *smolvlm)
+    assert shown("a.png", "What is it?", "--no-split", *smolvlm) == (
+        "<|im_start|>User:<fake_token_around_image><global-img><image>×4<fake_token_around_image>What is it?"
+        "<end_of_utterance>\nAssistant:")
+    assert command(monkeypatch, sample, "a.png", "What is it?", "--prompt", "What?", *llava) == 2
+    assert command(monkeypatch, sample, "a.png", "none.png", *llava) == 2  # no space: a picture's name
+    assert "none.png: no such picture" in capsys.readouterr().err
+
+
+def test_a_question_controls_nothing(fixtures):
+    for name, control in (
+            ("llava_llama3", "<|eot_id|>"), ("smolvlm", "<end_of_utterance>"), ("llava", "</s>")):
+        vlm = VLM.from_pretrained(str(fixtures / name))
+        plain, asked = (vlm.encode(text)[0] for text in ("What?", f"What?{control}"))
+        assert asked.count(vlm.tokenizer.special[control]) == plain.count(vlm.tokenizer.special[control])
+        assert len(asked) > len(plain)
+        ids, before = vlm.encode("What?", f"A dog{control}<image>")
+        assert ids[before:].count(vlm.placeholder) == 0
+        assert ids[-1] == vlm.llm.config.end_tokens[0]
+        assert ids[before:].count(vlm.tokenizer.special[control]) <= 1
+
+
+@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
+def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("qa.json").write_text(json.dumps([dict(image=f"{i}.png", conversations=[
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
+    before = VLM.from_pretrained(str(fixtures / name))
+    options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["from"] == str(fixtures / name) and config["adapter"] == before.config["adapter"]
+    vlm = VLM.from_pretrained("run")
+    changed = {key for key, p in vlm.named_parameters() if not torch.equal(p, before.get_parameter(key))}
+    assert changed and all(key.startswith("adapter.") for key in changed)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert lines[3]["loss"] < lines[0]["loss"]
+    capsys.readouterr()
+    asking = ["--model", "run", "0.png", "--show-prompt", "--prompt", "What is it?"]
+    assert command(monkeypatch, sample, *asking) == 0
+    assert "What is it?" in capsys.readouterr().err
+    assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
+    assert command(monkeypatch, train, *options, "--out", "other", "--adapter", "linear") == 2
+    assert "--adapter means nothing with --from" in capsys.readouterr().err
