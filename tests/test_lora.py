@@ -66,7 +66,7 @@ def test_what_peft_wrote_is_read_and_written_alike(name, fixtures, tmp_path):
     assert torch.allclose(again(inputs), module(inputs), atol=1e-5)
 
 
-# How files in PEFT's layout differ from the fixtures': (fixture, {a part of its names: what they have instead})
+# What files in PEFT's layout may say otherwise than the fixtures: (fixture, {a part of its names: theirs})
 OTHER = {
     "ViT's class before it was renamed": ("vit", {
         "layers.": "encoder.layer.", "attention.q_proj": "attention.attention.query",
@@ -159,8 +159,9 @@ REFUSED = (  # (fixture, other values in its adapter_config.json, other tensors,
     ("llama", {}, {f"{LLAMA}more.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(3, 24)},
      "more than one model: model., model.more."),
     ("llama", {}, {f"{LLAMA}norm.lora_A.weight": torch.zeros(3, 24),
-                   f"{LLAMA}norm.lora_B.weight": torch.zeros(24, 3)}, "'model.norm' can't change norm, which is a RMSNorm"),
-    ("llama", {}, {"base_model.model.lm_head.weight": torch.zeros(53, 24)}, "'lm_head.weight' is not a tensor"),
+                   f"{LLAMA}norm.lora_B.weight": torch.zeros(24, 3)},
+     "'model.norm' can't change norm, which is a RMSNorm"),
+    ("llama", {}, {"base_model.model.lm_head.weight": torch.zeros(53, 24)}, "'lm_head.weight' is not"),
     ("llama", {}, {f"{LLAMA}embed_tokens.weight": torch.zeros(53, 24)}, "trained apart from the head"),
     ("llama", {"modules_to_save": ["lm_head"]}, {}, "'lm_head', one of modules_to_save, are missing"),
     ("gemma3", {}, {f"{LLAMA}norm.weight": torch.zeros(24)}, "'model.norm.weight' is not a tensor of"),
