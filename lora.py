@@ -141,8 +141,10 @@ def in_class(module: nn.Module) -> dict[str, dict[str, tuple]]:
     and which of its rows ours are. What isn't some rows of one tensor is left out. A name that only files
     have stands before the class's. A module that isn't of a family keeps its own names."""
     family, functions, found = getattr(module, "family", None), defaultdict(dict), defaultdict(dict)
-    own = {f"{name}.{leaf}" for name in lora_layers(module) for leaf in "ABm"}
-    sizes = {name: len(p) for name, p in module.named_parameters() if name not in own}
+    out = {f"{name}.{leaf}" for name in lora_layers(module) for leaf in "ABm"}
+    if family and getattr(module.config, "tied", False):  # to PEFT the embedding and the head are two
+        out.add("embedding.weight")
+    sizes = {name: len(p) for name, p in module.named_parameters() if name not in out}
     for name in sizes:
         function, disk = family.source(name) if family else (lambda tensor: tensor, [name])
         for theirs in disk[0].split("|") if len(disk) == 1 else ():
@@ -223,8 +225,6 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
         if None in part:
             for ours, (function, rows) in known[end].items():
                 value, shape = part[None], module.get_parameter(ours).shape
-                if ours == "embedding.weight" and module.config.tied:
-                    raise InputError(f"'{name}' is trained apart from the head, but is the same tensor here")
                 if value.shape != (size, *shape[1:]) or not torch.equal(function(value), value[rows]):
                     raise InputError(f"'{name}' is {tuple(value.shape)}; {ours} wants {tuple(shape)}")
                 values[ours] = value[rows]
@@ -267,7 +267,9 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
     layers = {f"{name}.weight": layer for name, layer in lora_layers(module).items()}
     dora = any(layer.m is not None for layer in layers.values())
     own = {ours: theirs for theirs, group in known.items() for ours in group}  # the class's name, as the last
-    left = set(layers) | {name for name, p in module.named_parameters() if p.requires_grad and name in own}
+    low_rank = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.m)}
+    left = set(layers) | {name for name, p in module.named_parameters()
+                          if p.requires_grad and id(p) not in low_rank}
     tensors, ranks, alphas, saved, turned, bias = {}, {}, {}, set(), False, "none"
     for theirs in dict.fromkeys(own.values()):
         group = {ours: rows for ours, (_, rows) in known[theirs].items()}
@@ -305,7 +307,7 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
         ranks[name], alphas[name] = len(A), scale * len(A)
         turned |= any(input_first(function, size) for function, _ in known[theirs].values())
     if left or not layers:
-        what = min(left, default="a model without a LoRA")
+        what = min(left) if layers else "a model without a LoRA"
         raise InputError(f"{folder}: {what} has no place in PEFT's files")
     (rank, _), = Counter(ranks.values()).most_common(1)
     (alpha, _), = Counter(alphas.values()).most_common(1)

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip, write_file
+from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
@@ -171,6 +172,8 @@ def main() -> None:
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE", help="picture files")
     add("--model", metavar="FOLDER", help="a run's folder (default: the newest run in out/)")
+    add("--merge-lora", action="store_true", help="fold the run's LoRA into the weights: faster, but rounded as "
+                                                  "they are (default: it is applied beside them)")
     add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
                          "several <image>s, as many pictures go into each caption (default: the run's own prompt)")
     add("--data", metavar="FILE", help="caption and score a set instead: a captions file, as for train.py, or 'shapes'")
@@ -200,6 +203,8 @@ def main() -> None:
         sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
                 {Path(args.data).name: Captions(args.data, args.images)})
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
+    if args.merge_lora:
+        merge_lora(vlm)
     decoding = dict(prompt=args.prompt, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     if args.data:

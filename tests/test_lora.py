@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from adapters import QFormer
-from data import InputError
+import sample
+import train
+from adapters import VLM, QFormer
+from data import InputError, stack
 from fixtures.compare import close
+from fixtures.pictures import picture
 from llm import LLM
 from lora import CONFIG, WEIGHTS, LoRALinear, add_lora, load_lora, lora_layers, merge_lora, save_lora
+from test_vlm import QUICK, SMALL, command, small
 from vit import ViT
 
 DECODERS = ("gpt2", "gpt2_wide", "opt", "opt_post", "blip2", "llama", "llama_wide", "smollm3", "mistral",
@@ -162,7 +166,7 @@ REFUSED = (  # (fixture, other values in its adapter_config.json, other tensors,
                    f"{LLAMA}norm.lora_B.weight": torch.zeros(24, 3)},
      "'model.norm' can't change norm, which is a RMSNorm"),
     ("llama", {}, {"base_model.model.lm_head.weight": torch.zeros(53, 24)}, "'lm_head.weight' is not"),
-    ("llama", {}, {f"{LLAMA}embed_tokens.weight": torch.zeros(53, 24)}, "trained apart from the head"),
+    ("llama", {}, {f"{LLAMA}embed_tokens.weight": torch.zeros(53, 24)}, "'model.embed_tokens.weight' is not"),
     ("llama", {"modules_to_save": ["lm_head"]}, {}, "'lm_head', one of modules_to_save, are missing"),
     ("gemma3", {}, {f"{LLAMA}norm.weight": torch.zeros(24)}, "'model.norm.weight' is not a tensor of"),
     ("gpt2", {}, {f"{GPT2}h.0.attn.c_proj.weight": torch.rand(24, 24)}, "'transformer.h.0.attn.c_proj.wei"),
@@ -196,6 +200,10 @@ def test_what_cannot_be_is_refused_by_name(fixtures, tmp_path):
     add_lora(sam, 2, 2, "all")
     with pytest.raises(InputError, match="neck.reduce.weight has no place in PEFT's files"):
         save_lora(sam, tmp_path / "sam")
+    llm = load(fixtures, "llama")
+    add_lora(llm.blocks, 2, 2)  # the embedding, which is the head too, keeps its gradient
+    with pytest.raises(InputError, match="embedding.weight has no place in PEFT's files"):
+        save_lora(llm, tmp_path / "none")
     with pytest.raises(InputError, match="a model without a LoRA"):
         save_lora(load(fixtures, "llama"), tmp_path / "none")
     for rank, targets, message in ((0, "all", "at least 1"),
@@ -301,3 +309,92 @@ def test_compiled_without_a_break(name, fixtures):
         assert torch.allclose(outputs, module(part), atol=1e-4)
     outputs.square().mean().backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The VLM and its command lines
+
+def test_a_run_keeps_its_lora(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--lora", "3", "--lora-targets", "all", "--lora-on", "llm,vit", "--lora-dropout", "0.1"]
+    assert command(monkeypatch, train, *SMALL, *QUICK, *options, "--out", "run") == 0
+    for part in ("llm", "vit"):
+        state = load_file(f"run/lora/{part}/{WEIGHTS}")
+        assert all(tensor.abs().sum() > 0 for tensor in state.values())  # B has moved
+        assert len(state) == len(lora_layers(getattr(VLM.from_pretrained("run"), part))) * 2
+    assert not any(name.startswith(("llm.", "vit.")) for name in load_file("run/adapter.safetensors"))
+    picture(120, 80).save("a.png")
+    one, merged = VLM.from_pretrained("run"), VLM.from_pretrained("run")
+    with torch.no_grad():
+        pixels = one.vit.preprocess(picture(120, 80))[None]
+        features = one.features(pixels)
+        merge_lora(merged)
+        assert not lora_layers(merged) and (merged.features(pixels) - features).abs().max() < 1e-4
+        assert (features - ViT.from_pretrained("assets/vit")(pixels)).abs().max() > 1e-3
+    capsys.readouterr()
+    texts = []
+    for how in ([], ["--merge-lora"]):
+        assert command(monkeypatch, sample, "a.png", "--model", "run", "--precision", "float32", *how) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
+
+
+def test_a_resumed_lora_equals_an_unbroken_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, *QUICK, "--layer", "-2"]  # a block of the encoder isn't read
+    options += ["--lora", "2", "--lora-on", "llm,vit", "--lora-dropout", "0.2"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    checkpoint = train.save_checkpoint
+
+    def stop(*arguments):
+        checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stop)
+    assert command(monkeypatch, train, *options, "--out", "parts") == 130
+    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    for file in ("adapter.safetensors", f"lora/llm/{WEIGHTS}", f"lora/vit/{WEIGHTS}"):
+        whole, parts = (load_file(f"{run}/{file}") for run in ("whole", "parts"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole), file
+
+
+def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llm = LLM.from_pretrained("assets/llm")
+    add_lora(llm, 5, 5, ["up"], dora=True)
+    shake(llm)
+    save_lora(llm, "peft")
+    options = ["--adapter", "linear", *QUICK, "--steps", "1", "--lr", "0"]
+    assert command(monkeypatch, train, *options, "--lora-from", "peft", "--out", "run") == 0
+    first, last = load_file(f"peft/{WEIGHTS}"), load_file(f"run/lora/llm/{WEIGHTS}")
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    assert command(monkeypatch, train, *options, "--lora-from", "run/lora", "--out", "next") == 0
+    capsys.readouterr()
+    for arguments, message in (
+            (["--lora", "2", "--lora-on", "adapter"], "--lora-on adapter: choose from llm, vit"),
+            (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
+            (["--lora", "0"], "must be at least 1, not 0"),
+            (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),
+            (["--lora-from", "nowhere"], "nowhere/adapter_config.json: No such file"),
+            (["--lora-from", "peft", "--lora-on", "vit"], "is not a tensor of this model"),
+            (["--lora", "2", "--lora-on", "vit", "--cache-features"], "its features change")):
+        assert command(monkeypatch, train, *options, *arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1, captured.err
+
+
+def test_the_encoder_gets_gradients_only_where_it_is_trained(fixtures):
+    vlm = small(fixtures).train()
+    pixels = torch.randn(2, 3, 30, 30)
+    assert not vlm.features(pixels).requires_grad
+    add_lora(vlm.vit.blocks, 2, 4, "all", dropout=0.5)
+    shake(vlm.vit)
+    vlm.train()
+    assert vlm.features(pixels).requires_grad and not torch.equal(vlm.features(pixels), vlm.features(pixels))
+    vlm.eval()
+    assert torch.equal(vlm.features(pixels), vlm.features(pixels))  # dropout is over
+    token_rows, where, targets = stack([vlm.encode("", "abc"), vlm.encode("", "cba")])
+    logits = vlm(token_rows, vlm.features(pixels), where)
+    F.cross_entropy(logits, targets).backward()
+    assert all(p.grad.abs().sum() > 0 for p in vlm.vit.parameters() if p.requires_grad)
