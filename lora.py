@@ -222,7 +222,7 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
         if not end:
             raise InputError(f"'{name}' is not a tensor of this model that can be changed here")
         part, size = parts[name], sum(len(rows) for _, rows in known[end].values())
-        if None in part:
+        if part.keys() == {None}:
             for ours, (function, rows) in known[end].items():
                 value, shape = part[None], module.get_parameter(ours).shape
                 if value.shape != (size, *shape[1:]) or not torch.equal(function(value), value[rows]):
@@ -230,7 +230,7 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
                 values[ours] = value[rows]
             continue
         if part.keys() != {"A", "B", *("m" if config.get("use_dora") else "")}:
-            raise InputError(f"'{name}' has a low-rank update in parts: {', '.join(sorted(part))}")
+            raise InputError(f"'{name}' has a low-rank update in parts: {', '.join(sorted(map(str, part)))}")
         theirs = name.removesuffix(".weight")
         rank, alpha = pattern("rank_pattern", "r", theirs), pattern("alpha_pattern", "lora_alpha", theirs)
         scale, A = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), nn.Parameter(part["A"])
