@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
                   load_weights, read_json, write_file)
 from llm import LLM, Tokenizer
+from lora import load_lora, lora_layers, save_lora
 from vit import ViT
 
 
@@ -541,13 +542,16 @@ class VLM(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a run trains and saves: the adapter, the markers, the embeddings of places."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith(("vit.", "llm."))}
+        """What a run trains: the adapter, the markers, the embeddings of places, and the LoRA of the
+        backbones, if they have one."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> "VLM":
         super().train(mode)
-        self.vit.eval()
-        self.llm.eval()
+        for part in (self.vit, self.llm):
+            part.eval()
+            for layer in lora_layers(part).values():  # whose dropout
+                layer.train(mode)
         return self
 
     @property
@@ -597,8 +601,9 @@ class VLM(nn.Module):
         return ids + target, len(ids)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (P,3,H,W) to the frozen encoder's features (P,N,Dv)."""
-        with torch.no_grad():
+        """Pixels (P,3,H,W) to the encoder's features (P,N,Dv), with gradients where something in it is trained."""
+        trained = any(p.requires_grad for p in self.vit.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vit(pixels, self.config.get("layer"))
 
     def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -683,15 +688,19 @@ class VLM(nn.Module):
         hidden = self.llm.hidden(**self.read(tokens, features, where))
         return self.llm.logits(hidden.flatten(0, 1)[where])
 
-    def encode_pictures(self, captions, batches, workers: int = 0):
-        """Reads and encodes the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
-        be read, their features (P,N,Dv) (None if P is 0), and {index: reason} of the others."""
+    def read_pictures(self, captions, batches, workers: int = 0):
+        """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
+        be read, their pixels (P,3,H,W) (None if P is 0), and {index: reason} of the others."""
         cuda = self.device.type == "cuda"
         for indices, pixels, bad in torch.utils.data.DataLoader(
                 Pixels(captions, self.vit.preprocess), batch_sampler=batches, collate_fn=Pixels.collate,
                 num_workers=workers, pin_memory=cuda):
-            features = None if pixels is None else self.features(pixels.to(self.device, non_blocking=cuda))
-            yield indices, features, bad
+            yield indices, None if pixels is None else pixels.to(self.device, non_blocking=cuda), bad
+
+    def encode_pictures(self, captions, batches, workers: int = 0):
+        """As `read_pictures`, but yields features (P,N,Dv) in place of the pixels."""
+        for indices, pixels, bad in self.read_pictures(captions, batches, workers):
+            yield indices, None if pixels is None else self.features(pixels), bad
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
             split: bool = True) -> tuple[list[list[int]], torch.Tensor | None]:
@@ -736,9 +745,13 @@ class VLM(nn.Module):
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:
-        """Writes adapter.safetensors; the backbones stay where they are."""
-        state = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
+        """Writes adapter.safetensors and, in PEFT's format, lora/llm/ and lora/vit/, but no backbone."""
+        state = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()
+                 if not name.startswith(("vit.", "llm."))}
         write_file(folder / "adapter.safetensors", lambda path: save_file(state, path))
+        for part in ("llm", "vit"):
+            if lora_layers(getattr(self, part)):
+                save_lora(getattr(self, part), folder / "lora" / part)
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
@@ -759,6 +772,9 @@ class VLM(nn.Module):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
         vlm.load_trained(state, path)
+        for part in ("llm", "vit"):
+            if (folder / "lora" / part).is_dir():
+                load_lora(getattr(vlm, part), folder / "lora" / part)
         return vlm.eval()
 
     def load_trained(self, state: dict[str, torch.Tensor], path: Path) -> None:

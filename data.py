@@ -214,7 +214,7 @@ class Checkpoint:
         return read_json(self.folder / file) if (self.folder / file).is_file() else {}
 
     def family(self, families: dict):
-        """The row of `families` that config.json's `model_type` names, and the config it makes of it."""
+        """The row of `families` that config.json's `model_type` names, its names a table, and the config."""
         path, kind = self.folder / "config.json", self.config.get("model_type")
         if kind not in families:
             raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
@@ -224,20 +224,24 @@ class Checkpoint:
                 value = getattr(config, name)
                 if kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of):
                     raise ValueError(f"{name} is {value!r}")
-            return families[kind], config
+            names = families[kind].names
+            return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
         except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise InputError(f"{path}: can't be read as a {kind} config ({type(error).__name__}: {error})") from None
 
 
 class Family(NamedTuple):
     """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b" where some
-    files have a, others b) or (function, name, …), the function making our tensor of theirs; where the table itself
-    depends on the config, a function of our config makes it. `unused` is a regular expression of the tensors on disk
-    that we leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share."""
+    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b"
+    where some files have a, others b; b is the name in the reference's class, where that differs) or
+    (function, name, …), the function making our tensor of theirs; where the table itself depends on the
+    config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
+    leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share;
+    `path` is that prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it."""
     config: Callable[[dict], object]
     names: dict | Callable[[object], dict]
     unused: str
+    path: str = ""
 
     def source(self, name: str) -> tuple:
         """(function, names on disk) of our parameter `name`."""

@@ -160,7 +160,7 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)
         if self.groups > 1:  # every key head serves `groups` query heads
             k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        y = attend(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
+        y = attend(q, k, v, mask, causal=q.shape[2] > 1 and mask is None)  # so ordered a bool, if compiled
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -321,9 +321,9 @@ class LLM(nn.Module):
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
         with torch.device("meta"):
             llm = cls(config)
-        names = family.names if isinstance(family.names, dict) else family.names(config)
+        llm.name, llm.family = name, family
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
-        load_weights(llm, checkpoint, Family(family.config, names, unused), dtype)
+        load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
         return llm.eval()
 
 
@@ -572,7 +572,7 @@ def neox_names(config: LLMConfig) -> dict:
     """GPT-NeoX fuses q, k and v head by head: (heads · 3 · hd, in)."""
     def part(i: int):
         return lambda tensor: tensor.unflatten(0, (config.heads, 3, -1))[:, i].flatten(0, 1)
-    return table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out"}, {
+    return table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out|lm_head"}, {
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
         **{f"attention.{name}": (part(i), "attention.query_key_value") for i, name in enumerate("qkv")},
         "attention.out": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"})
@@ -585,19 +585,23 @@ NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "hea
 ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
 
 FAMILIES = {  # config.json's model_type -> family
-    "gpt2": Family(gpt2_config, GPT2_NAMES, r"h\.\d+\.attn\.(masked_)?bias"),
-    "opt": Family(opt_config, OPT_NAMES, ""),
-    "blip-2": Family(inner_config, OPT_NAMES, r"(vision_model|qformer|language_projection)\..*|query_tokens"),
-    "llama": Family(llama_config, LLAMA_NAMES, ROPE_BUFFER),
-    "smollm3": Family(smollm3_config, LLAMA_NAMES, ""),
-    "mistral": Family(lambda c: llama_config({"sliding_window": 4096} | c), LLAMA_NAMES, ROPE_BUFFER),
-    "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, ROPE_BUFFER),
-    "qwen3": Family(lambda c: qwen_config(c, qk_norm=True), LLAMA_NAMES, ""),
-    "phi3": Family(llama_config, phi3_names, ROPE_BUFFER),
-    "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias"),
+    "gpt2": Family(gpt2_config, GPT2_NAMES, r"h\.\d+\.attn\.(masked_)?bias", "transformer."),
+    "opt": Family(opt_config, OPT_NAMES, "", "model.decoder."),
+    "blip-2": Family(inner_config, OPT_NAMES, r"(vision_model|qformer|language_projection)\..*|query_tokens",
+                     "language_model.model.decoder."),
+    "llama": Family(llama_config, LLAMA_NAMES, ROPE_BUFFER, "model."),
+    "smollm3": Family(smollm3_config, LLAMA_NAMES, "", "model."),
+    "mistral": Family(lambda c: llama_config({"sliding_window": 4096} | c), LLAMA_NAMES, ROPE_BUFFER,
+                      "model."),
+    "qwen2": Family(lambda c: qwen_config(c, qkv_bias=True), LLAMA_NAMES, ROPE_BUFFER, "model."),
+    "qwen3": Family(lambda c: qwen_config(c, qk_norm=True), LLAMA_NAMES, "", "model."),
+    "phi3": Family(llama_config, phi3_names, ROPE_BUFFER, "model."),
+    "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias",
+                       "gpt_neox."),
     "nanovlm": Family(nanovlm_config, NANOVLM_NAMES, r"rotary_embd\.inv_freq|head\.weight"),
-    "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, ""),
-    "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
+    "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, "", "model."),
+    "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+                     "model.language_model."),
 }
 
 

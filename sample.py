@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from adapters import VLM
 from data import (IMAGE, SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip,
                   write_file)
+from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
@@ -187,6 +188,8 @@ def main() -> None:
              "photo.jpg \"What is this?\"")
     add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: "
                                         "the newest run in out/)")
+    add("--merge-lora", action="store_true", help="fold the run's LoRA into the weights: faster, but rounded as "
+                                                  "they are (default: it is applied beside them)")
     add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
@@ -227,6 +230,8 @@ def main() -> None:
         sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
                 {Path(args.data).name: Captions(args.data, args.images)})
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
+    if args.merge_lora:
+        merge_lora(vlm)
     asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split)
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))

@@ -1,4 +1,4 @@
-"""Captions in, trained adapter out: the ViT and the LLM stay frozen.
+"""Captions in, trained adapter out: the ViT and the LLM stay frozen, or get a LoRA.
 
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
 from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
                   run, shuffled, skip, stack, write_file, write_json)
+from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
 # of an adapter, as options of the command line
@@ -66,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
              "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
              "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
              "that keep the grid of patches (default: sequence)")
+    add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
+    add("--lora-alpha", type=float, metavar="A", help="the LoRA's updates are scaled by A / R (default: 2 R)")
+    add("--lora-targets", default="q,v", metavar="NAMES", help="layers with a LoRA, of q, k, v, out, gate, up, down; "
+                                                               "or all (default: q,v)")
+    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit (default: llm)")
+    add("--lora-dropout", type=float, default=0.0, help="of what the LoRA reads (default: 0)")
+    add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
     add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
                                                      "<image>, or before it all (default: none)")
 
@@ -130,6 +138,10 @@ def read_options() -> argparse.Namespace:
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
+    if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
+        raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
+    if args.lora and args.lora_from:
+        raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
@@ -153,6 +165,20 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
                 raise InputError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
             sizes[size] = value
     return sizes
+
+
+def tune_backbones(vlm: VLM, args: argparse.Namespace) -> None:
+    """Gives the backbones the LoRA that the command line asks for, if any."""
+    for part in args.lora_on.split(","):
+        module = getattr(vlm, part)
+        if args.lora_from:
+            folder = Path(args.lora_from)
+            load_lora(module, folder / part if (folder / part).is_dir() else folder)
+        elif args.lora is not None:
+            targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
+            add_lora(module.blocks, args.lora, args.lora_alpha or 2 * args.lora, targets, args.lora_dropout)
+    if args.layer is not None:  # no gradient reaches the blocks that aren't read
+        vlm.vit.blocks[args.layer % (len(vlm.vit.blocks) + 1):].requires_grad_(False)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -251,7 +277,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
     # so that the run is found again from any working directory
-    for name in ("origin", "vit", "llm", "data", "images", "val"):
+    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
     parts = {"from": args.origin} if args.origin else dict(
@@ -260,7 +286,12 @@ def main() -> None:
     config = dict(**parts, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
-    vlm = build(config, dtype).to(device).train()
+    vlm = build(config, dtype)
+    tune_backbones(vlm, args)
+    vlm.to(device).train()
+    fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
+    if args.cache_features and not fixed:
+        raise InputError("--cache-features: the encoder is trained, so that its features change")
     trained = vlm.trained
     optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": args.weight_decay},
                                    {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}],
@@ -288,6 +319,7 @@ def main() -> None:
     # Pictures, encoded once or step by step
     unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
 
+    @torch.no_grad()
     def encode_all(captions, bad: dict[int, str]) -> tuple[list[int], torch.Tensor]:
         """Indices of the pictures that can be read, and their features (P,N,Dv)."""
         start, parts = time.time(), []
@@ -299,22 +331,22 @@ def main() -> None:
         return [i for indices, _ in parts for i in indices], torch.cat([features for _, features in parts])
 
     def pictures():
-        """Indices and features of each step's batch, from step `first` on."""
+        """Indices of each step's batch, from step `first` on; its features or, where these aren't kept, pixels."""
         if cache:
             kept, features = encode_all(train, unreadable[0])
             for batch in shuffled(len(kept), args.batch, args.seed, first):
                 yield [kept[i] for i in batch], features[batch]
         else:
             batches = shuffled(len(train), args.batch, args.seed, first)
-            for indices, features, found in vlm.encode_pictures(train, batches, args.workers):
+            for indices, pixels, found in vlm.read_pictures(train, batches, args.workers):
                 skip(unreadable[0], found, train)
-                yield indices, features
+                yield indices, pixels
 
     val_kept, val_features = encode_all(val, unreadable[1])
     cache = args.cache_features
     if cache is None:
         fits = len(train) * val_features[0].nbytes < free_memory(device) / 2
-        cache = fits and args.steps * args.batch >= len(train)
+        cache = fixed and fits and args.steps * args.batch >= len(train)
 
     def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
         pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
@@ -325,7 +357,10 @@ def main() -> None:
     @torch.no_grad()
     def validate() -> float:
         """Nats per token on the validation set, one caption a picture."""
+        nonlocal val_features
         vlm.eval()
+        if not fixed:
+            val_features = encode_all(val, unreadable[1])[1]
         total = count = 0
         for i in range(0, len(val_kept), args.batch):
             tokens, where, targets = batch_of(val, val_kept[i:i + args.batch], 0)
@@ -339,7 +374,7 @@ def main() -> None:
     source, progress = pictures(), Progress(args)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         for step in range(first, args.steps):
-            indices, features = next(source)
+            indices, inputs = next(source)
             if step == first:
                 progress.begin()
             torch.manual_seed(args.seed * 1_000_003 + step)  # of dropout: a resumed run draws what an unbroken one draws
@@ -349,7 +384,8 @@ def main() -> None:
             batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
             count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
             for part, (tokens, where, targets) in zip(parts, batches):
-                logits = forward(tokens, features[part], where)
+                features = inputs[part] if cache else vlm.features(inputs[part])
+                logits = forward(tokens, features, where)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
                 scaler.scale(part_loss).backward()
                 loss += part_loss.detach()

@@ -99,17 +99,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.attention = Attention(config, window)
         self.norm2 = nn.LayerNorm(config.width, config.eps)
-        self.up = nn.Linear(config.width, config.mlp * (2 if config.gated else 1))
-        self.down = nn.Linear(config.mlp, config.width)
-        self.activation, self.gated = ACTIVATIONS[config.activation], config.gated
+        self.gate = nn.Linear(config.width, config.mlp) if config.gated else None
+        self.up, self.down = nn.Linear(config.width, config.mlp), nn.Linear(config.mlp, config.width)
+        self.activation = ACTIVATIONS[config.activation]
         # LayerScale (Touvron et al., 2021, arXiv:2103.17239)
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else 1 for _ in "12")
 
     def mlp(self, x):  # (B,N,D)
-        if self.gated:  # SwiGLU (Shazeer, 2020, arXiv:2002.05202)
-            gate, x = self.up(x).chunk(2, -1)
-            return self.down(self.activation(gate) * x)
-        return self.down(self.activation(self.up(x)))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        # SwiGLU (Shazeer, 2020, arXiv:2002.05202)
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
     def forward(self, x):  # (B,N,D)
         x = x + self.scale1 * self.attention(self.norm1(x))
@@ -298,6 +298,7 @@ class ViT(nn.Module):
         family, config = checkpoint.family(FAMILIES)
         with torch.device("meta"):
             vit = cls(config)
+        vit.name, vit.family = name, family
         load_weights(vit, checkpoint, family, dtype)
         path = checkpoint.folder / "preprocessor_config.json"
         settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
@@ -358,33 +359,51 @@ def fused(qkv: str) -> dict:
     return {f"blocks.{{}}.attention.{q}": (lambda tensor, i=i: tensor.chunk(3)[i], qkv) for i, q in enumerate("qkv")}
 
 
+def attention(path: str) -> dict:
+    """The names in ViT's attention: on disk, and in the reference's class, where a block is `path`."""
+    pairs = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "out": "output.dense"}
+    return {f"blocks.{{}}.attention.{ours}": f"encoder.layer.{{}}.attention.{disk}|{path}.attention.{ours[0]}_proj"
+            for ours, disk in pairs.items()}
+
+
 VIT_NAMES = {
     "patches": "embeddings.patch_embeddings.projection",
     "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token"),
     "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embeddings"),
     "blocks.{}.norm1": "encoder.layer.{}.layernorm_before", "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    "blocks.{}.attention.q": "encoder.layer.{}.attention.attention.query",
-    "blocks.{}.attention.k": "encoder.layer.{}.attention.attention.key",
-    "blocks.{}.attention.v": "encoder.layer.{}.attention.attention.value",
-    "blocks.{}.attention.out": "encoder.layer.{}.attention.output.dense",
-    "blocks.{}.up": "encoder.layer.{}.intermediate.dense", "blocks.{}.down": "encoder.layer.{}.output.dense",
+    **attention("layers.{}"),
+    "blocks.{}.up": "encoder.layer.{}.intermediate.dense|layers.{}.mlp.fc1",
+    "blocks.{}.down": "encoder.layer.{}.output.dense|layers.{}.mlp.fc2",
     "norm": "layernorm",
 }
 DEIT_NAMES = VIT_NAMES | {
     "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.distillation_token"),
     "positions": (lambda tensor: rows(tensor)[2:], "embeddings.position_embeddings"),
 }
-DINOV2_NAMES = VIT_NAMES | {
+DINOV2_NAMES = VIT_NAMES | attention("encoder.layer.{}") | {
     "blocks.{}.norm1": "encoder.layer.{}.norm1", "blocks.{}.norm2": "encoder.layer.{}.norm2",
     "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
     "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
-    "blocks.{}.up": "encoder.layer.{}.mlp.fc1|encoder.layer.{}.mlp.weights_in",  # SwiGLU: the gate, then its input
-    "blocks.{}.down": "encoder.layer.{}.mlp.fc2|encoder.layer.{}.mlp.weights_out",
+    "blocks.{}.up": "encoder.layer.{}.mlp.fc1", "blocks.{}.down": "encoder.layer.{}.mlp.fc2",
 }
 REGISTERS_NAMES = DINOV2_NAMES | {
     "prefix": (lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
               "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.register_tokens"),
 }
+
+
+def dinov2_names(names: dict):
+    """DINOv2's SwiGLU keeps the gate and its input in one on disk, apart in the reference's class."""
+    def gated(config: ViTConfig) -> dict:
+        def part(i: int):
+            return lambda tensor: tensor if len(tensor) == config.mlp else tensor.chunk(2)[i]
+        fused = "encoder.layer.{}.mlp.weights_in|encoder.layer.{}.mlp."
+        return names if not config.gated else names | {
+            "blocks.{}.gate": (part(0), fused + "gate_proj"), "blocks.{}.up": (part(1), fused + "up_proj"),
+            "blocks.{}.down": "encoder.layer.{}.mlp.weights_out|encoder.layer.{}.mlp.down_proj"}
+    return gated
+
+
 CLIP_NAMES = {
     "patches": "embeddings.patch_embedding",
     "prefix": (prefix, "embeddings.position_embedding.weight", "embeddings.class_embedding"),
@@ -432,10 +451,11 @@ deit = Family(reader(VIT, processor="DeiT", class_tokens=2), DEIT_NAMES,
 # CLIP's last_hidden_state is taken before its post_layernorm, which serves the class token's projection alone
 clip = Family(reader(dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
                      processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
-              r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale|.*\.position_ids")
+              r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale"
+              r"|.*\.position_ids", "vision_model.")
 siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"),
                        processor="Siglip", class_tokens=0), SIGLIP_NAMES,
-                r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids")
+                r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids", "vision_model.")
 idefics3 = Family(reader(dict(hidden_size=1152, num_attention_heads=16, intermediate_size=3072, patch_size=32,
                               hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0),
                   SIGLIP_NAMES, "")
@@ -444,25 +464,26 @@ nanovlm = Family(lambda c: siglip.config(dict(
     intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"],
     num_attention_heads=c["vit_n_heads"], layer_norm_eps=c["vit_ln_eps"])), NANOVLM_NAMES, "")
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
-dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True), DINOV2_NAMES,
-                r"classifier\..*|embeddings\.mask_token")
+dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True),
+                dinov2_names(DINOV2_NAMES), r"classifier\..*|embeddings\.mask_token")
 registers = Family(reader(DINOV2 | dict(num_register_tokens=4), processor="Bit", layer_scale=True, antialias=True),
-                   REGISTERS_NAMES, r"classifier\..*|embeddings\.mask_token")
+                   dinov2_names(REGISTERS_NAMES), r"classifier\..*|embeddings\.mask_token")
 eva = Family(reader(dict(patch_size=14, hidden_size=1408, num_hidden_layers=39, num_attention_heads=16,
                          intermediate_size=6144, qkv_bias=True), processor="Blip"), EVA_NAMES,
              r"(qformer|language_model|(language|vision|text)_projection|itm_head)\..*|query_tokens|.*\.position_ids"
-             r"|embeddings\.(word|position)_embeddings\.weight")
+             r"|embeddings\.(word|position)_embeddings\.weight", "vision_model.")
 sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=True, use_rel_pos=True, window_size=14,
                          global_attn_indexes=(2, 5, 8, 11), output_channels=256),
                     processor="Sam", class_tokens=0, post_norm=False), SAM_NAMES,
-             r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*")
+             r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*", "vision_encoder.")
 
 FAMILIES = {  # config.json's model_type -> family
     "vit": vit, "deit": deit,
-    "clip": clip, "clip_vision_model": clip,
-    "siglip": siglip, "siglip_vision_model": siglip, "idefics3_vision": idefics3, "nanovlm": nanovlm,
+    "clip": clip, "clip_vision_model": clip._replace(path=""),
+    "siglip": siglip, "siglip_vision_model": siglip._replace(path=""), "idefics3_vision": idefics3,
+    "nanovlm": nanovlm,
     "dinov2": dinov2, "dinov2_with_registers": registers,
-    "blip-2": eva, "blip_2_vision_model": eva,
+    "blip-2": eva, "blip_2_vision_model": eva._replace(path=""),
     "sam": sam, "sam_vision_model": sam,
 }
 
