@@ -95,6 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
     add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
+    add("--spell", type=float, metavar="W",
+        help="weight of a second loss in the first 60 %% of the steps: the embeddings of an image spell its "
+             "first caption, a token each, in order; for adapters with queries (default: 1; with --from 0)")
     add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut (default: 128)")
     add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes (default: 0)")
 
@@ -138,6 +141,8 @@ def read_options() -> argparse.Namespace:
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
+    if args.spell is None:
+        args.spell = 0.0 if args.origin else 1.0
     if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
     if args.lora and args.lora_from:
@@ -351,8 +356,10 @@ def main() -> None:
     def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
         pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
                  for i in indices]
-        return [tensor.to(device, non_blocking=True) for tensor in stack([
-            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])]
+        tokens, where, targets = stack([
+            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])
+        spelling = vlm.spelling(tokens, [captions.captions(i)[0] for i in indices])
+        return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
 
     @torch.no_grad()
     def validate() -> float:
@@ -363,7 +370,7 @@ def main() -> None:
             val_features = encode_all(val, unreadable[1])[1]
         total = count = 0
         for i in range(0, len(val_kept), args.batch):
-            tokens, where, targets = batch_of(val, val_kept[i:i + args.batch], 0)
+            tokens, where, targets, *_ = batch_of(val, val_kept[i:i + args.batch], 0)
             logits = forward(tokens, val_features[i:i + args.batch], where)
             total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             count += len(targets)
@@ -382,19 +389,22 @@ def main() -> None:
                 group["lr"] = learning_rate(step, args)
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
             batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
-            count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
-            for part, (tokens, where, targets) in zip(parts, batches):
+            count, letters = (sum(len(batch[i]) for batch in batches) for i in (2, 4))  # of targets; to be spelled
+            spell = args.spell * (step < 0.6 * args.steps) / max(1, letters)
+            loss = torch.zeros((), device=device)
+            for part, (tokens, where, targets, spelled, words) in zip(parts, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
-                logits = forward(tokens, features, where)
+                logits, images = forward(tokens, features, where, spelled)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
-                scaler.scale(part_loss).backward()
                 loss += part_loss.detach()
+                part_loss += spell * F.cross_entropy(images.float(), words, reduction="sum")
+                scaler.scale(part_loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), args.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.add(step, loss, len(indices), sum(tokens.numel() for tokens, _, _ in batches))
+            progress.add(step, loss, len(indices), sum(batch[0].numel() for batch in batches))
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
