@@ -613,11 +613,11 @@ class Scene(NamedTuple):
         where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
         rest = "".join(f" and {name(c)}" for c in others)
         count = ("two", "three")[len(others)]
-        return (f"{name(a)} {where} {name(b)}{rest}",
+        return (f"{', '.join(map(name, self.things[:-1]))} and {name(self.things[-1])}; "
+                f"{name(a, 'the')} is {where} {name(b, 'the')}",
+                f"{name(a)} {where} {name(b)}{rest}",
                 f"there is {name(a)} {where} {name(b)}{rest}",
-                f"{count} objects: {name(a)} {where} {name(b)}{rest}",
-                f"{', '.join(map(name, self.things[:-1]))} and {name(self.things[-1])}; "
-                f"{name(a, 'the')} is {where} {name(b, 'the')}")[wording]
+                f"{count} objects: {name(a)} {where} {name(b)}{rest}")[wording]
 
 
 def ring(corners: int, turn: float = -90, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
