@@ -1,4 +1,4 @@
-"""Captions in, trained adapter out: the ViT and the LLM stay frozen, or get a LoRA.
+"""Captions in, trained adapter out: the ViT and the LLM stay frozen, get a LoRA, or are trained whole.
 
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
@@ -8,6 +8,7 @@
 Without --data it learns to caption scenes of the built-in shapes world, in about six minutes on two CPU cores.
 """
 import argparse
+import collections
 import importlib.metadata
 import inspect
 import json
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
                   run, shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
@@ -67,6 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
              "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
              "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
              "that keep the grid of patches (default: sequence)")
+    add("--train", default="adapter", metavar="PARTS",
+        help="the parts that are trained whole, in float32: a list of adapter, llm, vit (default: adapter)")
     add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
     add("--lora-alpha", type=float, metavar="A", help="the LoRA's updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES", help="layers with a LoRA, of q, k, v, out, gate, up, down; "
@@ -91,7 +94,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
     add("--batch", type=int, default=64, help="pictures a step (default: 64)")
     add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of the adapter and of a LoRA (default: 1e-3)")
+    add("--lr-llm", type=float, default=1e-4, help="that of the language model, if trained whole (default: 1e-4)")
+    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
     add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
@@ -138,8 +143,15 @@ def read_options() -> argparse.Namespace:
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
+    whole = args.train.split(",")
+    if not {*whole} <= {"adapter", "llm", "vit"}:
+        raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
+    if "adapter" not in whole and not args.origin:
+        raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
+    if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
+        raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
@@ -167,8 +179,12 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
     return sizes
 
 
-def tune_backbones(vlm: VLM, args: argparse.Namespace) -> None:
-    """Gives the backbones the LoRA that the command line asks for, if any."""
+def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
+    """Leaves gradients to the parts that --train names, and gives the backbones the LoRA that the command line
+    asks for, if any."""
+    for part in ("adapter", "llm", "vit"):
+        for p in vlm.weights(part).values():
+            p.requires_grad_(part in args.train.split(","))
     for part in args.lora_on.split(","):
         module = getattr(vlm, part)
         if args.lora_from:
@@ -177,14 +193,27 @@ def tune_backbones(vlm: VLM, args: argparse.Namespace) -> None:
         elif args.lora is not None:
             targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
             add_lora(module.blocks, args.lora, args.lora_alpha or 2 * args.lora, targets, args.lora_dropout)
-    if args.layer is not None:  # no gradient reaches the blocks that aren't read
-        vlm.vit.blocks[args.layer % (len(vlm.vit.blocks) + 1):].requires_grad_(False)
+    if (layer := vlm.config.get("layer")) is not None:  # no gradient reaches what isn't read
+        blocks = vlm.vit.blocks
+        for unread in (blocks[layer % (len(blocks) + 1):], vlm.vit.norm, vlm.vit.neck):
+            unread.requires_grad_(False)
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
+    """AdamW's groups: each part's peak learning rate, and weight decay for its matrices."""
+    groups = collections.defaultdict(list)
+    for name, p in vlm.trained.items():
+        part = name.partition(".")[0]
+        peak = getattr(args, f"lr_{part}") if part in {"llm", "vit"} & {*args.train.split(",")} else args.lr
+        groups[peak, args.weight_decay if p.dim() > 1 else 0.0].append(p)
+    return [dict(params=params, peak=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
+
+
+def schedule(step: int, args: argparse.Namespace) -> float:
+    """The learning rate as a share of its peak."""
     if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+        return (step + 1) / args.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -214,7 +243,7 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-        vlm.load_trained({name[7:]: value for name, value in state.items() if name.startswith("weight.")}, path)
+        take_over(vlm.trained, {name[7:]: value for name, value in state.items() if name.startswith("weight.")}, path)
         for name, p in vlm.trained.items():
             optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
@@ -283,19 +312,18 @@ def main() -> None:
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
-    config = dict(**parts, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+    whole = tuple(args.train.split(","))
+    config = dict(**parts, prompt=args.prompt, train=whole, layout="image-text", training=vars(args), versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
-    vlm = build(config, dtype)
-    tune_backbones(vlm, args)
+    vlm = build(config, dtype, whole)
+    choose_trained(vlm, args)
     vlm.to(device).train()
     fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
     if args.cache_features and not fixed:
         raise InputError("--cache-features: the encoder is trained, so that its features change")
     trained = vlm.trained
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": args.weight_decay},
-                                   {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}],
-                                  args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
 
@@ -379,7 +407,7 @@ def main() -> None:
                 progress.begin()
             torch.manual_seed(args.seed * 1_000_003 + step)  # of dropout: a resumed run draws what an unbroken one draws
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = group["peak"] * schedule(step, args)
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
             batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
             count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
@@ -398,7 +426,7 @@ def main() -> None:
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
-                line = {**progress.line(step), "lr": learning_rate(step, args)}
+                line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if save:
                     line["val"] = validate()
                     save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
@@ -409,8 +437,10 @@ def main() -> None:
                 progress.begin()
         source.close()
 
-        # What it learned
+        # What it learned, as sample.py will read it
         vlm.eval()
+        for part in {"llm", "vit"} & {*whole}:
+            getattr(vlm, part).to(dtype)
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
