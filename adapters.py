@@ -490,8 +490,8 @@ class VLM(nn.Module):
     (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
     "prompt", "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
-    config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of the
-    LLM's weights; parts that are trained whole are held in float32 meanwhile.
+    config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
+    the LLM's weights; parts that are trained whole are held in float32 meanwhile.
 
     What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
     for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
@@ -581,10 +581,12 @@ class VLM(nn.Module):
         return self.tokenizer.encode(self.format.image(self.adapter.queries, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
-               tiles: list[tuple[int, int]] | None = None, raw: bool = False) -> tuple[list[int], int]:
+               tiles: list[tuple[int, int]] | None = None, raw: bool = False,
+               prefix: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
         `<image>` (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline
-        or token that ends it. Also returns how many ids come before the caption.
+        or token that ends it. Also returns which of the ids are targets: those of the caption, with `prefix`
+        those of the text's words too.
 
         `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that
         names none has one). Text is data: a special token that it spells is read as plain text. With `raw` it
@@ -611,12 +613,13 @@ class VLM(nn.Module):
             end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
             target = self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)
             target = [*target[:max_tokens], *token]
-        return ids + target, len(ids)
+        words = [prefix and id < self.llm.config.vocabulary and id != self.placeholder for id in ids]
+        return ids + target, words + [True] * len(target)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (P,3,H,W) to the encoder's features (P,N,Dv), with gradients where something in it is trained."""
-        trained = any(p.requires_grad for p in self.vit.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()), self.autocast(self.vit.positions.dtype):
+        trained, held = any(p.requires_grad for p in self.vit.parameters()), self.vit.positions.dtype
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()), self.autocast(held):
             return self.vit(pixels, self.config.get("layer"))
 
     def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -758,8 +761,8 @@ class VLM(nn.Module):
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:
-        """Writes adapter.safetensors, in PEFT's format lora/llm/ and lora/vit/, and a backbone that was trained
-        whole, under our names, as llm.safetensors or vit.safetensors; frozen ones are not copied."""
+        """Writes adapter.safetensors, in PEFT's format lora/llm/ and lora/vit/, and a backbone that was
+        trained whole, under our names, as llm.safetensors or vit.safetensors; frozen ones are not copied."""
         for part in {"adapter", *self.config.get("train", ())}:
             state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
             write_file(folder / f"{part}.safetensors", lambda path: save_file(state, path))
@@ -796,7 +799,7 @@ class VLM(nn.Module):
 
 @torch.no_grad()
 def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies tensors into the parameters of the same names. Raises InputError where names or shapes differ."""
+    """Copies tensors into the parameters of these names. Raises InputError where names or shapes differ."""
     for name in parameters.keys() | state.keys():
         found, shape = (tuple(t[name].shape) if name in t else "missing" for t in (state, parameters))
         if found != shape:
@@ -806,8 +809,8 @@ def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor
 
 
 def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = ()) -> VLM:
-    """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are to
-    be trained `whole`; adapter in float32."""
+    """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are
+    to be trained `whole`; adapter in float32."""
     if config.get("from"):
         return public(config["from"], dtype, config, whole)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))

@@ -26,6 +26,9 @@ from lora import merge_lora
 # Scores
 
 
+SHARES = ("exact", *SKILLS, "matching")
+
+
 def words(caption: str) -> list[str]:
     """A caption's words as caption scores count them: lower case, no punctuation, clitics apart ("man 's")."""
     text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
@@ -93,11 +96,12 @@ def score(captions, texts: dict[int, str]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Scores by row, as a Markdown table; shares of 1 as they are, exact scenes and skills in percent."""
+    """Scores by row, as a Markdown table; shares of 1 as they are, those of SHARES in percent."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for label, row in rows.items():
-        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in ("exact", *SKILLS) else f"{row[n]:.3f}" for n in names)])
+        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in SHARES else
+                               f"{row[n]:.3f}" for n in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) + " |"
                      for line in lines)

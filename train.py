@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
-                  run, shuffled, skip, stack, write_file, write_json)
+from data import (Captions, InputError, Shapes, arrange, draw_layout, find_checkpoint, held_out, in_order,
+                  layout_weights, list_unreadable, read_json, run, shuffled, skip, stack, write_file,
+                  write_json)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -89,13 +90,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
 
+    add("--layout", default="image-text", metavar="MIX",
+        help="image-text: the caption is learned after the picture; text-image-text: the picture stands "
+             "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
+             "learned, and reported; several with weights, as image-text:0.6,text-image-text:0.4 (default: "
+             "image-text)")
+    add("--prefix-loss", action="store_true",
+        help="learn all words, those before the picture too (default: what comes last alone)")
+
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
     add("--batch", type=int, default=64, help="pictures a step (default: 64)")
     add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of the adapter and of a LoRA (default: 1e-3)")
-    add("--lr-llm", type=float, default=1e-4, help="that of the language model, if trained whole (default: 1e-4)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
+    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
     add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
@@ -138,11 +147,12 @@ def read_options() -> argparse.Namespace:
                 raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
         args.out = args.resume
     if args.origin:
-        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position",
-                     *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
+        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
+                     "prefix_loss", *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
+    layout_weights(args.layout)
     whole = args.train.split(",")
     if not {*whole} <= {"adapter", "llm", "vit"}:
         raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
@@ -180,8 +190,8 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
 
 
 def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
-    """Leaves gradients to the parts that --train names, and gives the backbones the LoRA that the command line
-    asks for, if any."""
+    """Leaves gradients to the parts that --train names, and gives the backbones the LoRA that the command
+    line asks for, if any."""
     for part in ("adapter", "llm", "vit"):
         for p in vlm.weights(part).values():
             p.requires_grad_(part in args.train.split(","))
@@ -243,7 +253,8 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-        take_over(vlm.trained, {name[7:]: value for name, value in state.items() if name.startswith("weight.")}, path)
+        weights = {name[7:]: value for name, value in state.items() if name.startswith("weight.")}
+        take_over(vlm.trained, weights, path)
         for name, p in vlm.trained.items():
             optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
@@ -278,7 +289,7 @@ class Progress:
         self.drawn = time.time()
         minutes, seconds = divmod(round(line["s_left"]), 60)
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
-              + (f"val {line['val']:.4f}  " if "val" in line else "") +
+              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line) +
               f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
               + " " * 8 * self.terminal, end=end, flush=True)
 
@@ -313,7 +324,8 @@ def main() -> None:
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
     whole = tuple(args.train.split(","))
-    config = dict(**parts, prompt=args.prompt, train=whole, layout="image-text", training=vars(args), versions=dict(
+    config = dict(**parts, prompt=args.prompt, train=whole, layout=args.layout, training=vars(args),
+                  versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype, whole)
@@ -376,27 +388,50 @@ def main() -> None:
         fits = len(train) * val_features[0].nbytes < free_memory(device) / 2
         cache = fixed and fits and args.steps * args.batch >= len(train)
 
-    def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
-        pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
-                 for i in indices]
+    layouts = layout_weights(args.layout)
+
+    def batch_of(examples: list[tuple[str, str]], prefix: bool = False) -> list[torch.Tensor]:
+        """Texts and answers as `stack` joins them."""
         return [tensor.to(device, non_blocking=True) for tensor in stack([
-            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])]
+            vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])]
+
+    def draw(indices: list[int], epoch: int) -> list[tuple[str, str]]:
+        """A text and its answer for each picture to train on, in a layout that is drawn."""
+        return [arrange(draw_layout(layouts, args.seed, epoch, i), train, i, args.seed, epoch, vlm.prompt_for)
+                for i in indices]
 
     @torch.no_grad()
     def validate() -> float:
-        """Nats per token on the validation set, one caption a picture."""
+        """Nats per token on the validation set, one caption a picture, whatever layouts are trained."""
         nonlocal val_features
-        vlm.eval()
         if not fixed:
             val_features = encode_all(val, unreadable[1])[1]
         total = count = 0
         for i in range(0, len(val_kept), args.batch):
-            tokens, where, targets = batch_of(val, val_kept[i:i + args.batch], 0)
+            tokens, where, targets = batch_of([arrange("image-text", val, j, args.seed, 0, vlm.prompt_for)
+                                               for j in val_kept[i:i + args.batch]])
             logits = forward(tokens, val_features[i:i + args.batch], where)
             total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             count += len(targets)
-        vlm.train()
         return total / count
+
+    @torch.no_grad()
+    def matching(captions, kept: list[int], features: torch.Tensor) -> float:
+        """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
+        right = 0
+        for i in range(0, len(kept), args.batch):
+            asked = [arrange("text-image", captions, j, args.seed, 0, vlm.prompt_for)
+                     for j in kept[i:i + args.batch]]
+            losses = []  # of all tokens of an answer, (B,): few tokenizers have one for each
+            for answer in ("yes", "no"):
+                tokens, where, targets = batch_of([(text, answer) for text, _ in asked])
+                logits = forward(tokens, features[i:i + args.batch], where)
+                loss = F.cross_entropy(logits.float(), targets, reduction="none")
+                row = where // tokens.shape[1]
+                losses.append(torch.zeros(len(asked), device=device).index_add(0, row, loss))
+            yes = (losses[0] < losses[1]).tolist()
+            right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
+        return right / len(kept)
 
     # Training
     source, progress = pictures(), Progress(args)
@@ -409,7 +444,8 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, args)
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
-            batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
+            epoch = step * args.batch // len(train)
+            batches = [batch_of(draw(indices[part], epoch), args.prefix_loss) for part in parts]
             count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
             for part, (tokens, where, targets) in zip(parts, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
@@ -428,7 +464,11 @@ def main() -> None:
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if save:
+                    vlm.eval()
                     line["val"] = validate()
+                    if "text-image" in layouts:
+                        line["matching"] = matching(val, val_kept, val_features)
+                    vlm.train()
                     save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
                     list_unreadable(folder, unreadable)
                 progress.show(line)
@@ -448,7 +488,9 @@ def main() -> None:
         for label, (captions, kept, features) in sets.items():
             batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
             texts = caption_set(vlm, captions, batches, {})
-            scores[f"{label} ({len(kept)})"] = score(captions, texts)
+            scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            if "text-image" in layouts:
+                row["matching"] = matching(captions, kept, features)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import VLM
-from data import stack
+from data import IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, layout_weights, stack
 from fixtures.pictures import picture
 from llm import LLM
 from test_vlm import QUICK, SMALL, command, small
@@ -40,8 +40,8 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
     interrupt(monkeypatch, *options, "--out", "parts")
     assert command(monkeypatch, train, "--resume", "parts") == 0
-    for part, untouched in (("llm", LLM.from_pretrained("assets/llm")), ("vit", ViT.from_pretrained("assets/vit")),
-                            ("adapter", None)):
+    for part, untouched in (("llm", LLM.from_pretrained("assets/llm")), ("adapter", None),
+                            ("vit", ViT.from_pretrained("assets/vit"))):
         whole, parts = (load_file(f"{run}/{part}.safetensors") for run in ("whole", "parts"))
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
         if untouched:
@@ -50,9 +50,10 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
             assert moved == whole.keys() - unread and all(t.dtype == torch.float32 for t in whole.values())
     vlm = VLM.from_pretrained("whole", getattr(torch, precision))
     assert vlm.llm.dtype == vlm.vit.positions.dtype == getattr(torch, precision)
-    assert torch.equal(vlm.llm.embedding.weight, load_file("whole/llm.safetensors")["embedding.weight"].to(vlm.llm.dtype))
+    saved = load_file("whole/llm.safetensors")["embedding.weight"]
+    assert torch.equal(vlm.llm.embedding.weight, saved.to(vlm.llm.dtype))
     lines = [json.loads(line) for line in Path("whole/captions-test.jsonl").read_text().splitlines()]
-    features = vlm.features(torch.stack([vlm.vit.preprocess(train.Shapes(8, "test").picture(i)) for i in range(8)]))
+    features = vlm.features(torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)]))
     assert [line["caption"] for line in lines] == vlm.caption(features=features)
     Path("whole/llm.safetensors").unlink()
     picture(90, 90).save("a.png")
@@ -61,10 +62,12 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
 
 def test_each_part_has_its_own_learning_rate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--adapter", "linear", *QUICK, "--steps", "1", "--warmup", "0", "--weight-decay", "0", "--precision", "float32"]
+    options = ["--adapter", "linear", *QUICK, "--steps", "1", "--warmup", "0", "--weight-decay", "0",
+               "--precision", "float32"]
     rates = ["--lr", "1e-3", "--lr-llm", "1e-5", "--lr-vit", "0"]
     assert command(monkeypatch, train, *options, *rates, "--train", "adapter,llm,vit", "--out", "run") == 0
-    for part, before, rate in (("llm", LLM.from_pretrained("assets/llm"), 1e-5), ("vit", ViT.from_pretrained("assets/vit"), 0)):
+    for part, before, rate in (("llm", LLM.from_pretrained("assets/llm"), 1e-5),
+                               ("vit", ViT.from_pretrained("assets/vit"), 0)):
         after = load_file(f"run/{part}.safetensors")
         moved = max((after[name] - p).abs().max().item() for name, p in before.named_parameters())
         assert moved == pytest.approx(rate, rel=0.05)  # AdamW's first step is as long as its rate
@@ -75,7 +78,8 @@ def test_frozen_parts_have_no_gradient_and_no_state(tmp_path, monkeypatch, capsy
     options = [*SMALL, *QUICK, "--steps", "1", "--out", "run"]
     assert command(monkeypatch, train, *options, "--train", "adapter,llm") == 0
     state = load_file("run/state.safetensors")
-    assert any(name.startswith("exp_avg.llm.") for name in state) and not any("vit." in name for name in state)
+    assert any(name.startswith("exp_avg.llm.") for name in state)
+    assert not any("vit." in name for name in state)
     assert not Path("run/vit.safetensors").exists()
     capsys.readouterr()
     for arguments, message in (
@@ -97,3 +101,71 @@ def test_what_is_held_in_float32_computes_in_the_runs_precision(fixtures):
     F.cross_entropy(logits.float(), targets).backward()
     assert logits.dtype == torch.bfloat16 and vlm.llm.embedding.weight.grad.dtype == torch.float32
     assert all(p.grad is None for p in vlm.vit.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layouts
+
+def prompt_for(question: str) -> str:
+    return "A photo of"
+
+
+def test_a_layout_parts_a_caption_and_places_its_picture():
+    scenes = Shapes(200, "train")
+    drawn = {layout: [arrange(layout, scenes, i, 3, 1, prompt_for) for i in range(200)] for layout in LAYOUTS}
+    captions = [caption for _, caption in drawn["image-text"]]
+    assert all(text == "A photo of" and caption in scenes.captions(i)
+               for i, (text, caption) in enumerate(drawn["image-text"]))
+    cuts = set()
+    for caption, (text, rest) in zip(captions, drawn["text-image-text"]):
+        prefix, after = text.split(IMAGE)
+        assert not after and rest and f"{prefix} {rest}".strip() == caption
+        cuts.add(len(prefix.split()))
+    assert {0, 1, 5, 9} < cuts
+    for i, (text, answer) in enumerate(drawn["text-image"]):
+        caption, question = text.split(IMAGE)
+        assert question == " match?" and answer == ("yes" if caption in scenes.captions(i) else "no")
+    assert 80 < sum(answer == "no" for _, answer in drawn["text-image"]) < 120
+    again, later = ([arrange("text-image", scenes, i, 3, epoch, prompt_for) for i in range(200)]
+                    for epoch in (1, 2))
+    assert again == drawn["text-image"] != later
+
+
+def test_layouts_are_drawn_by_weight():
+    weights = layout_weights("image-text:3,text-image:.999")
+    assert weights == {"image-text": 3, "text-image": 0.999}
+    assert layout_weights("text-image") == {"text-image": 1}
+    drawn = [draw_layout(weights, 0, epoch, i) for epoch in range(2) for i in range(2000)]
+    assert 2900 < drawn.count("image-text") < 3100 and drawn[:2000] != drawn[2000:]
+    for mix in ("", "text", "image-text:0", "image-text:-1", "image-text:nan", "image-text:1,text:1"):
+        with pytest.raises(InputError, match="is not one of image-text, text-image-text, text-image"):
+            layout_weights(mix)
+
+
+def test_words_before_the_picture_are_targets_on_request(fixtures):
+    vlm = small(fixtures)
+    sequences = [vlm.encode("ab<image>", "c", prefix=prefix) for prefix in (False, True)]
+    assert sequences[0][0] == sequences[1][0] == [0, 20, 21, *vlm.image_tokens(), 22, 52]
+    assert stack(sequences[:1])[2].tolist() == [22, 52]
+    tokens, where, targets = stack(sequences[1:])
+    assert where.tolist() == [0, 1, len(sequences[0][0]) - 3, len(sequences[0][0]) - 2]
+    assert targets.tolist() == [20, 21, 22, 52]  # neither the start token nor an image
+
+
+def test_a_mix_of_layouts_is_resumed_and_reports_matching(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mix = "image-text:0.4,text-image-text:0.3,text-image:0.3"
+    options = [*SMALL, *QUICK, "--layout", mix, "--prefix-loss"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    out = capsys.readouterr().out
+    assert "matching 0." in out and out.splitlines()[-4].rstrip().endswith("| matching |")
+    assert json.loads(Path("whole/config.json").read_text())["layout"] == mix
+    lines = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
+    assert [i for i, line in enumerate(lines) if "matching" in line] == [1, 3]
+    assert all("matching" in row for row in lines[-1]["scores"].values())
+    interrupt(monkeypatch, *options, "--out", "parts")
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    whole, parts = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--layout", "text", "--out", "other") == 2
+    assert "--layout text: 'text' is not one of" in capsys.readouterr().err
