@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
-                  load_weights, read_json, write_file)
+                  gap, load_weights, read_json, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -608,10 +608,9 @@ class VLM(nn.Module):
                for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
-            last = prompt.split(IMAGE)[-1]  # a tokenizer of SentencePiece's kind puts the space itself
-            gap = " " if last and not last[-1].isspace() and not self.tokenizer.strip else ""
+            space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
             end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
-            target = self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)
+            target = self.tokenizer.encode(space + caption.replace(IMAGE, "") + end, special=False)
             target = [*target[:max_tokens], *token]
         words = [prefix and id < self.llm.config.vocabulary and id != self.placeholder for id in ids]
         return ids + target, words + [True] * len(target)

@@ -517,6 +517,26 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
             "yes" if caption in captions.captions(index) else "no")
 
 
+def gap(text: str) -> str:
+    """The space that parts a text from the words after it; none behind a picture."""
+    last = text.split(IMAGE)[-1]
+    return " " if last and not last[-1].isspace() else ""
+
+
+def few_shot(examples: list[tuple[str, str]]) -> tuple[str, str]:
+    """Joins (text, answer) pairs in one: the last comes after the others, which are solved, a line each."""
+    *solved, (last, answer) = [(text if IMAGE in text else IMAGE + text, answer) for text, answer in examples]
+    return "".join(f"{text}{gap(text)}{said.replace(IMAGE, '')}\n" for text, said in solved) + last, answer
+
+
+def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) -> list[int]:
+    """Places in a batch of pictures, at most `most`, whose pairs are shown solved before the one `at`: a pure
+    function of its arguments. They are of the batch so that no more pictures need be read."""
+    rng = random.Random(f"{seed} {epoch} {indices[at]} shots")
+    others = [j for j, index in enumerate(indices) if index != indices[at]]
+    return rng.sample(others, min(rng.randint(0, most), len(others)))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Batches
 

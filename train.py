@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_layout, find_checkpoint, held_out, in_order,
-                  layout_weights, list_unreadable, read_json, run, shuffled, skip, stack, write_file,
-                  write_json)
+from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot, find_checkpoint,
+                  held_out, in_order, layout_weights, list_unreadable, read_json, run, shuffled, skip, stack,
+                  write_file, write_json)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -95,6 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
              "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
              "learned, and reported; several with weights, as image-text:0.6,text-image-text:0.4 (default: "
              "image-text)")
+    add("--shots", type=int, default=0, metavar="K",
+        help="0 to K other pairs of the batch, as drawn, come solved before each; these are learned too with "
+             "--prefix-loss (default: 0)")
     add("--prefix-loss", action="store_true",
         help="learn all words, those before the picture too (default: what comes last alone)")
 
@@ -148,7 +151,8 @@ def read_options() -> argparse.Namespace:
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
-                     "prefix_loss", *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
+                     "shots", "prefix_loss",
+                     *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
@@ -171,6 +175,8 @@ def read_options() -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.batch % args.accumulate:
         raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts")
+    if not 0 <= args.shots < args.batch // args.accumulate:
+        raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
 
 
@@ -395,10 +401,17 @@ def main() -> None:
         return [tensor.to(device, non_blocking=True) for tensor in stack([
             vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])]
 
-    def draw(indices: list[int], epoch: int) -> list[tuple[str, str]]:
-        """A text and its answer for each picture to train on, in a layout that is drawn."""
-        return [arrange(draw_layout(layouts, args.seed, epoch, i), train, i, args.seed, epoch, vlm.prompt_for)
-                for i in indices]
+    def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int]]:
+        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; and
+        where in `indices` the pictures of all texts are, in their order."""
+        examples, order = [], []
+        for at, i in enumerate(indices):
+            layout = draw_layout(layouts, args.seed, epoch, i)
+            shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
+            examples.append(few_shot([
+                arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for) for j in shown]))
+            order += shown
+        return examples, order
 
     @torch.no_grad()
     def validate() -> float:
@@ -445,11 +458,12 @@ def main() -> None:
                 group["lr"] = group["peak"] * schedule(step, args)
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
             epoch = step * args.batch // len(train)
-            batches = [batch_of(draw(indices[part], epoch), args.prefix_loss) for part in parts]
+            drawn = [draw(indices[part], epoch) for part in parts]
+            batches = [batch_of(examples, args.prefix_loss) for examples, _ in drawn]
             count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
-            for part, (tokens, where, targets) in zip(parts, batches):
+            for part, (_, order), (tokens, where, targets) in zip(parts, drawn, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
-                logits = forward(tokens, features, where)
+                logits = forward(tokens, features[order], where)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
                 scaler.scale(part_loss).backward()
                 loss += part_loss.detach()

@@ -1,5 +1,6 @@
 """What is trained (--train), and on what sequences of pictures and text."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import VLM
-from data import IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, layout_weights, stack
+from data import (IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot,
+                  layout_weights, stack)
 from fixtures.pictures import picture
-from llm import LLM
+from llm import LLM, Tokenizer
 from test_vlm import QUICK, SMALL, command, small
 from vit import ViT
 
@@ -169,3 +171,84 @@ def test_a_mix_of_layouts_is_resumed_and_reports_matching(tmp_path, monkeypatch,
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert command(monkeypatch, train, *SMALL, *QUICK, "--layout", "text", "--out", "other") == 2
     assert "--layout text: 'text' is not one of" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shots
+
+def test_shots_come_solved_before_the_last():
+    examples = [("", "a cat"), (f"It is {IMAGE}:", f"a{IMAGE} dog"), (f"of a{IMAGE}", "bird")]
+    text, answer = few_shot(examples)
+    assert text == f"{IMAGE}a cat\nIt is {IMAGE}: a dog\nof a{IMAGE}" and answer == "bird"
+    batch = [7, 5, 9, 5, 2]
+    drawn = [draw_shots(batch, 1, 3, 0, epoch) for epoch in range(300)]
+    assert {len(shots) for shots in drawn} == {0, 1, 2, 3} and {*sum(drawn, [])} == {0, 2, 4}  # never itself
+    assert all(len({*shots}) == len(shots) for shots in drawn)
+    assert drawn == [draw_shots(batch, 1, 3, 0, epoch) for epoch in range(300)]
+    assert draw_shots([3, 3], 0, 1, 0, 0) == draw_shots(batch, 1, 0, 0, 0) == []
+
+
+def test_a_shot_has_the_ids_of_a_caption_that_is_learned():
+    tokenizer = Tokenizer.from_pretrained("assets/llm")
+    vlm = VLM(ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"), tokenizer,
+              dict(adapter="qformer", adapter_sizes=dict(queries=3)))
+    one, two = "a large red circle", "there is a small blue star"
+    alone, start = [vlm.encode("", caption)[0] for caption in (one, two)], len(vlm.start)
+    text, answer = few_shot([("", one), ("", two)])
+    ids, targets = vlm.encode(text, answer)
+    assert ids == alone[0] + alone[1][start:] and sum(targets) == sum(vlm.encode("", two)[1])
+    every = vlm.encode(text, answer, prefix=True)[1]
+    assert sum(every[1:]) == sum(sum(vlm.encode("", caption)[1]) for caption in (one, two))
+
+
+@pytest.mark.parametrize("adapter", ("qformer", "flamingo"))
+@pytest.mark.parametrize("cache", ("--cache-features", "--no-cache-features"))
+def test_training_with_shots(adapter, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen, forward = [], VLM.forward
+
+    def spy(vlm, tokens, features, where):
+        pictures = (tokens == vlm.llm.config.vocabulary).sum(1).tolist()
+        assert sum(pictures) == len(features)
+        seen.append((pictures, where, features.detach().clone()))
+        return forward(vlm, tokens, features, where)
+
+    monkeypatch.setattr(VLM, "forward", spy)
+    options = ["--adapter", adapter, *SMALL, *QUICK, "--shots", "3", cache]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    steps = [pictures for pictures, *_ in seen if len(pictures) == 16]
+    assert len(steps) == 8 and all({*pictures} <= {1, 2, 3, 4} and {*pictures} > {1, 4} for pictures in steps)
+    pictures, _, features = seen[0]
+    last = features[torch.tensor(pictures).cumsum(0) - 1]  # each row's own, all different
+    assert len(last.unique(dim=0)) == len(features.unique(dim=0)) == 16
+    interrupt(monkeypatch, *options, "--out", "parts")
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    whole, parts = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    capsys.readouterr()
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--shots", "8", "--accumulate", "2") == 2
+    assert "--shots 8: from 0 to" in capsys.readouterr().err
+
+
+def test_sampling_after_shots(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, *QUICK, "--shots", "2", "--prompt", "It shows"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    pictures = [picture(90, 60 + i) for i in range(3)]
+    for i, one in enumerate(pictures):
+        one.save(f"{i}.png")
+    capsys.readouterr()
+    common = ["--model", "run", "--precision", "float32", "--max-tokens", "8"]
+    shots = ["--shot", "0.png", " a large\ncat", "--shot", "1.png", "a dog"]
+    assert command(monkeypatch, sample, "2.png", *shots, *common, "--show-prompt") == 0
+    captured = capsys.readouterr()
+    text = "<image>It shows a large cat\n<image>It shows a dog\n<image>It shows"
+    expected, = VLM.from_pretrained("run").caption([pictures], text, max_tokens=8)
+    assert captured.out.strip() == expected
+    assert re.sub(r"<\|endoftext\|>|<image (begin|end)>|×4", "", captured.err).strip() == text
+    assert command(monkeypatch, sample, "2.png", "--shot", "none.png", "a cat", *common) == 2
+    assert "none.png: no such picture" in capsys.readouterr().err
+    for arguments, message in ((["2.png", "--prompt", "<image><image>"], "--prompt takes one <image>"),
+                               (["--data", "shapes"], "not with --data")):
+        assert command(monkeypatch, sample, *arguments, *shots, *common) == 2
+        assert message in capsys.readouterr().err
