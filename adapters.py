@@ -697,11 +697,26 @@ class VLM(nn.Module):
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
         return inputs | dict(between=self.adapter.between(self.images(features), begins))
 
-    def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T)."""
+    def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
+                spelled: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T).
+        With places `spelled` (K,) of image embeddings also scores (K,V) of each of these as a word itself."""
         with self.autocast(self.llm.dtype):
-            hidden = self.llm.hidden(**self.read(tokens, features, where))
-            return self.llm.logits(hidden.flatten(0, 1)[where])
+            inputs = self.read(tokens, features, where)
+            logits = self.llm.logits(self.llm.hidden(**inputs).flatten(0, 1)[where])
+            if spelled is None:
+                return logits
+            return logits, inputs["embeddings"].flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
+
+    def spelling(self, tokens: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the images in ids (B,T), from the first to the last, are to spell, a caption each: the places
+        (K,) of their first embeddings in the flattened ids, and the captions' tokens (K,). K is 0 with an
+        adapter whose embeddings are places of the picture, or none: these can't be put in a caption's order."""
+        if self.adapter.side is not None or not self.adapter.queries:
+            return torch.empty(2, 0, dtype=torch.long).unbind()
+        images = (tokens.flatten() == self.placeholder).nonzero().view(-1, self.adapter.queries)  # (P,Q)
+        ids = [self.tokenizer.encode(caption, special=False)[:self.adapter.queries] for caption in captions]
+        return torch.cat([image[:len(row)] for image, row in zip(images, ids)]), torch.tensor(sum(ids, []))
 
     def read_pictures(self, captions, batches, workers: int = 0):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could

@@ -112,6 +112,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
     add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
+    add("--spell", type=float, metavar="W",
+        help="weight of a second loss in the first 60 %% of the steps: the embeddings of an image spell its "
+             "first caption, a token each, in order; for adapters with queries (default: 1; with --from 0)")
     add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut (default: 128)")
     add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes (default: 0)")
 
@@ -162,6 +165,8 @@ def read_options() -> argparse.Namespace:
         raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
     if "adapter" not in whole and not args.origin:
         raise InputError(f"--train {args.train}: a new adapter must be trained too")
+    if args.spell is None:
+        args.spell = 0.0 if args.origin else 1.0
     if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
     if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
@@ -396,14 +401,17 @@ def main() -> None:
 
     layouts = layout_weights(args.layout)
 
-    def batch_of(examples: list[tuple[str, str]], prefix: bool = False) -> list[torch.Tensor]:
-        """Texts and answers as `stack` joins them."""
-        return [tensor.to(device, non_blocking=True) for tensor in stack([
-            vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])]
+    def batch_of(examples: list[tuple[str, str]], prefix: bool = False,
+                 captions: list[str] = ()) -> list[torch.Tensor]:
+        """Texts and answers as `stack` joins them and, of all their pictures, `captions` as to be spelled."""
+        tokens, where, targets = stack([
+            vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
+        spelling = vlm.spelling(tokens, captions) if captions else ()
+        return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
 
-    def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int]]:
-        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; and
-        where in `indices` the pictures of all texts are, in their order."""
+    def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
+        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
+        the pictures of all texts, in their order, where they are in `indices`, and what they are to spell."""
         examples, order = [], []
         for at, i in enumerate(indices):
             layout = draw_layout(layouts, args.seed, epoch, i)
@@ -411,7 +419,7 @@ def main() -> None:
             examples.append(few_shot([
                 arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for) for j in shown]))
             order += shown
-        return examples, order
+        return examples, order, [train.captions(indices[j])[0] for j in order]
 
     @torch.no_grad()
     def validate() -> float:
@@ -459,20 +467,23 @@ def main() -> None:
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
             epoch = step * args.batch // len(train)
             drawn = [draw(indices[part], epoch) for part in parts]
-            batches = [batch_of(examples, args.prefix_loss) for examples, _ in drawn]
-            count, loss = sum(len(targets) for _, _, targets in batches), torch.zeros((), device=device)
-            for part, (_, order), (tokens, where, targets) in zip(parts, drawn, batches):
+            batches = [batch_of(examples, args.prefix_loss, captions) for examples, _, captions in drawn]
+            count, letters = (sum(len(batch[i]) for batch in batches) for i in (2, 4))  # of targets; to be spelled
+            spell = args.spell * (step < 0.6 * args.steps) / max(1, letters)
+            loss = torch.zeros((), device=device)
+            for part, (_, order, _), (tokens, where, targets, spelled, words) in zip(parts, drawn, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
-                logits = forward(tokens, features[order], where)
+                logits, images = forward(tokens, features[order], where, spelled)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
-                scaler.scale(part_loss).backward()
                 loss += part_loss.detach()
+                part_loss += spell * F.cross_entropy(images.float(), words, reduction="sum")
+                scaler.scale(part_loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), args.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.add(step, loss, len(indices), sum(tokens.numel() for tokens, _, _ in batches))
+            progress.add(step, loss, len(indices), sum(batch[0].numel() for batch in batches))
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
@@ -495,6 +506,8 @@ def main() -> None:
         vlm.eval()
         for part in {"llm", "vit"} & {*whole}:
             getattr(vlm, part).to(dtype)
+        if "vit" in whole:
+            val_features = encode_all(val, unreadable[1])[1]
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))

@@ -1,5 +1,5 @@
 """Makes the built-in backbones from scratch: `assets/vit`, which never saw a caption, and `assets/llm`, which never
-saw a picture; and the example pictures. Seeded; about half an hour on two CPU cores.
+saw a picture; and the example pictures. Seeded; about 45 minutes on one CPU core.
 
     python assets/make.py [vit] [llm] [pictures]
 """
@@ -92,7 +92,7 @@ def targets(scene: Scene, grid: int, patch: int) -> np.ndarray:
     return out
 
 
-def make_vit(scenes: int = 40_000, steps: int = 2_400, batch: int = 128) -> None:
+def make_vit(scenes: int = 60_000, steps: int = 4_800, batch: int = 128) -> None:
     torch.manual_seed(SEED)
     config = vit_module.FAMILIES["vit"].config(VIT)
     model = vit_module.ViT(config)
@@ -188,7 +188,7 @@ def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer
     return llm_module.Tokenizer.from_pretrained(str(folder))
 
 
-def make_llm(steps: int = 3_500, batch: int = 16, length: int = 256) -> None:
+def make_llm(steps: int = 4_000, batch: int = 16, length: int = 256) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
     raw = {**LLM, "vocab_size": len(tokenizer.bytes)}

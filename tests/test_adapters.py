@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay,
+from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay, build,
                       fourier_places)
 from data import InputError, stack
 from fixtures.compare import close
@@ -40,6 +40,26 @@ def test_adapters_turn_features_into_embeddings(adapter):
         if adapter in KEEP_A_GRID:  # and only in its own place
             side = int(module.queries ** 0.5)
             assert moved.nonzero().tolist() == [[(i - 1) // 4 * side // 4 * side + (i - 1) % 4 * side // 4]]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_learn(adapter):
+    """Four pictures, four captions: steps of the optimizer teach which belongs to which."""
+    torch.manual_seed(0)
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter=adapter, prompt="",
+                     adapter_sizes=SMALL.get(adapter, {}))).train()
+    captions = ["a small red circle", "a large blue star", "a big pink cross", "a little green square"]
+    features, optimizer = torch.randn(4, 65, 128), torch.optim.Adam(vlm.trained.values(), 5e-3)
+    tokens, where, targets = stack([vlm.encode("", caption) for caption in captions])
+    spelled, words = vlm.spelling(tokens, captions)
+    losses = []
+    for _ in range(40):
+        logits, images = vlm(tokens, features, where, spelled)
+        losses.append(F.cross_entropy(logits, targets).item())
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, targets) + F.cross_entropy(images, words, reduction="sum") / 16).backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def load(module: torch.nn.Module, path, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -207,11 +207,11 @@ def test_training_with_shots(adapter, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen, forward = [], VLM.forward
 
-    def spy(vlm, tokens, features, where):
+    def spy(vlm, tokens, features, where, *spelled):
         pictures = (tokens == vlm.llm.config.vocabulary).sum(1).tolist()
         assert sum(pictures) == len(features)
         seen.append((pictures, where, features.detach().clone()))
-        return forward(vlm, tokens, features, where)
+        return forward(vlm, tokens, features, where, *spelled)
 
     monkeypatch.setattr(VLM, "forward", spy)
     options = ["--adapter", adapter, *SMALL, *QUICK, "--shots", "3", cache]
