@@ -443,7 +443,7 @@ def main() -> None:
         for i in range(0, len(kept), args.batch):
             asked = [arrange("text-image", captions, j, args.seed, 0, vlm.prompt_for)
                      for j in kept[i:i + args.batch]]
-            losses = []  # of all tokens of an answer, (B,): few tokenizers have one for each
+            losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
                 tokens, where, targets = batch_of([(text, answer) for text, _ in asked])
                 logits = forward(tokens, features[i:i + args.batch], where)

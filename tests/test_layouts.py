@@ -94,6 +94,21 @@ def test_frozen_parts_have_no_gradient_and_no_state(tmp_path, monkeypatch, capsy
         assert message in captured.err and captured.err.count("\n") == 1, captured.err
 
 
+def test_the_language_model_of_a_public_vlm_is_trained_alone(fixtures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        picture(20 + i, 30).save(f"{i}.png")
+    rows = "".join(f"{i}.png,It is {i % 3}.\n" for i in range(12))
+    Path("c.csv").write_text("image,caption\n" + rows)
+    options = ["--from", fixtures / "llava", "--data", "c.csv", "--train", "llm", *QUICK]
+    assert command(monkeypatch, train, *options, "--precision", "float32", "--out", "run") == 0
+    before, after = VLM.from_pretrained(str(fixtures / "llava")), VLM.from_pretrained("run")
+    changed = {key for key, p in after.named_parameters() if not torch.equal(p, before.get_parameter(key))}
+    assert changed == {f"llm.{name}" for name in before.weights("llm")}
+    assert {path.name for path in Path("run").glob("*.safetensors")} == {
+        "adapter.safetensors", "llm.safetensors", "state.safetensors"}
+
+
 def test_what_is_held_in_float32_computes_in_the_runs_precision(fixtures):
     vlm = small(fixtures).train()
     vlm.dtype = torch.bfloat16
