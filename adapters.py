@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
-                  load_weights, read_json, write_file)
+                  gap, load_weights, read_json, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -489,7 +489,9 @@ class VLM(nn.Module):
     their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
     (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
-    "prompt", and what train.py adds.
+    "prompt", "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
+    config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
+    the LLM's weights; parts that are trained whole are held in float32 meanwhile.
 
     What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
     for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
@@ -499,9 +501,10 @@ class VLM(nn.Module):
     with rotary positions.
     """
 
-    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS):
+    def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS,
+                 dtype: torch.dtype | None = None):
         super().__init__()
-        self.format, V = format, llm.config.vocabulary
+        self.format, self.dtype, V = format, dtype or llm.dtype, llm.config.vocabulary
         self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
@@ -543,8 +546,18 @@ class VLM(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What a run trains: the adapter, the markers, the embeddings of places, and the LoRA of the
-        backbones, if they have one."""
+        backbones, if they have one, or a backbone as a whole."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def weights(self, part: str) -> dict[str, nn.Parameter]:
+        """The parameters of "vit" or "llm" by their own names; for "adapter", all that are in neither."""
+        if part in ("vit", "llm"):
+            return dict(getattr(self, part).named_parameters())
+        return {name: p for name, p in self.named_parameters() if not name.startswith(("vit.", "llm."))}
+
+    def autocast(self, held: torch.dtype) -> torch.autocast:
+        """Lets what is held in float32 compute in `dtype`; changes nothing of what is held in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=held != self.dtype)
 
     def train(self, mode: bool = True) -> "VLM":
         super().train(mode)
@@ -568,10 +581,12 @@ class VLM(nn.Module):
         return self.tokenizer.encode(self.format.image(self.adapter.queries, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
-               tiles: list[tuple[int, int]] | None = None, raw: bool = False) -> tuple[list[int], int]:
+               tiles: list[tuple[int, int]] | None = None, raw: bool = False,
+               prefix: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
         `<image>` (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline
-        or token that ends it. Also returns how many ids come before the caption.
+        or token that ends it. Also returns which of the ids are targets: those of the caption, with `prefix`
+        those of the text's words too.
 
         `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that
         names none has one). Text is data: a special token that it spells is read as plain text. With `raw` it
@@ -593,17 +608,17 @@ class VLM(nn.Module):
                for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
-            last = prompt.split(IMAGE)[-1]  # a tokenizer of SentencePiece's kind puts the space itself
-            gap = " " if last and not last[-1].isspace() and not self.tokenizer.strip else ""
+            space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
             end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
-            target = self.tokenizer.encode(gap + caption.replace(IMAGE, "") + end, special=False)
+            target = self.tokenizer.encode(space + caption.replace(IMAGE, "") + end, special=False)
             target = [*target[:max_tokens], *token]
-        return ids + target, len(ids)
+        words = [prefix and id < self.llm.config.vocabulary and id != self.placeholder for id in ids]
+        return ids + target, words + [True] * len(target)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (P,3,H,W) to the encoder's features (P,N,Dv), with gradients where something in it is trained."""
-        trained = any(p.requires_grad for p in self.vit.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        trained, held = any(p.requires_grad for p in self.vit.parameters()), self.vit.positions.dtype
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()), self.autocast(held):
             return self.vit(pixels, self.config.get("layer"))
 
     def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -640,9 +655,8 @@ class VLM(nn.Module):
         if prompt is not None:
             words = prompt.clamp(min=0)
             text = (words if self.adapter.vocabulary else self.llm.embed(words).float()), prompt >= 0
-        dtype = self.llm.dtype
-        with torch.autocast(features.device.type, dtype, enabled=dtype != torch.float32):
-            return self.adapter(features, *text).to(dtype)
+        with self.autocast(torch.float32):
+            return self.adapter(features, *text).to(self.llm.dtype)
 
     def embed(self, tokens: torch.Tensor, features: torch.Tensor | None,
               prompt: torch.Tensor | None = None) -> torch.Tensor:
@@ -687,11 +701,12 @@ class VLM(nn.Module):
                 spelled: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T).
         With places `spelled` (K,) of image embeddings also scores (K,V) of each of these as a word itself."""
-        inputs = self.read(tokens, features, where)
-        logits = self.llm.logits(self.llm.hidden(**inputs).flatten(0, 1)[where])
-        if spelled is None:
-            return logits
-        return logits, inputs["embeddings"].flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
+        with self.autocast(self.llm.dtype):
+            inputs = self.read(tokens, features, where)
+            logits = self.llm.logits(self.llm.hidden(**inputs).flatten(0, 1)[where])
+            if spelled is None:
+                return logits
+            return logits, inputs["embeddings"].flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
 
     def spelling(self, tokens: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the images in ids (B,T), from the first to the last, are to spell, a caption each: the places
@@ -760,10 +775,11 @@ class VLM(nn.Module):
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
     def save(self, folder: Path) -> None:
-        """Writes adapter.safetensors and, in PEFT's format, lora/llm/ and lora/vit/, but no backbone."""
-        state = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()
-                 if not name.startswith(("vit.", "llm."))}
-        write_file(folder / "adapter.safetensors", lambda path: save_file(state, path))
+        """Writes adapter.safetensors, in PEFT's format lora/llm/ and lora/vit/, and a backbone that was
+        trained whole, under our names, as llm.safetensors or vit.safetensors; frozen ones are not copied."""
+        for part in {"adapter", *self.config.get("train", ())}:
+            state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
+            write_file(folder / f"{part}.safetensors", lambda path: save_file(state, path))
         for part in ("llm", "vit"):
             if lora_layers(getattr(self, part)):
                 save_lora(getattr(self, part), folder / "lora" / part)
@@ -773,43 +789,48 @@ class VLM(nn.Module):
         """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`,
         adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
-        config, path = read_json(folder / "config.json"), folder / "adapter.safetensors"
+        config = read_json(folder / "config.json")
         if family_of(config) in PUBLIC:
             return public(name, dtype).eval()
         try:
             vlm = build(config, dtype)
         except KeyError as error:
             raise InputError(f"{folder / 'config.json'}: not the folder of a run ({error} is missing)") from None
-        if not path.is_file():
-            raise InputError(f"{path}: no such file (was the run stopped before its first checkpoint?)")
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
-        vlm.load_trained(state, path)
+        for part in {"adapter", *config.get("train", ())}:
+            path = folder / f"{part}.safetensors"
+            if not path.is_file():
+                raise InputError(f"{path}: no such file (was the run stopped before its first checkpoint?)")
+            try:
+                state = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+            take_over(vlm.weights(part), state, path)
         for part in ("llm", "vit"):
             if (folder / "lora" / part).is_dir():
                 load_lora(getattr(vlm, part), folder / "lora" / part)
         return vlm.eval()
 
-    def load_trained(self, state: dict[str, torch.Tensor], path: Path) -> None:
-        """Takes over what `save` wrote. Raises InputError where names or shapes differ."""
-        wanted = self.trained
-        for name in wanted.keys() | state.keys():
-            found, shape = (tuple(t[name].shape) if name in t else "missing" for t in (state, wanted))
-            if found != shape:
-                raise InputError(f"{path}: tensor '{name}' is {found}; the {self.config['adapter']} adapter wants {shape}")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(state[name])
+
+@torch.no_grad()
+def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
+    """Copies tensors into the parameters of these names. Raises InputError where names or shapes differ."""
+    for name in parameters.keys() | state.keys():
+        found, shape = (tuple(t[name].shape) if name in t else "missing" for t in (state, parameters))
+        if found != shape:
+            raise InputError(f"{path}: tensor '{name}' is {found}; config.json says {shape}")
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
 
 
-def build(config: dict, dtype: torch.dtype = torch.float32) -> VLM:
-    """A VLM with an untrained adapter, or a public VLM's: frozen backbones in `dtype`, adapter in float32."""
+def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = ()) -> VLM:
+    """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are
+    to be trained `whole`; adapter in float32."""
     if config.get("from"):
-        return public(config["from"], dtype, config)
-    return VLM(ViT.from_pretrained(config["vit"], dtype, config.get("image_size")), LLM.from_pretrained(config["llm"], dtype),
-               Tokenizer.from_pretrained(config["llm"]), config)
+        return public(config["from"], dtype, config, whole)
+    vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
+    return VLM(ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
+               LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]), config,
+               dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -834,9 +855,9 @@ def family_of(c: dict) -> str | None:
     return c.get("model_type", "nanovlm" if "mp_pixel_shuffle_factor" in c else None)
 
 
-def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
+def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[str, ...] = ()) -> VLM:
     """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained
-    from it."""
+    from it; `whole` as for `build`."""
     checkpoint = Checkpoint(name)
     checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.family(PUBLIC)
@@ -850,8 +871,9 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None) -> VLM:
     for token, id in config.pop("tokens", {}).items():
         tokenizer.add(token, id, special=True)
     format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
-    vlm = VLM(ViT.from_pretrained(parts[0], dtype), LLM.from_pretrained(parts[1], dtype), tokenizer,
-              {"from": name} | config | (run or {}), format)
+    vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
+    vlm = VLM(ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm), tokenizer,
+              {"from": name} | config | (run or {}), format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)

@@ -467,10 +467,78 @@ def draw_caption(captions: list, seed: int, epoch: int, index: int):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Batches
+# Layouts: how a picture and its caption become a text with an answer
 
 IMAGE = "<image>"  # where a picture stands in a text
+LAYOUTS = ("image-text", "text-image-text", "text-image")
 
+
+def layout_weights(mix: str) -> dict[str, float]:
+    """Reads "image-text" or "image-text:0.6,text-image:0.4": layouts and how often each is drawn, of their
+    sum. Raises InputError."""
+    weights = {}
+    for entry in mix.split(","):
+        name, _, weight = entry.partition(":")
+        if name not in LAYOUTS or not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
+            raise InputError(f"--layout {mix}: {entry!r} is not one of {', '.join(LAYOUTS)}, with a weight "
+                             "above 0 after a colon if there are several")
+        weights[name] = float(weight or 1)
+    return weights
+
+
+def draw_layout(weights: dict[str, float], seed: int, epoch: int, index: int) -> str:
+    """The layout that picture `index` has in `epoch`."""
+    return random.Random(f"{seed} {epoch} {index} layout").choices([*weights], weights.values())[0]
+
+
+def arrange(layout: str, captions, index: int, seed: int, epoch: int,
+            prompt_for: Callable[[str], str]) -> tuple[str, str]:
+    """The text, with IMAGE where picture `index` stands (before it all, if nowhere), and the answer to learn:
+    a pure function of its arguments. `prompt_for(question)` is the prompt of `image-text`; others have none.
+
+    image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
+    the rest. text-image: a caption, half the time any picture's, the picture, "match?"; "yes" or "no", words
+    that language models answer with already, and a token each in most vocabularies (image-text matching, as
+    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token). "match?" tells this layout from a text that
+    goes on after its picture.
+    """
+    pairs = [*zip(captions.questions(index), captions.captions(index))]
+    question, caption = draw_caption(pairs, seed, epoch, index)
+    rng = random.Random(f"{seed} {epoch} {index} {layout}")
+    if layout == "image-text":
+        return prompt_for(question), caption
+    if layout == "text-image-text":
+        words = caption.replace(IMAGE, "").split(" ")
+        cut = rng.randrange(len(words))
+        return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
+    if rng.random() < 0.5:
+        caption = rng.choice(captions.captions(rng.randrange(len(captions))))
+    return (f"{caption.replace(IMAGE, '')}{IMAGE} match?",
+            "yes" if caption in captions.captions(index) else "no")
+
+
+def gap(text: str) -> str:
+    """The space that parts a text from the words after it; none behind a picture."""
+    last = text.split(IMAGE)[-1]
+    return " " if last and not last[-1].isspace() else ""
+
+
+def few_shot(examples: list[tuple[str, str]]) -> tuple[str, str]:
+    """Joins (text, answer) pairs in one: the last comes after the others, which are solved, a line each."""
+    *solved, (last, answer) = [(text if IMAGE in text else IMAGE + text, answer) for text, answer in examples]
+    return "".join(f"{text}{gap(text)}{said.replace(IMAGE, '')}\n" for text, said in solved) + last, answer
+
+
+def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) -> list[int]:
+    """Places in a batch of pictures, at most `most`, whose pairs are shown solved before the one `at`: a pure
+    function of its arguments. They are of the batch so that no more pictures need be read."""
+    rng = random.Random(f"{seed} {epoch} {indices[at]} shots")
+    others = [j for j, index in enumerate(indices) if index != indices[at]]
+    return rng.sample(others, min(rng.randint(0, most), len(others)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
 
 class Pixels(torch.utils.data.Dataset):
     """The pictures of a caption set, preprocessed: item i is (i, pixels), or (i, the reason why it can't be read)."""
@@ -511,16 +579,18 @@ def shuffled(size: int, batch: int, seed: int, step: int = 0):
         step += 1
 
 
-def stack(sequences: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Joins sequences of (ids, number of ids before the target) into a batch: ids (B,T), padded on the right; the places
-    `where` (M,) in the flattened ids whose next token is a target; and these targets (M,)."""
+def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Joins sequences of (ids, which of them are targets) into a batch: ids (B,T), padded on the right; the
+    places `where` (M,) in the flattened ids whose next token is a target; and these targets (M,). Nothing
+    predicts the first id of a sequence, so that it is never a target."""
     T = max(len(ids) for ids, _ in sequences)
     tokens = torch.zeros(len(sequences), T, dtype=torch.long)
     where, targets = [], []
-    for row, (ids, before) in enumerate(sequences):
+    for row, (ids, wanted) in enumerate(sequences):
         tokens[row, :len(ids)] = torch.tensor(ids)
-        where += range(row * T + before - 1, row * T + len(ids) - 1)
-        targets += ids[before:]
+        places = [i for i in range(1, len(ids)) if wanted[i]]
+        where += [row * T + i - 1 for i in places]
+        targets += [ids[i] for i in places]
     return tokens, torch.tensor(where), torch.tensor(targets)
 
 

@@ -3,6 +3,7 @@
     python sample.py photo.jpg                         # a caption, by the newest run in out/
     python sample.py photo.jpg "What is on the table?" # an answer
     python sample.py photo.jpg --model NAME            # by another run, or a public VLM (LLaVA, SmolVLM, …)
+    python sample.py photo.jpg --shot a.jpg "a cat"    # after examples, solved
     python sample.py --data captions.csv --images DIR  # caption a whole set and score it
 """
 import argparse
@@ -18,12 +19,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, in_order, judge, open_picture, run, skip,
-                  write_file)
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, few_shot, in_order, judge, open_picture,
+                  run, skip, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
+
+
+SHARES = ("exact", *SKILLS, "matching")
 
 
 def words(caption: str) -> list[str]:
@@ -93,11 +97,12 @@ def score(captions, texts: dict[int, str]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Scores by row, as a Markdown table; shares of 1 as they are, exact scenes and skills in percent."""
+    """Scores by row, as a Markdown table; shares of 1 as they are, those of SHARES in percent."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for label, row in rows.items():
-        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in ("exact", *SKILLS) else f"{row[n]:.3f}" for n in names)])
+        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in SHARES else
+                               f"{row[n]:.3f}" for n in names)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) + " |"
                      for line in lines)
@@ -193,6 +198,8 @@ def main() -> None:
     add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
+    add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
+        help="a picture with its caption, to come before each of the others; may be given several times")
     add("--raw-prompt", action="store_true",
         help="take the prompt as it is: no format around it, special tokens are read")
     add("--show-prompt", action="store_true",
@@ -221,8 +228,10 @@ def main() -> None:
     if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
         parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
 
-    if args.data and (args.prompt or "").count(IMAGE) > 1:
-        parser.error("with --data, --prompt takes one <image>")
+    if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
+        parser.error("with --data or --shot, --prompt takes one <image>")
+    if args.data and args.shot:
+        parser.error("--shot goes with pictures, not with --data")
 
     device = pick_device(args.device)
     sets = {}
@@ -238,18 +247,21 @@ def main() -> None:
     if args.data:
         score_sets(vlm, sets, decoding, args)
         return
-    group = max(1, (vlm.config.get("prompt", "") if args.prompt is None else args.prompt).count(IMAGE))
+    prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
+    group = max(1, prompt.count(IMAGE))
     if len(args.pictures) % group:
         raise InputError(f"the prompt takes {group} pictures at a time: {len(args.pictures)} can't be shared out")
+    shots = [open_picture(name) for name, _ in args.shot]
+    asking["prompt"], _ = few_shot([*((prompt, clean(caption)) for _, caption in args.shot), (prompt, "")])
     failed = False
     for i in range(0, len(args.pictures), group):
         names = args.pictures[i:i + group]
         try:
-            pictures = [[open_picture(name) for name in names]]
+            pictures = [[*shots, *map(open_picture, names)]]
             if args.show_prompt:
                 (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
-            text, = vlm.caption(pictures, **decoding)
+            text, = vlm.caption(pictures, **decoding | asking)
             print(text if len(args.pictures) == group else f"{' '.join(names)}: {text}", flush=True)
         except InputError as error:  # one bad picture doesn't cost the others their captions
             print(f"sample.py: error: {error}", file=sys.stderr)

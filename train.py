@@ -1,4 +1,4 @@
-"""Captions in, trained adapter out: the ViT and the LLM stay frozen, or get a LoRA.
+"""Captions in, trained adapter out: the ViT and the LLM stay frozen, get a LoRA, or are trained whole.
 
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
@@ -8,6 +8,7 @@
 Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
 """
 import argparse
+import collections
 import importlib.metadata
 import inspect
 import json
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
-from data import (Captions, InputError, Shapes, draw_caption, find_checkpoint, held_out, in_order, list_unreadable, read_json,
-                  run, shuffled, skip, stack, write_file, write_json)
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
+from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot, find_checkpoint,
+                  held_out, in_order, layout_weights, list_unreadable, read_json, run, shuffled, skip, stack,
+                  write_file, write_json)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -67,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
              "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
              "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
              "that keep the grid of patches (default: sequence)")
+    add("--train", default="adapter", metavar="PARTS",
+        help="the parts that are trained whole, in float32: a list of adapter, llm, vit (default: adapter)")
     add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
     add("--lora-alpha", type=float, metavar="A", help="the LoRA's updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES", help="layers with a LoRA, of q, k, v, out, gate, up, down; "
@@ -86,12 +90,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
 
+    add("--layout", default="image-text", metavar="MIX",
+        help="image-text: the caption is learned after the picture; text-image-text: the picture stands "
+             "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
+             "learned, and reported; several with weights, as image-text:0.6,text-image-text:0.4 (default: "
+             "image-text)")
+    add("--shots", type=int, default=0, metavar="K",
+        help="0 to K other pairs of the batch, as drawn, come solved before each; these are learned too with "
+             "--prefix-loss (default: 0)")
+    add("--prefix-loss", action="store_true",
+        help="learn all words, those before the picture too (default: what comes last alone)")
+
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=int, default=700, help="optimizer steps (default: 700)")
     add("--batch", type=int, default=64, help="pictures a step (default: 64)")
     add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
+    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
+    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
     add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
@@ -137,15 +154,24 @@ def read_options() -> argparse.Namespace:
                 raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
         args.out = args.resume
     if args.origin:
-        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position",
+        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
+                     "shots", "prefix_loss",
                      *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
             if getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
+    layout_weights(args.layout)
+    whole = args.train.split(",")
+    if not {*whole} <= {"adapter", "llm", "vit"}:
+        raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
+    if "adapter" not in whole and not args.origin:
+        raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if args.spell is None:
         args.spell = float(args.data == "shapes" and not args.origin)
     if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
+    if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
+        raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
@@ -155,6 +181,8 @@ def read_options() -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.batch % args.accumulate:
         raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts")
+    if not 0 <= args.shots < args.batch // args.accumulate:
+        raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
 
 
@@ -173,8 +201,12 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
     return sizes
 
 
-def tune_backbones(vlm: VLM, args: argparse.Namespace) -> None:
-    """Gives the backbones the LoRA that the command line asks for, if any."""
+def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
+    """Leaves gradients to the parts that --train names, and gives the backbones the LoRA that the command
+    line asks for, if any."""
+    for part in ("adapter", "llm", "vit"):
+        for p in vlm.weights(part).values():
+            p.requires_grad_(part in args.train.split(","))
     for part in args.lora_on.split(","):
         module = getattr(vlm, part)
         if args.lora_from:
@@ -183,14 +215,27 @@ def tune_backbones(vlm: VLM, args: argparse.Namespace) -> None:
         elif args.lora is not None:
             targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
             add_lora(module.blocks, args.lora, args.lora_alpha or 2 * args.lora, targets, args.lora_dropout)
-    if args.layer is not None:  # no gradient reaches the blocks that aren't read
-        vlm.vit.blocks[args.layer % (len(vlm.vit.blocks) + 1):].requires_grad_(False)
+    if (layer := vlm.config.get("layer")) is not None:  # no gradient reaches what isn't read
+        blocks = vlm.vit.blocks
+        for unread in (blocks[layer % (len(blocks) + 1):], vlm.vit.norm, vlm.vit.neck):
+            unread.requires_grad_(False)
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
+    """AdamW's groups: each part's peak learning rate, and weight decay for its matrices."""
+    groups = collections.defaultdict(list)
+    for name, p in vlm.trained.items():
+        part = name.partition(".")[0]
+        peak = getattr(args, f"lr_{part}") if part in {"llm", "vit"} & {*args.train.split(",")} else args.lr
+        groups[peak, args.weight_decay if p.dim() > 1 else 0.0].append(p)
+    return [dict(params=params, peak=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
+
+
+def schedule(step: int, args: argparse.Namespace) -> float:
+    """The learning rate as a share of its peak."""
     if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+        return (step + 1) / args.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -220,7 +265,8 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-        vlm.load_trained({name[7:]: value for name, value in state.items() if name.startswith("weight.")}, path)
+        weights = {name[7:]: value for name, value in state.items() if name.startswith("weight.")}
+        take_over(vlm.trained, weights, path)
         for name, p in vlm.trained.items():
             optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
@@ -255,7 +301,7 @@ class Progress:
         self.drawn = time.time()
         minutes, seconds = divmod(round(line["s_left"]), 60)
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
-              + (f"val {line['val']:.4f}  " if "val" in line else "") +
+              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line) +
               f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
               + " " * 8 * self.terminal, end=end, flush=True)
 
@@ -289,19 +335,19 @@ def main() -> None:
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
-    config = dict(**parts, prompt=args.prompt, layout="image-text", training=vars(args), versions=dict(
+    whole = tuple(args.train.split(","))
+    config = dict(**parts, prompt=args.prompt, train=whole, layout=args.layout, training=vars(args),
+                  versions=dict(
                       python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
-    vlm = build(config, dtype)
-    tune_backbones(vlm, args)
+    vlm = build(config, dtype, whole)
+    choose_trained(vlm, args)
     vlm.to(device).train()
     fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
     if args.cache_features and not fixed:
         raise InputError("--cache-features: the encoder is trained, so that its features change")
     trained = vlm.trained
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": args.weight_decay},
-                                   {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}],
-                                  args.lr, betas=(0.9, 0.98), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
 
@@ -354,29 +400,60 @@ def main() -> None:
         fits = len(train) * val_features[0].nbytes < free_memory(device) / 2
         cache = fixed and fits and args.steps * args.batch >= len(train)
 
-    def batch_of(captions, indices: list[int], epoch: int) -> list[torch.Tensor]:
-        pairs = [draw_caption([*zip(captions.questions(i), captions.captions(i))], args.seed, epoch, i)
-                 for i in indices]
+    layouts = layout_weights(args.layout)
+
+    def batch_of(examples: list[tuple[str, str]], prefix: bool = False,
+                 captions: list[str] = ()) -> list[torch.Tensor]:
+        """Texts and answers as `stack` joins them and, of all their pictures, `captions` as to be spelled."""
         tokens, where, targets = stack([
-            vlm.encode(vlm.prompt_for(question), caption, args.max_tokens) for question, caption in pairs])
-        spelling = vlm.spelling(tokens, [captions.captions(i)[0] for i in indices])
+            vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
+        spelling = vlm.spelling(tokens, captions) if captions else ()
         return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
+
+    def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
+        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
+        the pictures of all texts, in their order, where they are in `indices`, and what they are to spell."""
+        examples, order = [], []
+        for at, i in enumerate(indices):
+            layout = draw_layout(layouts, args.seed, epoch, i)
+            shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
+            examples.append(few_shot([
+                arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for) for j in shown]))
+            order += shown
+        return examples, order, [train.captions(indices[j])[0] for j in order]
 
     @torch.no_grad()
     def validate() -> float:
-        """Nats per token on the validation set, one caption a picture."""
+        """Nats per token on the validation set, one caption a picture, whatever layouts are trained."""
         nonlocal val_features
-        vlm.eval()
         if not fixed:
             val_features = encode_all(val, unreadable[1])[1]
         total = count = 0
         for i in range(0, len(val_kept), args.batch):
-            tokens, where, targets, *_ = batch_of(val, val_kept[i:i + args.batch], 0)
+            tokens, where, targets = batch_of([arrange("image-text", val, j, args.seed, 0, vlm.prompt_for)
+                                               for j in val_kept[i:i + args.batch]])
             logits = forward(tokens, val_features[i:i + args.batch], where)
             total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             count += len(targets)
-        vlm.train()
         return total / count
+
+    @torch.no_grad()
+    def matching(captions, kept: list[int], features: torch.Tensor) -> float:
+        """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
+        right = 0
+        for i in range(0, len(kept), args.batch):
+            asked = [arrange("text-image", captions, j, args.seed, 0, vlm.prompt_for)
+                     for j in kept[i:i + args.batch]]
+            losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
+            for answer in ("yes", "no"):
+                tokens, where, targets = batch_of([(text, answer) for text, _ in asked])
+                logits = forward(tokens, features[i:i + args.batch], where)
+                loss = F.cross_entropy(logits.float(), targets, reduction="none")
+                row = where // tokens.shape[1]
+                losses.append(torch.zeros(len(asked), device=device).index_add(0, row, loss))
+            yes = (losses[0] < losses[1]).tolist()
+            right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
+        return right / len(kept)
 
     # Training
     source, progress = pictures(), Progress(args)
@@ -387,15 +464,17 @@ def main() -> None:
                 progress.begin()
             torch.manual_seed(args.seed * 1_000_003 + step)  # of dropout: a resumed run draws what an unbroken one draws
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = group["peak"] * schedule(step, args)
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
-            batches = [batch_of(train, indices[part], step * args.batch // len(train)) for part in parts]
+            epoch = step * args.batch // len(train)
+            drawn = [draw(indices[part], epoch) for part in parts]
+            batches = [batch_of(examples, args.prefix_loss, captions) for examples, _, captions in drawn]
             count, letters = (sum(len(batch[i]) for batch in batches) for i in (2, 4))  # of targets; to be spelled
             spell = args.spell * (step < 0.6 * args.steps) / max(1, letters)
             loss = torch.zeros((), device=device)
-            for part, (tokens, where, targets, spelled, words) in zip(parts, batches):
+            for part, (_, order, _), (tokens, where, targets, spelled, words) in zip(parts, drawn, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
-                logits, images = forward(tokens, features, where, spelled)
+                logits, images = forward(tokens, features[order], where, spelled)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
                 loss += part_loss.detach()
                 part_loss += spell * F.cross_entropy(images.float(), words, reduction="sum")
@@ -409,9 +488,13 @@ def main() -> None:
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
-                line = {**progress.line(step), "lr": learning_rate(step, args)}
+                line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if save:
+                    vlm.eval()
                     line["val"] = validate()
+                    if "text-image" in layouts:
+                        line["matching"] = matching(val, val_kept, val_features)
+                    vlm.train()
                     save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
                     list_unreadable(folder, unreadable)
                 progress.show(line)
@@ -420,8 +503,12 @@ def main() -> None:
                 progress.begin()
         source.close()
 
-        # What it learned
+        # What it learned, as sample.py will read it
         vlm.eval()
+        for part in {"llm", "vit"} & {*whole}:
+            getattr(vlm, part).to(dtype)
+        if "vit" in whole:
+            val_features = encode_all(val, unreadable[1])[1]
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
@@ -429,7 +516,9 @@ def main() -> None:
         for label, (captions, kept, features) in sets.items():
             batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
             texts = caption_set(vlm, captions, batches, {})
-            scores[f"{label} ({len(kept)})"] = score(captions, texts)
+            scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            if "text-image" in layouts:
+                row["matching"] = matching(captions, kept, features)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)

@@ -146,13 +146,14 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
     V, pad = vlm.llm.config.vocabulary, -1
     rows = [vlm.encode("ab", "xyz"), vlm.encode("abcdefg<image>h<image>", "z"), vlm.encode("", "p")]
     tokens, where, _ = stack(rows)
+    before = rows[0][1].index(True)
     a, b, c = [0, 20, 21, pad], [0, 20, 21, 22], [0, pad, pad, pad]  # the start token is a word too
     assert vlm.prompt(tokens, where).tolist() == [a, b, b, c]
-    assert vlm.prompt(tokens[:1, :rows[0][1]]).tolist() == [a]
+    assert vlm.prompt(tokens[:1, :before]).tolist() == [a]
     features = vlm.features(torch.randn(4, 3, 30, 30))
     logits = vlm(tokens, features, where)
     changed = tokens.clone()
-    changed[0, rows[0][1]:] = 7  # another caption: what is known before it stays the same
+    changed[0, before:] = 7  # another caption: what is known before it stays the same
     assert torch.equal(vlm(changed, features, where)[0], logits[0])
 
     def embed(text: str, pad: int = 0) -> torch.Tensor:

@@ -115,7 +115,8 @@ def test_shuffled_covers_each_epoch_and_starts_anywhere():
 
 
 def test_stack_marks_targets():
-    tokens, where, targets = stack([([5, 6, 7, 8], 2), ([9, 1], 1), ([4, 3, 2], 1)])
+    tokens, where, targets = stack([([5, 6, 7, 8], [False, False, True, True]), ([9, 1], [True, True]),
+                                    ([4, 3, 2], [False, True, True])])
     assert tokens.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [4, 3, 2, 0]]
     assert targets.tolist() == [7, 8, 1, 3, 2]
     assert where.tolist() == [1, 2, 4, 8, 9]  # the places before the targets

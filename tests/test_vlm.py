@@ -63,8 +63,9 @@ def test_images_stand_where_the_text_says(fixtures):
     image = [V, *[V + 2] * Q, V + 1]
     assert vlm.encode("")[0] == [0, *image]
     assert vlm.encode("ab")[0] == [0, *image, 20, 21]
-    ids, before = vlm.encode("a<image>b<image>", "cd")
-    assert ids == [0, 20, *image, 21, *image, 22, 23, 52] and before == len(ids) - 3
+    ids, targets = vlm.encode("a<image>b<image>", "cd")
+    assert ids == [0, 20, *image, 21, *image, 22, 23, 52]
+    assert targets == [False] * (len(ids) - 3) + [True] * 3
     assert vlm.encode("ab", "c")[0][-3:] == vlm.encode("", " c")[0][-3:]  # a space parts prompt and caption
     assert len(vlm.encode("", "c" * 500)[0]) == 1 + len(image) + 128
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
