@@ -11,11 +11,10 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
-                  gap, load_weights, read_json, write_file)
+                  gap, load_weights, read_json, read_tensors, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -137,6 +136,16 @@ class Words(nn.Module):
         return self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
 
 
+def with_words(query: torch.Tensor, reader: Words | None, words: torch.Tensor | None,
+               seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries (P,Q,W) and, where there are any, the `words` behind them, (P,Q+L,W); and the mask of these
+    (P,1,1,Q+L)."""
+    if words is None:
+        return query, None
+    mask = F.pad(seen, (query.shape[1], 0), value=True)[:, None, None]
+    return torch.cat([query, reader(words, seen)], 1), mask
+
+
 def initialise(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
@@ -202,10 +211,7 @@ class QFormer(Adapter):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
-        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
-        if words is not None:
-            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
-            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask, self.queries, features)
@@ -373,10 +379,7 @@ class TwoWay(Adapter):
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
         image = self.project_in(features[:, -len(self.places):])  # (P,G²,W)
-        x, mask = self.query.expand(len(features), -1, -1), None  # (P,Q,W)
-        if words is not None:
-            x = torch.cat([x, self.words(words, seen)], 1)  # (P,Q+L,W)
-            mask = F.pad(seen, (self.queries, 0), value=True)[:, None, None]
+        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
         marks = x
         for block in self.blocks:
             x, image = block(x, image, marks, self.places, mask)
@@ -712,7 +715,7 @@ class VLM(nn.Module):
         """What the images in ids (B,T), from the first to the last, are to spell, a caption each: the places
         (K,) of their first embeddings in the flattened ids, and the captions' tokens (K,). K is 0 with an
         adapter whose embeddings are places of the picture, or none: these can't be put in a caption's order."""
-        if self.adapter.side is not None or not self.adapter.queries:
+        if not captions or self.adapter.side is not None or not self.adapter.queries:
             return torch.empty(2, 0, dtype=torch.long).unbind()
         images = (tokens.flatten() == self.placeholder).nonzero().view(-1, self.adapter.queries)  # (P,Q)
         ids = [self.tokenizer.encode(caption, special=False)[:self.adapter.queries] for caption in captions]
@@ -800,11 +803,7 @@ class VLM(nn.Module):
             path = folder / f"{part}.safetensors"
             if not path.is_file():
                 raise InputError(f"{path}: no such file (was the run stopped before its first checkpoint?)")
-            try:
-                state = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: not a whole safetensors file ({error})") from None
-            take_over(vlm.weights(part), state, path)
+            take_over(vlm.weights(part), read_tensors(path), path)
         for part in ("llm", "vit"):
             if (folder / "lora" / part).is_dir():
                 load_lora(getattr(vlm, part), folder / "lora" / part)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -79,6 +80,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A whole safetensors file. Raises InputError."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def shards(folder: Path) -> list[Path]:

@@ -17,10 +17,9 @@ from typing import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from data import InputError, read_json, write_file, write_json
+from data import InputError, read_json, read_tensors, write_file, write_json
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -173,10 +172,7 @@ def load_lora(module: nn.Module, folder: str | Path) -> None:
     for key, value in config.items():
         if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
             raise InputError(f"{path.with_name(CONFIG)}: {key} {value!r} is not supported")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    tensors = read_tensors(path)
     try:
         layers, values = read_lora(module, config, tensors)
     except InputError as error:

@@ -403,11 +403,12 @@ def main() -> None:
     layouts = layout_weights(args.layout)
 
     def batch_of(examples: list[tuple[str, str]], prefix: bool = False,
-                 captions: list[str] = ()) -> list[torch.Tensor]:
-        """Texts and answers as `stack` joins them and, of all their pictures, `captions` as to be spelled."""
+                 captions: list[str] | None = None) -> list[torch.Tensor]:
+        """Texts and answers as `stack` joins them and, where there are `captions`, as many as pictures or none,
+        what is to be spelled."""
         tokens, where, targets = stack([
             vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
-        spelling = vlm.spelling(tokens, captions) if captions else ()
+        spelling = () if captions is None else vlm.spelling(tokens, captions)
         return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
 
     def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
@@ -468,16 +469,17 @@ def main() -> None:
             parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
             epoch = step * args.batch // len(train)
             drawn = [draw(indices[part], epoch) for part in parts]
-            batches = [batch_of(examples, args.prefix_loss, captions) for examples, _, captions in drawn]
+            spell = args.spell * (step < 0.6 * args.steps)
+            batches = [batch_of(examples, args.prefix_loss, captions if spell else [])
+                       for examples, _, captions in drawn]
             count, letters = (sum(len(batch[i]) for batch in batches) for i in (2, 4))  # of targets; to be spelled
-            spell = args.spell * (step < 0.6 * args.steps) / max(1, letters)
             loss = torch.zeros((), device=device)
             for part, (_, order, _), (tokens, where, targets, spelled, words) in zip(parts, drawn, batches):
                 features = inputs[part] if cache else vlm.features(inputs[part])
                 logits, images = forward(tokens, features[order], where, spelled)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
                 loss += part_loss.detach()
-                part_loss += spell * F.cross_entropy(images.float(), words, reduction="sum")
+                part_loss += spell / max(1, letters) * F.cross_entropy(images.float(), words, reduction="sum")
                 scaler.scale(part_loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), args.clip)

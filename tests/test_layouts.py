@@ -15,24 +15,11 @@ from data import (IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, draw
                   layout_weights, stack)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
-from test_vlm import QUICK, SMALL, command, small
+from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 
 # ---------------------------------------------------------------------------------------------------------
 # Parts that are trained whole
-
-
-def interrupt(monkeypatch, *options) -> None:
-    """Runs train.py up to its first checkpoint."""
-    checkpoint = train.save_checkpoint
-
-    def stop(*arguments):
-        checkpoint(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", stop)
-    assert command(monkeypatch, train, *options) == 130
-    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
 
 
 @pytest.mark.parametrize("precision", ("bfloat16", "float32"))

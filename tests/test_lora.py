@@ -16,7 +16,7 @@ from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM
 from lora import CONFIG, WEIGHTS, LoRALinear, add_lora, load_lora, lora_layers, merge_lora, save_lora
-from test_vlm import QUICK, SMALL, command, small
+from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 
 DECODERS = ("gpt2", "gpt2_wide", "opt", "opt_post", "blip2", "llama", "llama_wide", "smollm3", "mistral",
@@ -345,15 +345,7 @@ def test_a_resumed_lora_equals_an_unbroken_one(tmp_path, monkeypatch):
     options = [*SMALL, *QUICK, "--layer", "-2"]  # a block of the encoder isn't read
     options += ["--lora", "2", "--lora-on", "llm,vit", "--lora-dropout", "0.2"]
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
-    checkpoint = train.save_checkpoint
-
-    def stop(*arguments):
-        checkpoint(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", stop)
-    assert command(monkeypatch, train, *options, "--out", "parts") == 130
-    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+    interrupt(monkeypatch, *options, "--out", "parts")
     assert command(monkeypatch, train, "--resume", "parts") == 0
     for file in ("adapter.safetensors", f"lora/llm/{WEIGHTS}", f"lora/vit/{WEIGHTS}"):
         whole, parts = (load_file(f"{run}/{file}") for run in ("whole", "parts"))

@@ -167,6 +167,19 @@ def command(monkeypatch, module, *arguments) -> int:
         return stop.code or 0
 
 
+def interrupt(monkeypatch, *options) -> None:
+    """Runs train.py up to its first checkpoint."""
+    checkpoint = train.save_checkpoint
+
+    def stop(*arguments):
+        checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", stop)
+    assert command(monkeypatch, train, *options) == 130
+    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -227,15 +240,7 @@ def test_resumed_run_equals_an_unbroken_one(cache, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     options = ["--adapter", "qformer", *SMALL, "--adapter-dropout", "0.2", *QUICK, cache]
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
-    checkpoint = train.save_checkpoint
-
-    def stop(*arguments):
-        checkpoint(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_checkpoint", stop)
-    assert command(monkeypatch, train, *options, "--out", "parts") == 130
-    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+    interrupt(monkeypatch, *options, "--out", "parts")
     assert command(monkeypatch, train, "--resume", "parts", "--lr", "0.5") == 2
     assert "--lr can't change on --resume: the run has 0.001" in capsys.readouterr().err
     assert command(monkeypatch, train, "--resume", "parts") == 0
