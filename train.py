@@ -525,7 +525,7 @@ def main() -> None:
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)
             write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
-        metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
     print(table(scores))
 
 
