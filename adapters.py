@@ -538,7 +538,9 @@ class VLM(nn.Module):
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         if file:
             with torch.device("meta"):
-                compare(dict(make_adapter(config, vit, llm).named_parameters()), read_tensors(file, "adapter."), file)
+                adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
+            found = read_tensors(file)
+            compare(adapter, {name: found[name] for name in found if name.startswith("adapter.")}, file)
         with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
             self.adapter = make_adapter(config, vit, llm)
         self.slots = 0 if hasattr(self.adapter, "between") else self.adapter.queries  # of an image in the ids
