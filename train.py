@@ -170,9 +170,9 @@ def read_options() -> argparse.Namespace:
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
     if args.resume:
-        for name, value in saved.items():
-            if name not in FREE and getattr(args, name, value) != value:
-                raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
+        for option in parser._actions:
+            if option.dest in saved.keys() - {*FREE} and getattr(args, option.dest) != (value := saved[option.dest]):
+                raise InputError(f"{option.option_strings[0]} can't change on --resume: the run has {value}")
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
