@@ -2,6 +2,7 @@
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
+import contextlib
 import itertools
 import math
 import re
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
-                  gap, guard, ignore_signals, load_weights, read_json, read_metadata, read_tensors, write_file)
+                  gap, guard, ignore_signals, load_weights, named, read_json, read_metadata, read_tensors, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -223,7 +224,7 @@ class QFormer(Adapter):
         that of InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
         checkpoint = Checkpoint(name)
         family, sizes = checkpoint.family({"blip-2": BLIP2, "instructblip": INSTRUCTBLIP})
-        with torch.device("meta"), guard(checkpoint.folder / "config.json"):
+        with torch.device("meta"), guard(path := checkpoint.folder / "config.json"), named(path):
             depth(sizes["layers"])
             qformer = cls(**sizes)
         words = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # of the last block
@@ -466,11 +467,11 @@ def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
         raise InputError(f"unknown adapter {kind!r}: choose from {', '.join(ADAPTERS)}")
     if layer is not None and not -len(vit.blocks) - 1 <= layer <= len(vit.blocks):
         raise InputError(f"layer {layer} of an encoder with {len(vit.blocks)} blocks")
-    depth(sizes.get("layers", 1))
     try:
+        depth(sizes.get("layers", 1))
         adapter = ADAPTERS[kind](vit.config.hidden if layer is None else vit.config.width, llm.config.hidden,
                                  vit.config.grid, **sizes)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"the {kind} adapter: {str(error).split(') ')[-1]}") from None
     adapter.join(llm.config.layers, llm.config.width)
     return adapter
@@ -813,6 +814,8 @@ class VLM(nn.Module):
         ended in between, those that were written one by one are of two steps, but the first has all of the
         later one: that is taken."""
         path = folder / "state.safetensors"
+        if not path.is_file():
+            return
         steps = [int(read_metadata(file).get("step", -1)) for file in (path, folder / "adapter.safetensors")]
         if steps[0] <= steps[1] or steps[1] < 0:
             return
@@ -892,10 +895,8 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
     parts = (ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
              LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]))
-    try:
+    with named(file.with_name("config.json")) if file else contextlib.nullcontext():  # else it's a command line's
         return VLM(*parts, config, dtype=dtype, file=file)
-    except InputError as error:  # of a command line, unless there is a file
-        raise InputError(f"{file.with_name('config.json')}: {error}" if file else str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -933,12 +934,13 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
     other = config.pop("tokenizer", name)
     tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
-    for token, id in config.pop("tokens", {}).items():
-        tokenizer.add(token, id, special=True)
-    format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
-    vlm = VLM(ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm), tokenizer,
-              {"from": name} | config | (run or {}), format, dtype)
+    vit, llm = ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm)
+    with guard(path := checkpoint.folder / "config.json"), named(path):
+        for token, id in config.pop("tokens", {}).items():
+            tokenizer.add(token, id, special=True)
+        format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
+        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)

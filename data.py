@@ -33,7 +33,7 @@ class InputError(Exception):
     """What the user gave can't be used: the message names the file and the reason in one line of printable text."""
 
     def __init__(self, message: str):
-        line = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
         super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
 
 
@@ -50,6 +50,15 @@ def guard(path: str | Path, problem: str = "can't be read"):
     except Exception as error:  # files come from anywhere: no list of what their readers may raise would be whole
         name = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise InputError(f"{path}: {problem} ({name}{error})") from None
+
+
+@contextlib.contextmanager
+def named(path: str | Path):
+    """Puts a file's name before an InputError of what stands in it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
@@ -151,7 +160,7 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     if reference.is_file():
         with guard(reference):
             snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-        whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
+            whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
         if weights and whole:
             return snapshot
         if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
@@ -262,7 +271,9 @@ class Checkpoint:
             config = families[kind].config(self.config)
             for name, kind_of in getattr(config, "__annotations__", {}).items():
                 value = getattr(config, name)
-                if kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of) \
+                if kind_of is bool and value in (True, False, None):
+                    setattr(config, name, bool(value))
+                elif kind_of is bool or kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of) \
                         or kind_of in (int, float) and value < 0:
                     raise ValueError(f"{name} is {value!r}")
             names = families[kind].names

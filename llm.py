@@ -324,8 +324,7 @@ class LLM(nn.Module):
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             for id in (*config.end_tokens, config.start_token or 0):
-                if not isinstance(id, int) or id < 0:
-                    raise ValueError(f"{id!r} is no token's id")
+                as_id(id)
             llm = cls(config)
         llm.name, llm.family = name, family
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
@@ -647,6 +646,12 @@ def any_of(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
+def as_id(id: int) -> int:
+    if not isinstance(id, int) or not 0 <= id < 1 << 31:
+        raise ValueError(f"{id!r} is no token's id")
+    return id
+
+
 def steps(part: dict | None, inner: str) -> list[dict]:
     """The steps of a part of tokenizer.json: none, the one, or those of a `Sequence`."""
     return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
@@ -871,15 +876,13 @@ class Tokenizer:
             self.added[normalised][self.normalise(content) if normalised else content] = token
         self.patterns = [any_of(tokens) for tokens in self.added]
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
-        for id in (*ids.values(), *self.prefix, *self.suffix):
-            if not isinstance(id, int) or not 0 <= id < 1 << 31:
-                raise ValueError(f"{id!r} is no id of a token")
-        self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
+        self.bytes = {as_id(id): self.model.spell(token) for token, id in ids.items()}
+        self.prefix, self.suffix = [*map(as_id, self.prefix)], [*map(as_id, self.suffix)]
         self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
 
     def add(self, token: str, id: int, special: bool = False) -> None:
         """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
-        self.added[False][token] = {"id": id, "special": special}
+        self.added[False][token] = {"id": as_id(id), "special": special}
         self.added[True].pop(token, None)
         self.patterns = [any_of(tokens) for tokens in self.added]
         self.special[token], self.bytes[id] = id, token.encode()

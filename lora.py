@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from data import InputError, guard, read_json, read_tensors, write_file, write_json
+from data import InputError, guard, named, read_json, read_tensors, write_file, write_json
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -174,11 +174,8 @@ def load_lora(module: nn.Module, folder: str | Path) -> None:
         if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
             raise InputError(f"{path.with_name(CONFIG)}: {key} {value!r} is not supported")
     tensors = read_tensors(path)
-    with guard(path.with_name(CONFIG)):
-        try:
-            layers, values = read_lora(module, config, tensors)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+    with guard(path.with_name(CONFIG)), named(path):
+        layers, values = read_lora(module, config, tensors)
     put(module, layers)
     for name, value in values.items():
         p = module.get_parameter(name)
@@ -204,7 +201,9 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
 
     def pattern(patterns: str, default: str, name: str) -> float:
         values = (config.get(patterns) or {}).items()
-        # a regular expression from outside may take for ever
+        # a regular expression from outside may take for ever or, where it counts, all memory
+        if any("{" in key for key, _ in values):
+            raise ValueError(f"{patterns} with a brace is not supported")
         return next((value for key, value in values if regex.match(rf"(.*\.)?({key})$", name, timeout=1)), config[default])
 
     ends = {name: end_of(name) for name in parts if not re.fullmatch(unused, name)}

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, guard, load_weights, rgb
+from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, guard, load_weights, named, rgb
 
 
 @dataclass
@@ -40,6 +40,8 @@ class ViTConfig:
     def __post_init__(self):
         if self.image_size < self.patch_size or self.width % self.heads:
             raise ValueError("image_size must be at least patch_size, hidden_size a multiple of num_attention_heads")
+        if self.window > self.grid:
+            raise ValueError(f"windows of {self.window} × {self.window} patches are larger than the picture")
         ACTIVATIONS[self.activation], depth(self.layers)
 
     @property
@@ -158,6 +160,8 @@ class Preprocessor:
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
+        if self.size.keys().isdisjoint(("longest_edge", "shortest_edge")) and not self.size.keys() >= {*square}:
+            raise ValueError(f"{size} is no size")
         for length in (self.image_size, *self.size.values()):
             if not 0 < length <= self.MOST:
                 raise ValueError(f"{length} px is not within 1 and {self.MOST}")
@@ -317,7 +321,8 @@ class ViT(nn.Module):
             raise InputError(f"{path}: image processor {kind!r} is not one of {', '.join(PROCESSORS)}")
         with guard(path):
             vit.preprocess = Preprocessor(PROCESSORS[kind] | settings, config.image_size, image_size)
-        vit.resize(vit.preprocess.image_size)
+        with named(path):
+            vit.resize(vit.preprocess.image_size)
         return vit.eval()
 
 

@@ -118,20 +118,19 @@ def mutated_json(rng: random.Random, text: str) -> bytes:
 # Checkpoints
 
 def use(name: str, folder: Path) -> None:
-    """Loads what a fixture's folder holds, and if it loads, runs it."""
-    config = read_json(folder / "config.json")
+    """Loads what a fixture's folder holds; what loads is run, which may come to an end, but an orderly one."""
     kind = json.loads((FIXTURES / name / "config.json").read_text()).get("model_type", "nanovlm")
     if kind in PUBLIC and (folder / "tokenizer.json").is_file():
         vlm = VLM.from_pretrained(str(folder))
-        assert family_of(config) in PUBLIC
-        ids, _ = vlm.encode("a")
-        vlm.features(vlm.vit.preprocess(picture(40, 30))[None])
+        ids, pixels = vlm.ask([picture(40, 30)], "a", split=False)
+        assert torch.tensor(ids).min() >= 0
+        survives(lambda: vlm.features(pixels), "")
     elif kind in VITS:
         vit = ViT.from_pretrained(str(folder))
-        vit(vit.preprocess(picture(40, 30))[None])
+        survives(lambda: vit(vit.preprocess(picture(40, 30))[None]), "")
     elif kind in LLMS:
         llm = LLM.from_pretrained(str(folder))
-        llm.generate([[1, 2, 3]], max_tokens=2)
+        survives(lambda: llm.generate([[1, 2, 3]], max_tokens=2), "")
     else:
         QFormer.from_pretrained(str(folder))
 
@@ -144,7 +143,7 @@ def test_configs(name, tmp_path):
     files = [path for path in (*folder.glob("config.json"), *folder.glob("*_config.json"))]
     for file in files:
         text = file.read_text()
-        for _ in range(30 if file.name == "config.json" else 10):
+        for _ in range(25 if file.name == "config.json" else 10):
             file.write_bytes(mutated_json(rng, text))
             survives(lambda: use(name, folder), str(folder))
         file.write_text(text)
@@ -161,13 +160,11 @@ def test_sizes_that_no_memory_holds(tmp_path):
             text = file.read_text()
             for i, (container, key) in enumerate(places(value := json.loads(text), [])):
                 if type(container[key]) is int:
-                    for large in (10 ** 6, 10 ** 9, 2 ** 62):
-                        changed = json.loads(text)
-                        inner, key = places(changed, [])[i]
-                        inner[key] = large
-                        file.write_text(json.dumps(changed))
-                        survives(lambda: LLM.from_pretrained(str(folder)) if read_json(folder / "config.json").get("model_type")
-                                 in LLMS else use(name, folder), str(folder))
+                    changed = json.loads(text)
+                    inner, key = places(changed, [])[i]
+                    inner[key] = (10 ** 9, 2 ** 62, 10 ** 6)[i % 3]
+                    file.write_text(json.dumps(changed))
+                    survives(lambda: use(name, folder), str(folder))
             file.write_text(text)
         shutil.rmtree(folder)
 
@@ -210,10 +207,10 @@ def test_tensors(tmp_path):
     shutil.copytree(FIXTURES / "llama", folder)
     file = folder / "model.safetensors"
     raw, read = file.read_bytes(), 0
-    for _ in range(800):
+    for _ in range(600):
         file.write_bytes(mutated_tensors(rng, raw))
         read += survives(lambda: LLM.from_pretrained(str(folder)), str(folder))
-    assert read < 400
+    assert read < 300
 
 
 def test_shards(tmp_path):
@@ -244,7 +241,7 @@ def test_names_stay_in_the_cache(tmp_path, monkeypatch):
     for name in names:
         def read():
             folder = Path(find_checkpoint(name)).resolve()  # found only if the name is a folder's own
-            assert isinstance(name, str) and any(base.resolve() == folder for base in (Path(name), HERE / name))
+            assert isinstance(name, str) and any(base.resolve() == folder for base in (Path(name).expanduser(), HERE / name))
         survives(read, "")
     reference = tmp_path / "deep" / "cache" / "models--a--b" / "refs" / "main"
     reference.parent.mkdir(parents=True)
@@ -299,11 +296,11 @@ def test_lora_files(tmp_path):
     save_lora(tuned, tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     text, raw, read = config.read_text(), weights.read_bytes(), 0
-    for i in range(600):
+    for i in range(300):
         config.write_bytes(mutated_json(rng, text) if i % 3 else text.encode())
         weights.write_bytes(raw if i % 3 else mutated_tensors(rng, raw))
         read += survives(lambda: load_lora(copy.deepcopy(llm), tmp_path), str(tmp_path))
-    assert 0 < read < 500
+    assert 0 < read < 250
     weights.write_bytes(raw)
     for patterns in ({"(x+x+)+y": 3}, {"(.*)*(.*)*(.*)*(.*)*(.*)*!": 3}, {"(": 3}, {"a{99999999}": 3}, [1], "x", {"q_proj": -3}):
         config.write_text(json.dumps({**json.loads(text), "rank_pattern": patterns}))
@@ -324,7 +321,7 @@ def test_configs_of_runs(tmp_path):
         text = json.dumps(config)
         raw = (folder / "adapter.safetensors").read_bytes()
         numbers = [name for name, value in sizes.items() for _ in range(2)]
-        for i in range(100):
+        for i in range(60):
             changed = mutated_json(rng, text)
             if i < len(numbers):
                 changed = json.dumps(config | dict(adapter_sizes=sizes | {numbers[i]: (10 ** 9, 2 ** 62)[i % 2]})).encode()
@@ -333,7 +330,7 @@ def test_configs_of_runs(tmp_path):
             survives(lambda: VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2), "")
         (folder / "config.json").write_text(text)
         (folder / "adapter.safetensors").write_bytes(raw)
-        assert survives(lambda: VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2), "")
+        VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -466,7 +463,7 @@ def test_broken_pictures(tmp_path):
     for name, raw in odd_pictures().items():
         if "line" in name:
             continue
-        for _ in range(90):
+        for _ in range(80):
             content = bytearray(raw[:rng.randrange(len(raw))] if rng.random() < 0.3 else raw)
             for _ in range(rng.randint(1, 6)):
                 if content:  # in the header, more often than not
