@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
-                  gap, guard, ignore_signals, load_weights, named, read_json, read_metadata, read_tensors, write_file)
+                  gap, guard, ignore_signals, load_weights, named, read_json, read_metadata, read_tensors,
+                  write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -461,7 +462,7 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
 
 
 def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
-    """The untrained adapter that the config of a run (see `VLM`) names, between this encoder and language model."""
+    """The untrained adapter that the config of a run (see `VLM`) names. Raises InputError."""
     kind, sizes, layer = config["adapter"], config["adapter_sizes"], config.get("layer")
     if kind not in ADAPTERS:
         raise InputError(f"unknown adapter {kind!r}: choose from {', '.join(ADAPTERS)}")
@@ -807,12 +808,13 @@ class VLM(nn.Module):
                 save_lora(getattr(self, part), folder / "lora" / part)
         for part in sorted({"adapter", *self.config.get("train", ())}, reverse=True):
             state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
-            write_file(folder / f"{part}.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+            write_file(folder / f"{part}.safetensors",
+                       lambda path: save_file(state, path, {"step": str(step)}))
 
     def catch_up(self, folder: Path) -> None:
-        """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. Where the process
-        ended in between, those that were written one by one are of two steps, but the first has all of the
-        later one: that is taken."""
+        """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. Where the
+        process ended in between they are of two steps, but the first has all of the later one: that is
+        taken."""
         path = folder / "state.safetensors"
         if not path.is_file():
             return
@@ -858,7 +860,8 @@ KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": d
 
 
 def check_run(config: dict) -> None:
-    """Raises ValueError where the config of a run lacks what it takes to build it, or a value is of another kind."""
+    """Raises ValueError where the config of a run lacks what it takes to build it, or a value is of another
+    kind."""
     for name in ("from",) if config.get("from") else ("vit", "llm", "adapter", "adapter_sizes"):
         if config.get(name) is None:
             raise ValueError(f"{name!r} is missing")
@@ -895,7 +898,7 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
     parts = (ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
              LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]))
-    with named(file.with_name("config.json")) if file else contextlib.nullcontext():  # else it's a command line's
+    with named(file.with_name("config.json")) if file else contextlib.nullcontext():
         return VLM(*parts, config, dtype=dtype, file=file)
 
 
@@ -939,7 +942,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
     with guard(path := checkpoint.folder / "config.json"), named(path):
         for token, id in config.pop("tokens", {}).items():
             tokenizer.add(token, id, special=True)
-        format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
+        format = next(format for token, format in row.formats.items()
+                      if not token or token in tokenizer.special)
         vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))

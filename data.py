@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class InputError(Exception):
-    """What the user gave can't be used: the message names the file and the reason in one line of printable text."""
+    """What the user gave can't be used: the message names the file and the reason in one printable line."""
 
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
@@ -39,7 +39,8 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame."""
+    """Makes an InputError of whatever fails within: the file or its contents are to blame. These come from
+    anywhere, and no list of what their readers may raise would be whole."""
     try:
         yield
     except InputError:
@@ -47,7 +48,7 @@ def guard(path: str | Path, problem: str = "can't be read"):
     except OSError as error:
         reason = error.strerror or (f"{problem} ({error})" if str(error) else problem)
         raise InputError(f"{path}: {reason}") from None
-    except Exception as error:  # files come from anywhere: no list of what their readers may raise would be whole
+    except Exception as error:
         name = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise InputError(f"{path}: {problem} ({name}{error})") from None
 
@@ -62,8 +63,8 @@ def named(path: str | Path):
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
-    """Runs a command line's `main`: an InputError becomes one line on stderr and exit code 2, as does a GPU's want of
-    memory, for which `memory` names the remedies."""
+    """Runs a command line's `main`: an InputError becomes one line on stderr and exit code 2, as does a GPU's
+    want of memory, for which `memory` names the remedies."""
     try:
         main()
     except (InputError, torch.OutOfMemoryError) as error:
@@ -78,8 +79,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the process or
-    the power ends. Raises InputError."""
+    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
+    process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guard(path, "can't be written"):
         try:
@@ -120,7 +121,8 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file whose names begin with `prefix`, by the rest of their names. Raises
     InputError."""
     with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                if name.startswith(prefix)}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -273,16 +275,17 @@ class Checkpoint:
                 value = getattr(config, name)
                 if kind_of is bool and value in (True, False, None):
                     setattr(config, name, bool(value))
-                elif kind_of is bool or kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of) \
-                        or kind_of in (int, float) and value < 0:
+                elif kind_of in (bool, int, float, str) and (
+                        not isinstance(value, (int, float) if kind_of is float else kind_of)
+                        or kind_of is not str and value < 0):
                     raise ValueError(f"{name} is {value!r}")
             names = families[kind].names
             return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
 
 
 def depth(layers: int) -> int:
-    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before the sizes of
-    its tensors are compared with the file's, which costs time and memory for each block, though none for its width."""
+    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before its
+    sizes are compared with the file's, which costs time and memory for each block, though none for width."""
     if not 0 < layers <= 1000:
         raise ValueError(f"{layers} layers")
     return layers
@@ -334,7 +337,7 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
             left.discard(d)
         try:
             tensor = function(*tensors)
-        except (RuntimeError, IndexError, TypeError):  # cut or reshaped to no avail: the shapes below tell the story
+        except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
             tensor = tensors[0]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
@@ -377,12 +380,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 def rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow would clip
-    at 255, are scaled instead. Raises InputError where Pillow, which puts off reading a file until now, can't."""
+    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
             top = picture.getextrema()[1]
-            picture = picture.point(lambda v: v * (1 / 257 if top > 255 else 255 if top <= 1 else 1)).convert("L")
+            scale = 1 / 257 if top > 255 else 255 if top <= 1 else 1
+            picture = picture.point(lambda v: v * scale).convert("L")
         elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -418,10 +422,10 @@ def whole(text: str) -> str:
 
 
 def clean(caption: str) -> str:
-    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in, and without IMAGE:
-    a caption is data and places no picture."""
-    caption = whole(caption).replace(IMAGE, " ")  # with nothing in its place, what stood around it could make another
-    return " ".join(caption.split()).removesuffix(" .")
+    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in, and
+    without IMAGE: a caption is data and places no picture."""
+    text = whole(caption).replace(IMAGE, " ")  # not nothing: what stood around it could make another
+    return " ".join(text.split()).removesuffix(" .")
 
 
 class Captions(torch.utils.data.Dataset):
@@ -621,7 +625,9 @@ class Pixels(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, torch.Tensor | str]:
         try:
-            return i, self.preprocess(self.captions.picture(i))
+            picture = self.captions.picture(i)
+            with named(self.captions.name(i)):
+                return i, self.preprocess(picture)
         except InputError as error:
             return i, str(error)
 
@@ -634,7 +640,7 @@ class Pixels(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """In a process that reads pictures: Ctrl-C and a cluster's SIGTERM, which reach it too, are the main one's affair."""
+    """In a process that reads pictures: Ctrl-C and SIGTERM, which reach it too, are the main one's affair."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard, load_weights,
-                  read_json, whole)
+from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
+                  load_weights, read_json, whole)
 
 
 class Rope(NamedTuple):
@@ -290,7 +290,8 @@ class LLM(nn.Module):
         key = torch.arange(T + max_tokens, device=x.device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
-        ends = torch.tensor([id for id in end_tokens if id < self.config.vocabulary], dtype=torch.long, device=x.device)
+        ends = torch.tensor([id for id in end_tokens if id < self.config.vocabulary], dtype=torch.long,
+                            device=x.device)
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
         for _ in range(max_tokens):
             start, end = cache.length, cache.length + x.shape[1]
@@ -462,12 +463,15 @@ def make_rope(c: dict, parameters: dict) -> Rope:
     factor, scale = r.get("factor") or length / original, 1.0
     if scaling == "longrope":
         scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-    size, bands = int(head_size * r["partial_rotary_factor"]), (r.get("low_freq_factor", 1.0), r.get("high_freq_factor", 4.0))
+    size, bands = int(head_size * r["partial_rotary_factor"]), [
+        float(r.get(*band)) for band in (("low_freq_factor", 1), ("high_freq_factor", 4))]
     short, long = (tuple(map(float, r.get(key, ()))) for key in ("short_factor", "long_factor"))
-    if not 0 < size <= head_size or size % 2 or scaling == "longrope" and not len(short) == len(long) == size // 2:
-        raise ValueError(f"{size} of {head_size} numbers of a head, {len(short)} and {len(long)} factors can't be rotary")
-    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), tuple(map(float, bands)), short, long,
-                float(scale))
+    if not 0 < size <= head_size or size % 2:
+        raise ValueError(f"{size} of {head_size} numbers of a head can't be rotary")
+    if scaling == "longrope" and not len(short) == len(long) == size // 2:
+        raise ValueError(f"short_factor and long_factor must have {size // 2} numbers")
+    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), tuple(bands), short,
+                long, float(scale))
 
 
 def qwen_config(c: dict, **differences) -> LLMConfig:
@@ -827,7 +831,8 @@ class Tokenizer:
                     self.normalisers.append(bert_normaliser(step))
                 case {"type": "Prepend", "prepend": str(prefix)}:
                     self.normalisers.append(prefix.__add__)
-                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if len(new) <= len(old):
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                        len(new) <= len(old)):  # so that no text grows without bound
                     self.normalisers.append(lambda text, old=old, new=new: text.replace(old, new))
                 case _:
                     raise ValueError(f"the normaliser {step} is not supported")

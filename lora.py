@@ -204,7 +204,8 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
         # a regular expression from outside may take for ever or, where it counts, all memory
         if any("{" in key for key, _ in values):
             raise ValueError(f"{patterns} with a brace is not supported")
-        return next((value for key, value in values if regex.match(rf"(.*\.)?({key})$", name, timeout=1)), config[default])
+        return next((value for key, value in values if regex.match(rf"(.*\.)?({key})$", name, timeout=1)),
+                    config[default])
 
     ends = {name: end_of(name) for name in parts if not re.fullmatch(unused, name)}
     paths = {name.removesuffix(end) for name, end in ends.items() if end and "head.weight" not in known[end]}

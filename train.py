@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot, guard, held_out,
-                  in_order, layout_weights, list_unreadable, read_json, read_metadata, read_tensors, run, shuffled, skip,
-                  stack, write_file, write_json)
+from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot,
+                  guard, held_out, in_order, layout_weights, list_unreadable, read_json, read_metadata,
+                  read_tensors, run, shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -141,8 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
-    """The options of the run in a folder, as its config.json holds them. Raises InputError where it isn't one, or an
-    option there has a value that the command line couldn't give it."""
+    """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one,
+    or an option there has a value that the command line couldn't give it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
@@ -150,10 +150,10 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     if not isinstance(saved, dict):
         raise InputError(f"{path}: not the folder of a run")
     for name, value in saved.items():
-        option = options.get(name)
-        kinds = {int: int, float: (int, float)}.get(option and option.type, bool if option and option.nargs == 0 else str)
-        if option is None or not isinstance(value, kinds) and not (value is option.default is None) or \
-                option.choices and value not in option.choices:
+        if option := options.get(name):
+            kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
+            fits = isinstance(value, kinds) and (not option.choices or value in option.choices)
+        if not option or not fits and not (value is option.default is None):
             raise InputError(f"{path}: {name} can't be {value!r}")
     return saved
 
@@ -171,8 +171,9 @@ def read_options() -> argparse.Namespace:
             setattr(args, name, str(Path(value).resolve()))
     if args.resume:
         for option in parser._actions:
-            if option.dest in saved.keys() - {*FREE} and getattr(args, option.dest) != (value := saved[option.dest]):
-                raise InputError(f"{option.option_strings[0]} can't change on --resume: the run has {value}")
+            name, flag = option.dest, option.option_strings[0]
+            if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
+                raise InputError(f"{flag} can't change on --resume: the run has {saved[name]}")
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
@@ -272,8 +273,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
-    """state.safetensors for --resume, complete in itself, with the `losses` since the last line of metrics.jsonl; then
-    what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
+    """state.safetensors for --resume, complete in itself, with the `losses` since the last line of
+    metrics.jsonl; then what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
     state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
              for key, value in {"weight": p, **optimizer.state[p]}.items()}
     state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
@@ -283,8 +284,8 @@ def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses
 
 
 def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
-    """Takes up what `save_checkpoint` left; returns the number of steps done, and the losses since the last line. A run
-    that came to no checkpoint starts anew."""
+    """Takes up what `save_checkpoint` left; returns the number of steps done, and the losses since the last
+    line. A run that came to no checkpoint starts anew."""
     path = folder / "state.safetensors"
     if not path.is_file() and not (folder / "adapter.safetensors").is_file():
         return 0, []
@@ -299,8 +300,8 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
 
 
 def take_folder(folder: Path):
-    """Makes a run's folder, and keeps every other process from training in it for as long as this one lives. Returns
-    its metrics.jsonl. Raises InputError."""
+    """Makes a run's folder, and keeps every other process from training in it for as long as this one lives.
+    Returns its metrics.jsonl. Raises InputError."""
     path = folder / "metrics.jsonl"
     with guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -312,7 +313,7 @@ def take_folder(folder: Path):
                 msvcrt.locking(metrics.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
-                fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no forked worker inherits it
+                fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
         except (BlockingIOError, PermissionError):
             raise InputError(f"{folder}: another process is training in it") from None
         for left in folder.rglob(".*tmp*"):  # by a process that was killed
@@ -326,7 +327,7 @@ def cut_metrics(metrics, step: int) -> None:
         try:
             entry = json.loads(line)
             return entry["step"] <= step and "scores" not in entry
-        except ValueError:  # cut short
+        except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
             return False
 
     with guard(metrics.name):
@@ -336,7 +337,8 @@ def cut_metrics(metrics, step: int) -> None:
 
 def log(metrics, entry: dict) -> None:
     """Adds a line to metrics.jsonl, on the disk when this returns. What isn't finite becomes null."""
-    line = json.dumps({key: None if value != value else value for key, value in entry.items()}).encode() + b"\n"
+    line = json.dumps({key: None if value != value else value for key,
+                       value in entry.items()}).encode() + b"\n"
     with guard(metrics.name):
         if metrics.write(line) != len(line):
             raise InputError(f"{metrics.name}: no space left for a line")
@@ -344,8 +346,8 @@ def log(metrics, entry: dict) -> None:
 
 
 class Signals:
-    """Ctrl-C, or the SIGTERM of a cluster: ends the process at once where no step would be lost, or the second time;
-    else `asked` is the signal, for the loop to see once the step is done."""
+    """Ctrl-C, or a cluster's SIGTERM: ends the process at once where no step would be lost, or the second
+    time; else `asked` is the signal, for the loop to see once the step is done."""
 
     def __init__(self):
         self.unsaved, self.asked = False, 0
@@ -384,7 +386,8 @@ class Progress:
     def line(self, step: int) -> dict:
         seconds, losses = time.time() - self.start, torch.stack(self.losses)
         skipped = losses.isnan().sum().item()
-        return {"step": step + 1, "loss": losses.nanmean().item(), **({"skipped": skipped} if skipped else {}),
+        return {"step": step + 1, "loss": losses.nanmean().item(),
+                **({"skipped": skipped} if skipped else {}),
                 "images_per_s": self.images / seconds,
                 "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
@@ -571,7 +574,7 @@ def main() -> None:
                 scaler.scale(part_loss).backward()
             scaler.unscale_(optimizer)
             broken = ~nn.utils.clip_grad_norm_(trained.values(), args.clip).isfinite()
-            optimizer.found_inf = broken.float()  # the fused kernel then leaves all as it is, without the CPU's knowing
+            optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
             if fused or not broken:
                 scaler.step(optimizer)
             scaler.update()
@@ -585,9 +588,9 @@ def main() -> None:
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
-                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start "
-                                     "anew with a lower --lr, a longer --warmup or --precision float32 (the last "
-                                     "checkpoint, if there is one, is as it was)")
+                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not "
+                                     "finite: start anew with a lower --lr, a longer --warmup or --precision "
+                                     "float32 (the last checkpoint, if there is one, is as it was)")
                 if save:
                     vlm.eval()
                     line["val"] = validate()

@@ -138,8 +138,8 @@ class Preprocessor:
 
     S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
     scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
-    to 224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares, or
-    a length is more than MOST. Where a family has tiles (`max_image_size`), these are the squares; see `tiles`.
+    to 224, S = 448 resizes to 512 and crops to 448. Where a family has tiles (`max_image_size`), these are the
+    squares; see `tiles`. Raises ValueError where the settings don't make squares, or a length is above MOST.
     """
     MOST = 8192  # pixels
 
@@ -160,7 +160,8 @@ class Preprocessor:
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
-        if self.size.keys().isdisjoint(("longest_edge", "shortest_edge")) and not self.size.keys() >= {*square}:
+        if self.size.keys().isdisjoint(("longest_edge",
+                                        "shortest_edge")) and not self.size.keys() >= {*square}:
             raise ValueError(f"{size} is no size")
         for length in (self.image_size, *self.size.values()):
             if not 0 < length <= self.MOST:

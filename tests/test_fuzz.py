@@ -1,31 +1,29 @@
-"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError that names it in one line, soon
-and in little memory. Every input is drawn from a seed."""
+"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError of one line that names
+it, soon and in little memory. Every input is drawn from a seed."""
 import ast
 import copy
 import io
-import itertools
 import json
 import random
 import shutil
 import signal
 import struct
 import sys
-import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file, save_file
 
-from adapters import ADAPTERS, PUBLIC, VLM, QFormer, family_of
+from adapters import PUBLIC, VLM, QFormer
 from conftest import ROOT
-from data import HERE, IMAGE, Captions, InputError, find_checkpoint, open_picture, read_json, stack
+from data import HERE, IMAGE, Captions, InputError, find_checkpoint, open_picture, stack
 from fixtures.pictures import picture
 from llm import FAMILIES as LLMS
 from llm import LLM, Tokenizer
 from lora import add_lora, load_lora, save_lora
+from test_public import FAMILIES
 from vit import FAMILIES as VITS
 from vit import PROCESSORS, Preprocessor, ViT
 
@@ -41,7 +39,8 @@ def peak() -> float:
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024 ** 2)
+    unit = 1024 if sys.platform == "linux" else 1024 ** 2
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +74,10 @@ def survives(read, file: str) -> bool:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-VALUES = (None, True, False, -1, 0, 1, 2, 3, 7, 64, 2 ** 31, 2 ** 63, 10 ** 9, 10 ** 30, 1.5, -0.5, 1e300, float("nan"), float("inf"),
-          "", "x", "../../x", "/etc/passwd", "\0", "\ud800", "model.safetensors", "gelu", "<image>", "x" * 5000, [], [1], [-1],
+VALUES = (None, True, False, -1, 0, 1, 2, 3, 7, 64, 2 ** 31, 2 ** 63, 10 ** 9, 10 ** 30, 1.5, -0.5, 1e300,
+          float("nan"), float("inf"),
+          "", "x", "../../x", "/etc/passwd", "\0", "\ud800", "model.safetensors", "gelu", "<image>",
+          "x" * 5000, [], [1], [-1],
           ["x"], [[]], [None], list(range(50)), {}, {"a": 1}, {"type": "Sequence"}, {"": {"": []}})
 
 
@@ -93,22 +94,23 @@ def mutated_json(rng: random.Random, text: str) -> bytes:
     if rng.random() < 0.1:
         raw = text.encode()
         at = rng.randrange(len(raw))
-        return rng.choice((raw[:at], raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1:], b"", b"[" * 200_000, b"7", b"[]",
-                           b'{"a":' * 100_000, b"\xff\xfe", raw[:-2] + b',"x":' + b"9" * 10_000 + b"}", b"\0" * 100))
+        return rng.choice((raw[:at], raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1:], b"",
+                           b"[" * 200_000, b"7", b"[]",
+                           b'{"a":' * 100_000, b"\xff\xfe", raw[:-2] + b',"x":' + b"9" * 10_000 + b"}",
+                           b"\0" * 100))
     value = json.loads(text)
     for _ in range(rng.randint(1, 3)):
         if not (all_places := places(value, [])):
             break
         # names rather than the thousands of words of a vocabulary
         container, key = rng.choice(all_places if rng.random() < 0.5 else all_places[:200])
-        kind = rng.random()
+        kind, all_values = rng.random(), [(place, inner[place]) for inner, place in all_places]
         if kind < 0.15:
             del container[key]
         elif kind < 0.3 and isinstance(container, dict):
             container[rng.choice(("", "x", "type", key + "x"))] = container.pop(key)
         elif kind < 0.4:
-            other, place = rng.choice(all_places)
-            container[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) and place < len(other) else 0
+            container[key] = copy.deepcopy(rng.choice([value for _, value in all_values]))
         else:
             container[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(value).encode()
@@ -118,7 +120,7 @@ def mutated_json(rng: random.Random, text: str) -> bytes:
 # Checkpoints
 
 def use(name: str, folder: Path) -> None:
-    """Loads what a fixture's folder holds; what loads is run, which may come to an end, but an orderly one."""
+    """Loads what a fixture's folder holds, and runs what loads: it may end, but in order."""
     kind = json.loads((FIXTURES / name / "config.json").read_text()).get("model_type", "nanovlm")
     if kind in PUBLIC and (folder / "tokenizer.json").is_file():
         vlm = VLM.from_pretrained(str(folder))
@@ -156,7 +158,8 @@ def test_sizes_that_no_memory_holds(tmp_path):
     for name in WITH_CONFIG:
         folder = tmp_path / name
         shutil.copytree(FIXTURES / name, folder, ignore=shutil.ignore_patterns("golden*", "resized*"))
-        for file in (*folder.glob("config.json"), *folder.glob("preprocessor_config.json"), *folder.glob("processor_config.json")):
+        for file in (*folder.glob("config.json"), *folder.glob("preprocessor_config.json"),
+                     *folder.glob("processor_config.json")):
             text = file.read_text()
             for i, (container, key) in enumerate(places(value := json.loads(text), [])):
                 if type(container[key]) is int:
@@ -187,12 +190,14 @@ def mutated_tensors(rng: random.Random, raw: bytes) -> bytes:
     if kind == 2:
         return struct.pack("<Q", rng.choice((0, 1, 2, 99, 10 ** 8, 10 ** 9, 2 ** 63, 2 ** 64 - 1))) + raw[8:]
     if kind == 3:
-        entry["dtype"] = rng.choice(("F64", "F16", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U64", "F4", "X", 3, None))
+        entry["dtype"] = rng.choice(("F64", "F16", "I8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U64", "F4",
+                                     "X", 3, None))
     elif kind == 4:
         shape = entry["shape"]
         shape[rng.randrange(len(shape))] = rng.choice((0, -1, 1, 10 ** 9, 2 ** 63, 2 ** 64, 1.5, "2", None))
     elif kind == 5:
-        entry["data_offsets"][rng.randrange(2)] = rng.choice((0, -1, 8, len(body), len(body) + 1, 2 ** 63, "0"))
+        entry["data_offsets"][rng.randrange(2)] = rng.choice((0, -1, 8, len(body), len(body) + 1, 2 ** 63,
+                                                              "0"))
     elif kind == 6:
         entry["data_offsets"] = list(header[rng.choice(names)]["data_offsets"])  # which overlap
     else:
@@ -222,7 +227,8 @@ def test_shards(tmp_path):
         file.write_bytes(mutated_json(rng, text))
         survives(lambda: LLM.from_pretrained(str(folder)), str(folder))
     index = json.loads(text)
-    for name in ("../sharded/a.safetensors", "/etc/a.safetensors", "..", "a/../b.safetensors", "C:\\a.safetensors", "gone.safetensors",
+    for name in ("../sharded/a.safetensors", "/etc/a.safetensors", "..", "a/../b.safetensors",
+                 "C:\\a.safetensors", "gone.safetensors",
                  "a.safetensors\n", "~/a.safetensors", "a\0.safetensors"):
         index["weight_map"][next(iter(index["weight_map"]))] = name
         file.write_text(json.dumps(index))
@@ -235,13 +241,16 @@ def test_names_stay_in_the_cache(tmp_path, monkeypatch):
     outside = tmp_path / "deep" / "models--x"
     shutil.copytree(FIXTURES / "llama", outside)
     rng = random.Random(0)
-    names = ["..", "../x", "x/..", "../../models--x", "x/../../x", "/x", "x//y", "x/y/z", "~root/x", "~nobody-of-this-name/x", "\0", "a\0b",
-             "x\n", "x y", "%2e%2e/x", "x" * 5000, "..\\x", "a/b\n", "a--b/..", "-x/y", ".x/y", None, 7, ["x"]]
+    names = ["..", "../x", "x/..", "../../models--x", "x/../../x", "/x", "x//y", "x/y/z", "~root/x",
+             "~nobody-of-this-name/x", "\0", "a\0b",
+             "x\n", "x y", "%2e%2e/x", "x" * 5000, "..\\x", "a/b\n", "a--b/..", "-x/y", ".x/y", None, 7,
+             ["x"]]
     names += ["".join(rng.choices("./\\~-_ax\0\n:%", k=rng.randint(1, 12))) for _ in range(400)]
     for name in names:
         def read():
             folder = Path(find_checkpoint(name)).resolve()  # found only if the name is a folder's own
-            assert isinstance(name, str) and any(base.resolve() == folder for base in (Path(name).expanduser(), HERE / name))
+            assert isinstance(name, str) and any(base.resolve() == folder
+                                                 for base in (Path(name).expanduser(), HERE / name))
         survives(read, "")
     reference = tmp_path / "deep" / "cache" / "models--a--b" / "refs" / "main"
     reference.parent.mkdir(parents=True)
@@ -302,18 +311,23 @@ def test_lora_files(tmp_path):
         read += survives(lambda: load_lora(copy.deepcopy(llm), tmp_path), str(tmp_path))
     assert 0 < read < 250
     weights.write_bytes(raw)
-    for patterns in ({"(x+x+)+y": 3}, {"(.*)*(.*)*(.*)*(.*)*(.*)*!": 3}, {"(": 3}, {"a{99999999}": 3}, [1], "x", {"q_proj": -3}):
+    for patterns in ({"(x+x+)+y": 3}, {"(.*)*(.*)*(.*)*(.*)*(.*)*!": 3}, {"(": 3}, {"a{99999999}": 3}, [1],
+                     "x", {"q_proj": -3}):
         config.write_text(json.dumps({**json.loads(text), "rank_pattern": patterns}))
         survives(lambda: load_lora(copy.deepcopy(llm), tmp_path), str(tmp_path))
 
 
 def test_configs_of_runs(tmp_path):
     rng = random.Random(0)
-    for kind, sizes in (("qformer", dict(queries=2, layers=2, width=16, heads=2, text=4)), ("twoway", dict(queries=2, width=16, heads=2)),
-                        ("flamingo", dict(queries=2, layers=1, width=16, heads=2)), ("pixelshuffle", dict(scale=2))):
+    for kind, sizes in (("qformer", dict(queries=2, layers=2, width=16, heads=2, text=4)),
+                        ("twoway", dict(queries=2, width=16, heads=2)),
+                        ("flamingo", dict(queries=2, layers=1, width=16, heads=2)),
+                        ("pixelshuffle", dict(scale=2))):
         vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
-        config = dict(vit="assets/vit", llm="assets/llm", image_size=None, layer=-2, adapter=kind, adapter_sizes=sizes,
-                      image_position="xy", prompt="what?", train=["adapter"], layout="image-text", training={"steps": 1})
+        config = dict(vit="assets/vit", llm="assets/llm", image_size=None, layer=-2, adapter=kind,
+                      adapter_sizes=sizes,
+                      image_position="xy", prompt="what?", train=["adapter"], layout="image-text",
+                      training={"steps": 1})
         vlm = VLM(vit, llm, Tokenizer.from_pretrained("assets/llm"), config)
         folder = tmp_path / kind
         folder.mkdir()
@@ -324,7 +338,8 @@ def test_configs_of_runs(tmp_path):
         for i in range(60):
             changed = mutated_json(rng, text)
             if i < len(numbers):
-                changed = json.dumps(config | dict(adapter_sizes=sizes | {numbers[i]: (10 ** 9, 2 ** 62)[i % 2]})).encode()
+                large = {numbers[i]: (10 ** 9, 2 ** 62)[i % 2]}
+                changed = json.dumps(config | dict(adapter_sizes=sizes | large)).encode()
             (folder / "config.json").write_bytes(changed)
             (folder / "adapter.safetensors").write_bytes(mutated_tensors(rng, raw) if i % 10 == 9 else raw)
             survives(lambda: VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2), "")
@@ -339,11 +354,13 @@ def test_configs_of_runs(tmp_path):
 CAPTIONS = {
     "c.csv": 'image,caption\na.jpg,"A dog, ""Rex"", runs ."\nb.jpg,naïve café\n',
     "c.jsonl": '{"image": "a.jpg", "caption": ["a dog", "b"]}\n{"image": "b.jpg", "caption": "naïve café"}\n',
-    "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "caption": "a dog"}]}),
+    "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}],
+                             "annotations": [{"image_id": 7, "caption": "a dog"}]}),
     "llava.json": json.dumps([{"id": "1", "image": "a.jpg", "conversations": [
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a dog"}]}]),
 }
-HOSTILE = (b"\0", b"\xff", b'"', b",", b"\r", b"\n\n", b"{", b"[", b"}", b"\\ud800", b"\xed\xa0\x80", b"<image>", b"<im<image>age>", b",,,,,",
+HOSTILE = (b"\0", b"\xff", b'"', b",", b"\r", b"\n\n", b"{", b"[", b"}", b"\\ud800", b"\xed\xa0\x80",
+           b"<image>", b"<im<image>age>", b",,,,,",
            b"\xef\xbb\xbf", b'"' * 9, b"9" * 5000, b"\xe2\x80\xa8", b"NaN", b"null", b"\x1a")
 
 
@@ -373,20 +390,23 @@ def test_captions(name, tmp_path):
 
 def test_captions_of_great_length(tmp_path):
     file, long = tmp_path / "c", 10_000_000
-    for content in ("image,caption\na.jpg," + "x" * long, "image,caption\n" + "," * long, '{"image": "a", "caption": "' + "x " * (long // 2) + '"}',
-                    "[" * long, '{"image":' * (long // 9), "image,caption\n" + '"' * long, "[" + "1," * (long // 2) + "1]", "9" * long,
-                    '[{"image": "a", "caption": "x' + "<im" * (long // 10) + "age>" * (long // 10) + '"}]', "\n" * long,
+    for content in ("image,caption\na.jpg," + "x" * long, "image,caption\n" + "," * long,
+                    '{"image": "a", "caption": "' + "x " * (long // 2) + '"}',
+                    "[" * long, '{"image":' * (long // 9), "image,caption\n" + '"' * long,
+                    "[" + "1," * (long // 2) + "1]", "9" * long,
+                    '[{"image": "a", "caption": "x' + "<im" * (long // 10) + "age>" * (long // 10) + '"}]',
+                    "\n" * long,
                     '{"image": "a", "caption": "x' + "<image>" * (long // 7) + '"}'):
         file.write_text(content)
         survives(lambda: Captions(file), str(file))
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_CONFIG if name in (
-    "llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm", "nanovlm_first", "instructblip_vicuna")] + ["ours"])
+@pytest.mark.parametrize("name", [*FAMILIES, "ours"])
 def test_captions_are_data(name):
     """A caption, or a question, that spells a special token has none of its ids."""
     if name == "ours":
-        vlm = VLM(ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm"),
+        vlm = VLM(ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"),
+                  Tokenizer.from_pretrained("assets/llm"),
                   dict(adapter="qformer", adapter_sizes=dict(queries=3)))
     else:
         vlm = VLM.from_pretrained(str(FIXTURES / name))
@@ -428,18 +448,24 @@ def odd_pictures() -> dict[str, bytes]:
     text.add_text("a", "b", zip=True)
     grey = Image.new("I;16", (30, 20), 40_000)
     return {
-        "jpeg": saved(base, "JPEG", exif=exif), "png": saved(base, "PNG", pnginfo=text), "gif": saved(base, "GIF"), "bmp": saved(base, "BMP"),
+        "jpeg": saved(base, "JPEG", exif=exif), "png": saved(base, "PNG", pnginfo=text),
+            "gif": saved(base, "GIF"), "bmp": saved(base, "BMP"),
         "animated": saved(base, "GIF", save_all=True, append_images=[base.rotate(90), base.convert("L")]),
-        "webp": saved(base, "WEBP"), "tiff": saved(base, "TIFF", compression="tiff_deflate"), "cmyk": saved(base.convert("CMYK"), "JPEG"),
-        "16 bit": saved(grey, "PNG"), "palette": saved(base.quantize(8), "PNG", transparency=3), "1 bit": saved(base.convert("1"), "PNG"),
-        "grey alpha": saved(base.convert("LA"), "PNG"), "rgba": saved(base.convert("RGBA"), "PNG"), "dot": saved(Image.new("RGB", (1, 1)), "PNG"),
-        "line": saved(Image.new("L", (1, 60_000)), "PNG"), "other line": saved(Image.new("RGB", (60_000, 1)), "JPEG"),
+        "webp": saved(base, "WEBP"), "tiff": saved(base, "TIFF", compression="tiff_deflate"),
+            "cmyk": saved(base.convert("CMYK"), "JPEG"),
+        "16 bit": saved(grey, "PNG"), "palette": saved(base.quantize(8), "PNG", transparency=3),
+            "1 bit": saved(base.convert("1"), "PNG"),
+        "grey alpha": saved(base.convert("LA"), "PNG"), "rgba": saved(base.convert("RGBA"), "PNG"),
+            "dot": saved(Image.new("RGB", (1, 1)), "PNG"),
+        "line": saved(Image.new("L", (1, 60_000)), "PNG"), "other line": saved(Image.new("RGB", (60_000, 1)),
+                                                                               "JPEG"),
         "float": saved(Image.new("F", (9, 9), 0.5), "TIFF"), "ppm": saved(base, "PPM"), 
     }
 
 
 PREPROCESSORS = [Preprocessor(PROCESSORS[kind] | extra, 48) for kind, extra in (
-    ("ViT", {}), ("CLIP", {}), ("Sam", {}), ("Idefics3", dict(size=dict(longest_edge=96), max_image_size=dict(longest_edge=48))))]
+    ("ViT", {}), ("CLIP", {}), ("Sam", {}), ("Idefics3", dict(size=dict(longest_edge=96),
+                                                              max_image_size=dict(longest_edge=48))))]
 
 
 def see(file: Path) -> None:
@@ -467,7 +493,8 @@ def test_broken_pictures(tmp_path):
             content = bytearray(raw[:rng.randrange(len(raw))] if rng.random() < 0.3 else raw)
             for _ in range(rng.randint(1, 6)):
                 if content:  # in the header, more often than not
-                    content[rng.randrange(min(len(content), 10 ** rng.randint(1, 5)))] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+                    at = rng.randrange(min(len(content), 10 ** rng.randint(1, 5)))
+                    content[at] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
             file.write_bytes(bytes(content))
             survives(lambda: see(file), str(file))
 
@@ -481,15 +508,19 @@ def test_bombs(tmp_path):
         return start + header + b"".join(chunks) + png_chunk(b"IDAT", row) + png_chunk(b"IEND", b"")
 
     exif = b"Exif\0\0MM\0*" + b"\xff" * 60
-    for content in (png(60_000, 60_000), png(2 ** 31 - 1, 2 ** 31 - 1), png(10_000, 10_000), png(0, 0), png(2 ** 31 - 1, 1),
-                    png(9, 9, *[png_chunk(b"zTXt", b"a\0\0" + row)] * 20), png(9, 9, png_chunk(b"iCCP", b"a\0\0" + row)),
-                    png(9, 9, png_chunk(b"eXIf", b"MM\0*" + b"\xff" * 60)), saved(Image.new("1", (20_000, 9_000)), "GIF"),
+    for content in (png(60_000, 60_000), png(2 ** 31 - 1, 2 ** 31 - 1), png(10_000, 10_000), png(0, 0),
+                    png(2 ** 31 - 1, 1),
+                    png(9, 9, *[png_chunk(b"zTXt", b"a\0\0" + row)] * 20),
+                    png(9, 9, png_chunk(b"iCCP", b"a\0\0" + row)),
+                    png(9, 9, png_chunk(b"eXIf", b"MM\0*" + b"\xff" * 60)),
+                    saved(Image.new("1", (20_000, 9_000)), "GIF"),
                     saved(Image.new("1", (20_000, 9_000)), "TIFF", compression="group4"),
-                    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"", b"\0" * 100, b"GIF89a\xff\xff\xff\xff\0\0\0"):
+                    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"", b"\0" * 100,
+                    b"GIF89a\xff\xff\xff\xff\0\0\0"):
         file.write_bytes(content)
-        assert not survives(lambda: see(file), str(file)) or content.startswith(start + png_chunk(b"IHDR", struct.pack(
-            ">IIBBBBB", 9, 9, 8, 2, 0, 0, 0)))
-    for content in (saved(picture(20, 20), "JPEG", exif=exif), saved(picture(20, 20), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\1" * 99)):
+        assert not survives(lambda: see(file), str(file)) or content.startswith(png(9, 9)[:33])
+    for content in (saved(picture(20, 20), "JPEG", exif=exif),
+                    saved(picture(20, 20), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\1" * 99)):
         file.write_bytes(content)
         survives(lambda: see(file), str(file))
     for path in (tmp_path, tmp_path / "\0", tmp_path / ("x" * 5000), "/dev/null"):
@@ -504,10 +535,13 @@ def test_no_pickle_is_read():
     assert len(files) == 7
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = [alias.name for alias in node.names] if isinstance(node,
+                                                                       (ast.Import, ast.ImportFrom)) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "yaml", "subprocess"}
+            assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "dill", "joblib",
+                                                                 "shelve", "marshal", "yaml", "subprocess"}
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "np.load", "numpy.load", "eval", "exec", "os.system", "os.popen", "__import__"), called
+                assert called not in ("torch.load", "np.load", "numpy.load", "eval", "exec", "os.system",
+                                      "os.popen", "__import__"), called
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}

@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -19,19 +18,23 @@ import data
 import lora
 import train
 from adapters import VLM
-from data import InputError, write_file
+from data import write_file
 from test_vlm import SMALL, command
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch")
 
-RUN = ["--adapter", "qformer", *SMALL, "--adapter-dropout", "0.1", "--lora", "2", "--lora-dropout", "0.1", "--scenes", "24",
-       "--val-size", "4", "--steps", "10", "--batch", "6", "--save-every", "2", "--log-every", "1", "--warmup", "2",
-       "--workers", "0", "--layout", "image-text:0.6,text-image:0.4", "--precision", "float32", "--max-tokens", "20",
+RUN = ["--adapter", "qformer", *SMALL, "--adapter-dropout", "0.1", "--lora", "2", "--lora-dropout", "0.1",
+       "--scenes", "24",
+       "--val-size", "4", "--steps", "10", "--batch", "6", "--save-every", "2", "--log-every", "1",
+       "--warmup", "2",
+       "--workers", "0", "--layout", "image-text:0.6,text-image:0.4", "--precision", "float32",
+       "--max-tokens", "20",
        "--cache-features"]
 
 
 def start(*options, before=lambda: None) -> int:
-    """Runs train.py in a forked process, after `before`; returns its id. What it prints goes to the file `said`."""
+    """Runs train.py in a forked process, after `before`; returns its id. It prints to the file `said`."""
     if pid := os.fork():
         return pid
     code = 1
@@ -59,8 +62,8 @@ def finish(*options, **kwargs) -> int:
 
 
 def moments(act) -> None:
-    """Has `act` called before and after each step of the optimizer and each change of a file, and when tensors are
-    half written."""
+    """Has `act` called before and after each step of the optimizer and each change of a file, and when tensors
+    are half written."""
     def hook(owner, name, half=False):
         function = getattr(owner, name)
 
@@ -78,7 +81,8 @@ def moments(act) -> None:
             return result
         setattr(owner, name, hooked)
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (torch.optim.AdamW, "step"), (train, "log"), (train, "cut_metrics")):
+    for owner, name in ((os, "replace"), (os, "fsync"), (torch.optim.AdamW, "step"), (train, "log"),
+                        (train, "cut_metrics")):
         hook(owner, name)
     for module in (train, adapters, lora):
         hook(module, "save_file", half=True)
@@ -101,7 +105,8 @@ def lines(run: str) -> list[dict]:
 
 def same(run: str, other: str) -> bool:
     """Whether two runs ended with the same bits, in all files."""
-    files = [sorted(path.relative_to(r) for path in Path(r).rglob("*") if path.is_file()) for r in (run, other)]
+    files = [sorted(path.relative_to(r) for path in Path(r).rglob("*") if path.is_file())
+             for r in (run, other)]
     if files[0] != files[1] or lines(run) != lines(other):
         return False
     for file in files[0]:
@@ -175,7 +180,8 @@ def test_signals_save_first(number, cache, tmp_path, monkeypatch):
         torch.optim.AdamW.step = stepped
 
     assert finish(*options, "--out", "parts", before=before) == 128 + number
-    assert Path("said").read_text().splitlines()[-1] == "stopped after step 3: python train.py --resume parts goes on"
+    *_, last = Path("said").read_text().splitlines()
+    assert last == "stopped after step 3: python train.py --resume parts goes on"
     with safe_open("parts/state.safetensors", "pt") as state:
         assert state.metadata()["step"] == "3"
     assert lines("parts") == []  # step 5 is the first to have a line, of the losses of five steps
@@ -209,7 +215,7 @@ def test_a_checkpoint_too_many_for_the_disk(unbroken):
     for size, file in ((100_000, "adapter"), (300_000, "state")):
         assert finish("--resume", "run", before=full(size)) == 2
         said = Path("said").read_text().splitlines()[-1]
-        assert said.startswith(f"train.py: error: run/{file}.safetensors: can't be written") and "too large" in said
+        assert said.startswith(f"train.py: error: run/{file}.safetensors: can't be written (") and "large" in said
         assert {path: path.read_bytes() for path in Path("run").rglob("*.safetensors")} == files
     assert finish("--resume", "run") == 0 and same("whole", "run")
     assert finish(before=lambda: data.run(fill)) == 2
@@ -268,7 +274,8 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     same = [all(map(torch.equal, *pair)) for pair in zip(before, before[1:])]
     assert same == [i in (1, 2, 6) for i in range(9)]
-    assert [line.get("skipped") for line in lines("run")[:2]] == [2, 1] and all(line["loss"] > 0 for line in lines("run")[:2])
+    assert [line.get("skipped") for line in lines("run")[:2]] == [2, 1]
+    assert all(line["loss"] > 0 for line in lines("run")[:2])
     assert "2 steps skipped: not finite" in capsys.readouterr().out
 
 
@@ -277,10 +284,11 @@ def test_a_run_that_can_only_skip_ends(tmp_path, monkeypatch, capsys):
     options = [*RUN[:-1], "--steps", "40", "--log-every", "4", "--save-every", "4"]
     break_gradients(monkeypatch, range(4, 1000))
     assert command(monkeypatch, train, *options, "--out", "run") == 2
-    assert "run: the gradients of the last 12 steps were not finite: start anew with a lower --lr" in capsys.readouterr().err
+    assert "the last 12 steps were not finite: start anew with a lower --lr" in capsys.readouterr().err
     losses = [line["loss"] for line in lines("run")]
     assert losses[0] > 0 and losses[1:] == [None, None]
-    assert all(tensor.isfinite().all() for tensor in load_file("run/state.safetensors").values() if len(tensor.shape))
+    assert all(tensor.isfinite().all() for tensor in load_file("run/state.safetensors").values()
+               if len(tensor.shape))
     VLM.from_pretrained("run")
 
 
@@ -293,7 +301,8 @@ def test_out_of_gpu_memory_is_one_line(monkeypatch, capsys):
         sys.argv, before = ["train.py"], sys.argv
         data.run(train.main, "--batch")
     sys.argv = before
-    assert stop.value.code == 2 and capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
 
 
 def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch, capsys):
@@ -320,8 +329,10 @@ def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch,
         command(monkeypatch, train, "--resume", ".", "--lr", "0.001", "--batch", "6")
 
 
-@pytest.mark.parametrize("name, value", (("steps", "x"), ("steps", None), ("batch", 1.5), ("lr", [1]), ("data", 7), ("seed", {}),
-                                         ("image_position", "there"), ("prefix_loss", "no"), ("colour", "red"), ("layer", "1")))
+@pytest.mark.parametrize("name, value", (("steps", "x"), ("steps", None), ("batch", 1.5), ("lr", [1]),
+                                         ("data", 7), ("seed", {}),
+                                         ("image_position", "there"), ("prefix_loss", "no"),
+                                         ("colour", "red"), ("layer", "1")))
 def test_options_of_a_run_are_not_trusted(name, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved = {key: value for key, value in vars(train.make_parser().parse_args([])).items()}
