@@ -518,32 +518,32 @@ def read_shard(path: Path):
     """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are called
     the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption" (a string or
     a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or the rest of the
-    shard, comes as a pair with a `fault`."""
-    def files(tar):
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep all it met
-            stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
-            if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
-                if member.size > 1 << 28:
-                    raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
-                yield f"{path}/{stem}", kind.lower(), tar.extractfile(member)
+    shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its folder, so that a seed
+    draws the same wherever the shards lie."""
+    def members():
+        try:
+            with tarfile.open(path, "r|gz" if path.suffix.endswith("gz") else "r|", tarinfo=StrictHeader) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # tarfile would keep all it met
+                    stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
+                    if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
+                        if member.size > 1 << 28:
+                            raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
+                        yield f"{path.name}/{stem}", kind.lower(), tar.extractfile(member).read()
+        except Exception as error:  # whatever bytes from outside make tarfile raise
+            yield str(path), "fault", f"broken shard ({error})"
 
-    try:
-        mode = "r|gz" if path.suffix.endswith("gz") else "r|"
-        with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
-            for name, members in itertools.groupby(files(tar), lambda member: member[0]):
-                found = {kind: file.read() for _, kind, file in members}
-                file = next((found[kind] for kind in KINDS if kind in found), b"")
-                try:
-                    texts = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
-                    texts = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
-                    texts = [text for text in texts if any(map(str.isalnum, text))]
-                    fault = "no caption" * (not texts) or "no picture" * (not file)
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
-                yield Pair.of(name, texts, file, fault)
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-        yield Pair.of(str(path), fault=f"broken shard ({error})")
+    for name, group in itertools.groupby(members(), lambda member: member[0]):
+        found = {kind: content for _, kind, content in group}
+        file = next((found[kind] for kind in KINDS if kind in found), b"")
+        try:
+            texts = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
+            texts = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
+            texts = [text for text in texts if any(map(str.isalnum, text))]
+            fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
+        yield Pair.of(name, texts, file, fault)
 
 
 class Shards:
