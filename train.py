@@ -10,7 +10,6 @@ Several GPUs share each batch: torchrun --nproc_per_node 8 train.py …; on seve
 """
 import argparse
 import collections
-import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -191,6 +190,8 @@ def read_options() -> argparse.Namespace:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
     if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
         raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
+    if args.shard and "llm" in whole:
+        raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
@@ -332,12 +333,15 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str], args: argparse.Namespace
     else:
         path = Path(args.features, f"{feature_key(vlm, captions)}.safetensors")
         if total(torch.tensor(path.is_file(), device=vlm.device, dtype=torch.int)) < WORLD:
-            rows, marks = (rows for _, rows in encoded()), lambda: [i not in bad for i in range(shape[0])]
+            def write(file: Path) -> None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(file, shape, one.dtype, (rows for _, rows in encoded()),
+                           lambda: [i not in bad for i in range(len(captions))])
+
             if LOCAL:  # one process on each machine writes
-                collections.deque(rows, 0)
+                collections.deque(encoded(), 0)
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, lambda file: write_rows(file, shape, one.dtype, rows, marks))
+                write_file(path, write)
             total(torch.zeros(1, device=vlm.device))  # the file is there
         features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
         bad.update({i: f"{captions.name(i)}: couldn't be read" for i in (~marks).nonzero().flatten().tolist()} | bad)
@@ -421,10 +425,10 @@ def main() -> None:
     streamed = isinstance(train, Shards)
 
     # Model
+    if WORLD > 1 and torch.cuda.is_available() and args.device != "cpu":
+        torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
     device = pick_device(args.device)
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK:  # the first process prints and writes
         sys.stdout = open(os.devnull, "w")
@@ -451,10 +455,10 @@ def main() -> None:
         spread(vlm, device)
     vlm.to(device).train()
     fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
-    if (args.cache_features or args.features) and not fixed:
-        raise InputError("--cache-features: the encoder is trained, so that its features change")
-    if (args.cache_features or args.features) and streamed:
-        raise InputError("--cache-features: shards are streamed, and may be more than can be kept")
+    if (args.cache_features or args.features) and (streamed or not fixed):
+        why = ("shards are streamed, more than can be kept" if streamed else
+               "the encoder is trained, so that its features change")
+        raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
     trained = vlm.trained
     optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -507,7 +511,7 @@ def main() -> None:
     if cache is None:
         fits = args.features or len(train) * val_features[0].nbytes < free_memory(device) / 2
         cache = fixed and not streamed and fits and args.steps * args.batch >= len(train)
-        cache = total(torch.tensor(bool(cache), dtype=torch.int, device=device)) == WORLD  # the same everywhere
+        cache = bool(total(torch.tensor(int(bool(cache)), device=device)) == WORLD)  # all do the same
 
     layouts = layout_weights(args.layout)
 
@@ -533,7 +537,7 @@ def main() -> None:
             order += shown
         return examples, order, [train.captions(indices[j])[0] for j in order]
 
-    def kept_batches(kept: list[int], features: torch.Tensor):
+    def kept_batches(kept: list[int], features: torch.Tensor, size: int = size):
         for i in range(0, len(kept), size):
             yield kept[i:i + size], features[kept[i:i + size]].to(device)
 
@@ -638,7 +642,7 @@ def main() -> None:
             sets["unseen"] = (unseen, *encode_all(vlm, unseen, unreadable[2], args))
         scores = {}
         for label, (captions, kept, features) in sets.items():
-            texts = caption_set(vlm, captions, kept_batches(kept, features), {})
+            texts = caption_set(vlm, captions, kept_batches(kept, features, 64), {})
             scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)

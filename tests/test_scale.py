@@ -137,7 +137,7 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     assert not any(line["references"] != SCENES.captions(i)[:None if i % 2 else 1] for i, line in enumerate(lines))
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "one shard can't be parted"),
-                               (["--data", shards / "*.tar", "--features", "f"], "shards are streamed")):
+                               (["--data", shards / "*.tar", "--features", "f"], "shards are streamed, more than can be kept")):
         assert command(monkeypatch, train, *SMALL, *QUICK, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1
