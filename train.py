@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (InputError, Shapes, Shards, arrange, caption_data, draw_layout, draw_shots, few_shot,
-                  find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed, read_json,
+from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
+                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed, read_json,
                   read_tensors, run, shuffled, skip, stack, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
@@ -258,6 +258,8 @@ def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     for name, p in vlm.trained.items():
         part = name.partition(".")[0]
         peak = getattr(args, f"lr_{part}") if part in {"llm", "vit"} & {*args.train.split(",")} else args.lr
+        if p.numel() == 1:  # a gate that starts shut: Adam would take 1 / lr steps to open it
+            peak *= 10
         groups[peak, args.weight_decay if p.dim() > 1 else 0.0].append(p)
     return [dict(params=params, peak=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
 
@@ -521,7 +523,7 @@ def main() -> None:
         what is to be spelled."""
         tokens, where, targets = stack([
             vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
-        spelling = () if captions is None else vlm.spelling(tokens, captions)
+        spelling = () if captions is None else vlm.spelling(captions)
         return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
 
     def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
@@ -641,9 +643,18 @@ def main() -> None:
         if unseen:
             sets["unseen"] = (unseen, *encode_all(vlm, unseen, unreadable[2], args))
         scores = {}
+        shots = [(val_features[i].to(device), draw_caption(val.captions(i), args.seed, 0, i))
+                 for i in val_kept[:args.shots]]
         for label, (captions, kept, features) in sets.items():
-            texts = caption_set(vlm, captions, kept_batches(kept, features, 64), {})
+            def captioned(first: int, shots: list = ()) -> dict[int, str]:
+                return caption_set(vlm, captions, kept_batches(kept[first:], features, 64), {}, shots)
+
+            texts = captioned(0)
             scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            first = len(shots) * (captions is val)  # no picture comes before itself
+            if shots and first < len(kept):
+                after = captioned(first, shots)
+                scores[f"{label}, {len(shots)} shots ({len(after)})"] = score(captions, after)
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
             if RANK:
@@ -652,7 +663,7 @@ def main() -> None:
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)
             write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
-        metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
     print(table(scores))
     if WORLD > 1:
         dist.destroy_process_group()
