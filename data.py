@@ -62,12 +62,15 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]):
-    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that the
-    whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
-    kind, size = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[str(dtype)[6:]], dtype.itemsize * math.prod(shape)
-    header = json.dumps({"rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
-                         "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
+def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
+               marks: Callable[[], list[bool]]) -> None:
+    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
+    the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    size = dtype.itemsize * math.prod(shape)  # bytes
+    header = json.dumps({
+        "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
+        "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -441,7 +444,7 @@ class Captions(torch.utils.data.Dataset):
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
-        """Parts the set in two: the rest, and `size` pictures drawn from the seed, no more than one in `parts`."""
+        """Parts the set in two: the rest, and `size` pictures drawn from the seed, at most one in `parts`."""
         size = min(size, max(1, len(self) // parts))
         out = sorted(random.Random(f"{seed} held out").sample(range(len(self)), size))
         return self.subset(sorted({*range(len(self))} - {*out})), self.subset(out)
@@ -491,7 +494,7 @@ KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
 
 
 class Pair(str):
-    """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong with it."""
+    """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong."""
     captions: list[str]
     file: bytes
     fault: str
@@ -515,14 +518,15 @@ class StrictHeader(tarfile.TarInfo):
 
 
 def read_shard(path: Path):
-    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are called
-    the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption" (a string or
-    a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or the rest of the
-    shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its folder, so that a seed
-    draws the same wherever the shards lie."""
+    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
+    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption"
+    (a string or a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or
+    the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its
+    folder, so that a seed draws the same wherever the shards lie."""
     def members():
         try:
-            with tarfile.open(path, "r|gz" if path.suffix.endswith("gz") else "r|", tarinfo=StrictHeader) as tar:
+            mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
+            with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # tarfile would keep all it met
                     stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
@@ -537,8 +541,8 @@ def read_shard(path: Path):
         found = {kind: content for _, kind, content in group}
         file = next((found[kind] for kind in KINDS if kind in found), b"")
         try:
-            texts = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
-            texts = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
+            said = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
+            texts = [clean(text) for text in ([said] if isinstance(said, str) else said)]
             texts = [text for text in texts if any(map(str.isalnum, text))]
             fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -547,8 +551,8 @@ def read_shard(path: Path):
 
 
 class Shards:
-    """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The set's
-    indices are the pairs themselves; its length is that of an epoch in this process, as far as it is known.
+    """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
+    set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
 
     `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError.
     """
@@ -593,9 +597,9 @@ class Shards:
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
-        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In each epoch
-        every shard is one process's, and the pairs are drawn from a buffer that the shards run through. Raises
-        InputError."""
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In each
+        epoch every shard is one process's, and pairs are drawn from a buffer that its shards run through.
+        Raises InputError."""
         if len(self.paths) < world:
             raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
 

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
-                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed, read_json,
-                  read_tensors, run, shuffled, skip, stack, write_file, write_json, write_rows)
+                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed,
+                  read_json, read_tensors, run, shuffled, skip, stack, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -91,13 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--data", default="shapes", metavar="FILE",
-        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; or tar shards with "
-             "pairs NAME.jpg, NAME.txt, as \"shards/{000..099}.tar\", which are streamed (default: shapes, the "
-             "built-in world)")
+        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; or tar "
+             "shards, as \"shards/{000..099}.tar\", with pairs NAME.jpg, NAME.txt, which are streamed "
+             "(default: shapes, the built-in world)")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
     add("--val", metavar="FILE",
-        help="captions to validate on, pictures in --images too, or tar shards (default: a part of --data held out; "
-             "of shards the first, which then isn't trained on)")
+        help="captions to validate on, pictures in --images too, or tar shards (default: a part of --data "
+             "held out; of shards the first, which then isn't trained on)")
     add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
     add("--buffer", type=int, default=1000, metavar="PAIRS",
@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=700, help="optimizer steps (default: 700)")
     add("--batch", type=int, default=64, help="pictures a step, of all processes together (default: 64)")
     add("--accumulate", type=int, default=1,
-        help="equal parts that a process computes its share of a step's batch in, to save memory (default: 1)")
+        help="equal parts that a process computes its share of a batch in, to save memory (default: 1)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
     add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
     add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
@@ -140,10 +140,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="encode every picture once, before the first step, and keep the features in memory (default: when they take "
              "less than half of what is free, and the steps see each picture at least once)")
     add("--features", metavar="FOLDER",
-        help="keep them in a file in this folder instead, and read them from there the next time that the same "
-             "encoder sees the same pictures (default: in memory)")
+        help="keep them in a file in this folder instead, and read them from there the next time that the "
+             "same encoder sees the same pictures (default: in memory)")
     add("--shard", action="store_true",
-        help="with torchrun: each process holds a part of each block of the frozen LLM (FSDP2; torch 2.7 or later)")
+        help="with torchrun: each process holds a part of each block of the frozen LLM (FSDP2; torch 2.7 or "
+             "later)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
@@ -196,7 +197,8 @@ def read_options() -> argparse.Namespace:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
-    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every", "save_every"):
+    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
+                 "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.batch % (WORLD * args.accumulate):
@@ -243,8 +245,9 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
 
 
 def spread(vlm: VLM, device: torch.device) -> None:
-    """Parts each block of the LLM among the processes (fully sharded data parallelism, FSDP: Zhao et al., 2023,
-    arXiv:2304.11277): its frozen weights come together only while it computes. All that is trained stays whole."""
+    """Parts each block of the LLM among the processes (fully sharded data parallelism, FSDP: Zhao et al.,
+    2023, arXiv:2304.11277): its frozen weights come together only while it computes. What is trained, and
+    what is outside the blocks, stays whole in each."""
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(device.type, (WORLD,))
     whole = {*vlm.parameters()} - {p for p in vlm.llm.blocks.parameters() if not p.requires_grad}
@@ -298,7 +301,7 @@ def share(bad: dict[int, str]) -> None:
 
 
 def feature_key(vlm: VLM, captions) -> str:
-    """A digest of all that features depend on: the encoder, weights and all, how pictures reach it, and these."""
+    """A digest of what features depend on: the encoder, weights and all, how it sees, and what."""
     vit = vlm.vit
     settings = (vit.config, vars(vit.preprocess), vlm.config.get("layer"), vlm.dtype, captions.stamp())
     digest = hashlib.sha256(repr(settings).encode())
@@ -308,17 +311,18 @@ def feature_key(vlm: VLM, captions) -> str:
 
 
 @torch.no_grad()
-def encode_all(vlm: VLM, captions, bad: dict[int, str], args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
-    """Indices of the pictures that can be read, and the features (P,N,Dv) of all, zeros for the others: in memory,
-    or with --features in a mapped file. Each process encodes its share."""
+def encode_all(vlm: VLM, captions, bad: dict[int, str],
+               args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
+    """Indices of the pictures that can be read, and the features (P,N,Dv) of all, zeros for the others: in
+    memory, or with --features in a mapped file. Each process encodes its share."""
     start, side = time.time(), vlm.vit.config.image_size
     one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
     shape = (len(captions), *one.shape[1:])
 
     def encoded():
         chunks = in_order(len(captions), 64 * WORLD)
-        mine = [chunk[RANK::WORLD] for chunk in chunks]
-        for chunk, (indices, features, found) in zip(chunks, vlm.encode_pictures(captions, mine, args.workers)):
+        mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], args.workers)
+        for chunk, (indices, features, found) in zip(chunks, mine):
             skip(bad, found, captions)
             rows = one.new_zeros(len(chunk), *shape[1:])
             if indices:
@@ -346,7 +350,8 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str], args: argparse.Namespace
                 write_file(path, write)
             total(torch.zeros(1, device=vlm.device))  # the file is there
         features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
-        bad.update({i: f"{captions.name(i)}: couldn't be read" for i in (~marks).nonzero().flatten().tolist()} | bad)
+        for i in (~marks).nonzero().flatten().tolist():
+            bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
     return [i for i in range(len(captions)) if i not in bad], features
 
 
@@ -418,12 +423,14 @@ def main() -> None:
     else:
         train, unseen = caption_data(args.data, args.images, args.buffer), None
         if args.val:
-            _, val = caption_data(args.val, args.images or Path(args.data).parent).held_out(args.val_size, args.seed)
+            val = caption_data(args.val, args.images or Path(args.data).parent)
+            _, val = val.held_out(args.val_size, args.seed)
         else:
             train, val = train.held_out(args.val_size, args.seed, 20)
             if not train.paths:
-                raise InputError(f"{args.data}: one {'shard' if is_shards(args.data) else 'picture'} can't be parted "
-                                 "in training and validation: give --val")
+                one = "shard" if is_shards(args.data) else "picture"
+                raise InputError(f"{args.data}: one {one} can't be parted in training and validation: "
+                                 "give --val")
     streamed = isinstance(train, Shards)
 
     # Model
@@ -492,8 +499,8 @@ def main() -> None:
     size = args.batch // WORLD  # of this process's share of a batch
 
     def pictures():
-        """This process's share of each step's batch, from step `first` on: indices, and features or, where these
-        aren't kept, pixels."""
+        """This process's share of each step's batch, from step `first` on: indices, and features or, where
+        these aren't kept, pixels."""
         mine = slice(RANK * size, RANK * size + size)
         if cache:
             kept, features = encode_all(vlm, train, unreadable[0], args)

@@ -109,7 +109,8 @@ def stream(_) -> None:
                 with tarfile.open(f"{folder}/{pairs}-{shard}.tar", "w") as tar:
                     for i in range(shard * pairs // 10, (shard + 1) * pairs // 10):
                         picture = io.BytesIO()
-                        Image.new("RGB", (96, 96), (i % 256, i // 256 % 256, i // 65536)).save(picture, "JPEG")
+                        colour = (i % 256, i // 256 % 256, i // 65536)
+                        Image.new("RGB", (96, 96), colour).save(picture, "JPEG")
                         for kind, content in (("jpg", picture.getvalue()), ("txt", f"picture {i}".encode())):
                             member = tarfile.TarInfo(f"{i:09}.{kind}")
                             member.size = len(content)

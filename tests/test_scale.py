@@ -35,10 +35,11 @@ def losses(run: str) -> list[float]:
 ), ids=("replicated", "sharded"))
 def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = [*SMALL, *QUICK, "--steps", "4", "--save-every", "2", "--log-every", "1", "--precision", "float32",
-               *options]
+    options = [*SMALL, *QUICK, "--steps", "4", "--save-every", "2", "--log-every", "1",
+               "--precision", "float32", *options]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, ROOT / "train.py", *options, "--out", "two"], text=True, capture_output=True)
+    run = [*torchrun, ROOT / "train.py", *options, "--out", "two"]
+    done = subprocess.run(run, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4/4") == 1 and "encoded 8 pictures" in done.stdout
     assert command(monkeypatch, train, *options, *of_one, "--out", "one") == 0
@@ -51,7 +52,7 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
 def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD", 3)
     assert command(monkeypatch, train, *QUICK) == 2
-    assert "--batch 16 can't be cut in --accumulate 1 equal parts in each of 3 processes" in capsys.readouterr().err
+    assert "in --accumulate 1 equal parts in each of 3 processes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -80,8 +81,8 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(6):
         scenes = range(20 * shard, 20 * shard + 20)
-        texts = [("json", json.dumps({"caption": SCENES.captions(i)})) if i % 2 else ("txt", SCENES.captions(i)[0])
-                 for i in scenes]
+        texts = [("json", json.dumps({"caption": SCENES.captions(i)})) if i % 2 else
+                 ("txt", SCENES.captions(i)[0]) for i in scenes]
         write_tar(folder / f"{shard:02}.tar", [
             member for i, (kind, text) in zip(scenes, texts)
             for member in ((f"a/{i:03}.png", png(i)), (f"a/{i:03}.{kind}", text.encode()))])
@@ -90,7 +91,8 @@ def shards(tmp_path_factory) -> Path:
 
 def test_shards_are_listed_as_in_a_shell(shards):
     paths = [shards / f"{i:02}.tar" for i in range(6)]
-    for names in (f"{shards}/{{00..05}}.tar", f"{shards}/*.tar", f"{shards}/0{{0,1,2}}.tar,{shards}/0[345].tar"):
+    for names in (f"{shards}/{{00..05}}.tar", f"{shards}/*.tar",
+                  f"{shards}/0{{0,1,2}}.tar,{shards}/0[345].tar"):
         assert Shards(names).paths == paths
     with pytest.raises(InputError, match="06.tar: no such shard"):
         Shards(f"{shards}/{{00..06}}.tar")
@@ -125,8 +127,8 @@ def test_each_pair_comes_once_an_epoch_to_one_process(world, shards):
 
 def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shards)
-    options = [*SMALL, *QUICK, "--data", "{00..05}.tar", "--buffer", "30", "--layout", "image-text,text-image",
-               "--shots", "1", "--log-every", "1"]
+    options = [*SMALL, *QUICK, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1", "--log-every", "1",
+               "--layout", "image-text,text-image"]
     assert command(monkeypatch, train, *options, "--out", tmp_path / "whole", "--workers", "2") == 0
     interrupt(monkeypatch, *options, "--out", tmp_path / "parts")
     monkeypatch.chdir(tmp_path)
@@ -134,10 +136,10 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     assert losses("whole")[4:8] == losses("parts")[3:7] and len(losses("whole")) == 10
     lines = [json.loads(line) for line in Path("whole/captions-val.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"00.tar/a/{i:03}" for i in range(8)]  # the first shard's
-    assert not any(line["references"] != SCENES.captions(i)[:None if i % 2 else 1] for i, line in enumerate(lines))
+    assert all(line["references"] == SCENES.captions(i)[:4 if i % 2 else 1] for i, line in enumerate(lines))
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "one shard can't be parted"),
-                               (["--data", shards / "*.tar", "--features", "f"], "shards are streamed, more than can be kept")):
+                               (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):
         assert command(monkeypatch, train, *SMALL, *QUICK, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1
@@ -150,8 +152,9 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     link.type, link.linkname, huge.size = tarfile.SYMTYPE, "/etc/passwd", 1 << 40
     good = [("g.png", png(3)), ("g.txt", b"a good pair")]
     write_tar(Path("in/0.tar"), [
-        ("../../up.png", png(0)), ("../../up.txt", b"climbs"), ("/root/up.png", png(1)), ("/root/up.txt", b"absolute"),
-        (link, b""), ("b.txt", b"a link"), ("d.png", b"no picture"), ("d.txt", b"text"), ("e.png", png(2)),
+        ("../../up.png", png(0)), ("../../up.txt", b"climbs"), ("/root/up.png", png(1)),
+        ("/root/up.txt", b"absolute"), (link, b""), ("b.txt", b"a link"),
+        ("d.png", b"no picture"), ("d.txt", b"text"), ("e.png", png(2)),
         ("e.json", b"[7"), ("f.png", png(2)), ("f.txt", b"\xff\xfe"), ("README.md", b"read me"), *good])
     faults = {pair.removeprefix("0.tar/"): pair.fault for pair in read_shard(Path("in/0.tar"))}
     assert [name for name, fault in faults.items() if not fault] == ["../../up", "/root/up", "d", "g"]
@@ -166,7 +169,8 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
         assert len(found) == pairs and not any(pair.fault for pair in found) and "broken shard" in last.fault
     with tarfile.open("in/2.tar", "w") as tar:
         tar.addfile(huge)  # its terabyte is missing
-    assert ["says that it has 1,099,511,627,776 bytes" in pair.fault for pair in read_shard(Path("in/2.tar"))] == [True]
+    pair, = read_shard(Path("in/2.tar"))
+    assert "says that it has 1,099,511,627,776 bytes" in pair.fault
     assert {path.name for path in tmp_path.rglob("*")} == {"in", "0.tar", "1.tar", "2.tar"}
 
     options = [*SMALL, *QUICK, "--val", shards / "00.tar", "--steps", "12"]
@@ -188,7 +192,8 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
         SCENES.picture(i).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i}\n" for i in range(12)))
     Path("5.png").write_text("no picture")
-    options = [*SMALL, *QUICK, "--data", "c.csv", "--val", "c.csv", "--val-size", "12", "--precision", "bfloat16"]
+    options = [*SMALL, *QUICK, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
+               "--precision", "bfloat16"]
     encoded = Counter()
     forward = ViT.forward
 
@@ -208,7 +213,8 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
     assert run("second", "--features", "kept") == 0
     assert losses("memory") == losses("first") == losses("second")
     file, = Path("kept").iterdir()
-    assert load_file(file)["rows"].shape[0] == 12 and load_file(file)["marks"].logical_not().nonzero().item() == 5
+    stored = load_file(file)
+    assert len(stored["rows"]) == 12 and stored["marks"].logical_not().nonzero().item() == 5
     assert "5.png: couldn't be read" in Path("second/unreadable.txt").read_text()
     for i, more in enumerate((["--layer", "-2"], ["--image-size", "48"], ["--precision", "float32"])):
         assert run(f"changed{i}", "--features", "kept", *more) == 11
