@@ -176,6 +176,15 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     return saved
 
 
+def make_absolute(args: argparse.Namespace) -> None:
+    """Has the run's files found again from any working directory."""
+    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
+        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
+            setattr(args, name, str(Path(value).resolve()))
+        elif value and is_shards(value):
+            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+
+
 def read_options() -> argparse.Namespace:
     """The command line; with --resume, the run's own options, which the command line may only repeat."""
     parser = make_parser()
@@ -184,12 +193,7 @@ def read_options() -> argparse.Namespace:
         saved = saved_options(Path(args.resume), parser)
         parser.set_defaults(**saved)
         args = parser.parse_args()
-    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):  # found again from any folder
-        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
-            setattr(args, name, str(Path(value).resolve()))
-        elif value and is_shards(value):
-            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
-    if args.resume:
+        make_absolute(args)
         for option in parser._actions:
             name, flag = option.dest, option.option_strings[0]
             if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
@@ -409,7 +413,7 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
 
 def take_folder(folder: Path):
     """Makes a run's folder, and keeps every other process from training in it for as long as this one lives.
-    Returns its metrics.jsonl; nowhere but in the first process of torchrun's. Raises InputError."""
+    Returns its metrics.jsonl; all but the first of torchrun's processes get none. Raises InputError."""
     path = folder / "metrics.jsonl"
     if RANK:
         return open(os.devnull, "ab")
@@ -553,6 +557,7 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
+    make_absolute(args)
     args.precision = str(dtype).removeprefix("torch.")  # wherever it is resumed
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
