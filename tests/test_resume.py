@@ -164,6 +164,26 @@ def test_a_run_that_is_killed_loses_nothing(unbroken):
         assert same("whole", f"run{run}")
 
 
+def test_what_is_read_is_of_one_step(unbroken, monkeypatch):
+    def before():  # killed when the second checkpoint has its LoRA, but not yet its adapter
+        count, save = iter(range(1)), adapters.save_lora
+
+        def saved(*args):
+            save(*args)
+            next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+        adapters.save_lora = saved
+
+    def of(step):
+        found = dict(VLM.from_pretrained("run").named_parameters())
+        return {name: torch.equal(found[name], value) for name, value in unbroken[step].items()}
+
+    assert finish(*RUN, "--out", "run", before=before) == -signal.SIGKILL
+    assert all(of(4).values())
+    monkeypatch.setattr(VLM, "catch_up", lambda *_: None)
+    assert {"lora" if "llm" in name else "adapter": same for name, same in of(4).items()} == {
+        "lora": True, "adapter": False}  # as the files are, one by one
+
+
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 @pytest.mark.parametrize("cache", (["--cache-features"], ["--no-cache-features", "--workers", "2"]))
 def test_signals_save_first(number, cache, tmp_path, monkeypatch):
