@@ -9,6 +9,7 @@ Without --data it learns to caption scenes of the built-in shapes world, in abou
 """
 import argparse
 import collections
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -22,119 +23,105 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot, find_checkpoint,
-                  held_out, in_order, layout_weights, list_unreadable, read_json, run, shuffled, skip, stack,
-                  write_file, write_json)
+from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot,
+                  find_checkpoint, held_out, in_order, layout_weights, list_unreadable, one_of, read_json, run,
+                  shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
-from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
+from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, machine_options, pick_device,
+                    pick_precision, rate, table)
 
 # of an adapter, as options of the command line
 SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
-FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
+FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features",
+        "tensorboard", "quiet")  # may change on --resume
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add("--from", dest="origin", metavar="NAME",
-        help="start from a public VLM, a folder or a hub name, and train its adapter on captions, or on the "
-             "questions and answers of LLaVA's JSON")
-    add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
-    add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
-    add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
-    add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
-    add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
-    add("--queries", type=int,
-        help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
-    add("--adapter-scale", type=int,
-        help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
+    add = parser.add_argument_group("model").add_argument
+    add("--from", dest="origin", metavar="NAME", help="start from a public VLM, a folder or a hub name, and train its adapter")
+    add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name")
+    add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
+    add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees (default: the checkpoint's)")
+    add("--layer", type=int, metavar="I", help="encoder's layer to read, as hidden_states[I] (default: its last output)")
+    add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
+    add("--queries", type=int, help="embeddings of a picture, where an adapter doesn't keep the patches (default: 32)")
+    add("--adapter-scale", type=int, help="pixelshuffle: squares of N × N patches become one embedding (default: 2)")
     add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
-    add("--adapter-every", type=int, metavar="K",
-        help="qformer: every K-th block reads the picture; flamingo: a block that does stands before every "
-             "K-th of the language model (default: 2)")
+    add("--adapter-every", type=int, help="qformer: every N-th block reads the picture; flamingo: one that does stands "
+                                          "before every N-th of the LLM (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
-        help="qformer, twoway: let it read the prompt too, N tokens of it at most "
-             "(default: 0; 32, if N is left out)")
-    add("--image-position", default="sequence", choices=IMAGE_POSITIONS,
-        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as "
-             "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
-             "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
-             "that keep the grid of patches (default: sequence)")
-    add("--train", default="adapter", metavar="PARTS",
-        help="the parts that are trained whole, in float32: a list of adapter, llm, vit (default: adapter)")
+        help="qformer, twoway: read the prompt's first N tokens too (default: 0; 32, if N is left out)")
+    add("--image-position", default="sequence", metavar="KIND", type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
+        help="what an image's embeddings have for positions in the LLM: sequence, as words; shared, one for all; xy, shared, "
+             "plus learned row and column; sequence+xy; rope-xy, rotary row and column, for adapters that keep the grid")
+    add("--train", default="adapter", metavar="PARTS", help="trained whole, in float32: a list of adapter, llm, vit")
+    add("--prompt", default="", metavar="TEXT",
+        help="text between picture and caption; the picture stands where it says <image>, or before it all (default: none)")
+
+    add = parser.add_argument_group("LoRA").add_argument
     add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
-    add("--lora-alpha", type=float, metavar="A", help="the LoRA's updates are scaled by A / R (default: 2 R)")
-    add("--lora-targets", default="q,v", metavar="NAMES", help="layers with a LoRA, of q, k, v, out, gate, up, down; "
-                                                               "or all (default: q,v)")
-    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit (default: llm)")
-    add("--lora-dropout", type=float, default=0.0, help="of what the LoRA reads (default: 0)")
+    add("--lora-alpha", type=float, metavar="A", help="its updates are scaled by A / R (default: 2 R)")
+    add("--lora-targets", default="q,v", metavar="NAMES", help="layers that get it: q, k, v, out, gate, up, down; or all")
+    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
+    add("--lora-dropout", type=float, default=0.0, help="dropout of what it reads")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
-    add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
-                                                     "<image>, or before it all (default: none)")
 
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--data", default="shapes", metavar="FILE", help="captions: CSV with the header image,caption; JSON lines; COCO's "
-                                                         "or LLaVA's JSON (default: shapes, the built-in world)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="shapes", metavar="FILE", help="captions: CSV with the header image,caption; JSON lines; COCO's or "
+                                                         "LLaVA's JSON (default: shapes, the built-in world)")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
-    add("--val", metavar="FILE", help="captions to validate on, pictures in --images too (default: a part of --data held out)")
-    add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
-    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
-
+    add("--val", metavar="FILE", help="captions to validate on, pictures in --images too (default: a part of --data)")
+    add("--val-size", type=int, default=500, help="pictures to validate on, at most")
+    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
     add("--layout", default="image-text", metavar="MIX",
-        help="image-text: the caption is learned after the picture; text-image-text: the picture stands "
-             "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
-             "learned, and reported; several with weights, as image-text:0.6,text-image-text:0.4 (default: "
-             "image-text)")
-    add("--shots", type=int, default=0, metavar="K",
-        help="0 to K other pairs of the batch, as drawn, come solved before each; these are learned too with "
-             "--prefix-loss (default: 0)")
-    add("--prefix-loss", action="store_true",
-        help="learn all words, those before the picture too (default: what comes last alone)")
+        help="where the picture stands and what is learned: image-text, the caption after it; text-image-text, the rest of a "
+             "caption it stands in; text-image, whether the two match; a mix: image-text:0.6,text-image:0.4")
+    add("--shots", type=int, default=0, metavar="K", help="0 to K other pairs of the batch come solved before each")
+    add("--prefix-loss", action="store_true", help="learn the words before the picture, and of the shots, too")
+    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut")
 
-    training = parser.add_argument_group("training")
-    add = training.add_argument
-    add("--steps", type=int, default=700, help="optimizer steps (default: 700)")
-    add("--batch", type=int, default=64, help="pictures a step (default: 64)")
-    add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
-    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
-    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
-    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=700, help="optimizer steps")
+    add("--batch", type=int, default=64, help="pictures a step")
+    add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole")
+    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices")
+    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm")
     add("--spell", type=float, metavar="W",
-        help="weight of a second loss in the first 60 %% of the steps: the embeddings of an image spell its "
-             "first caption, a token each, in order; for adapters with queries (default: 1 in the shapes "
-             "world, else 0)")
-    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut (default: 128)")
-    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes (default: 0)")
+        help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first caption, a token "
+             "each; for adapters with queries (default: 1 in the shapes world, else 0)")
+    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
     machine_options(speed)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (default: on a CUDA GPU)")
     add("--cache-features", action=argparse.BooleanOptionalAction,
-        help="encode every picture once, before the first step, and keep the features in memory (default: when they take "
-             "less than half of what is free, and the steps see each picture at least once)")
+        help="encode every picture once and keep its features in memory (default: when they take less than half of what is "
+             "free, and the steps see each picture at least once)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures (default: one a core, at most 8)")
 
-    files = parser.add_argument_group("files")
-    add = files.add_argument
+    add = parser.add_argument_group("files").add_argument
     add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
-    add("--log-every", type=int, default=100, help="steps between lines of progress and of metrics.jsonl (default: 100)")
-    add("--save-every", type=int, default=500, help="steps between validations and checkpoints (default: 500)")
+    add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
+    add("--save-every", type=int, default=500, help="steps between validations and checkpoints")
+    add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too, if it is installed")
+    add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
 
 
@@ -161,21 +148,18 @@ def read_options() -> argparse.Namespace:
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
     layout_weights(args.layout)
-    whole = args.train.split(",")
-    if not {*whole} <= {"adapter", "llm", "vit"}:
-        raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
+    whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     if "adapter" not in whole and not args.origin:
         raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if args.spell is None:
         args.spell = float(args.data == "shapes" and not args.origin)
-    if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
-        raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
+    for part in args.lora_on.split(","):
+        one_of(("llm", "vit"), "part", part)
     if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
         raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
-    if args.adapter not in ADAPTERS:
-        raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
+    one_of(ADAPTERS, "adapter", args.adapter)
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -280,7 +264,7 @@ class Progress:
     a second; in a log it appears every `--log-every` steps."""
 
     def __init__(self, args: argparse.Namespace):
-        self.steps, self.terminal, self.drawn = args.steps, sys.stdout.isatty(), 0.0
+        self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
         self.begin()
 
     def begin(self) -> None:
@@ -298,6 +282,8 @@ class Progress:
                 "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
     def show(self, line: dict, end: str = "\n") -> None:
+        if self.quiet:
+            return
         self.drawn = time.time()
         minutes, seconds = divmod(round(line["s_left"]), 60)
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
@@ -306,8 +292,80 @@ class Progress:
               + " " * 8 * self.terminal, end=end, flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Curves
+
+INK, GREY, LIGHT = "#1a1a1a", "#6b6b6b", "#dddddd"
+# Okabe and Ito's colours, which colour-blind readers tell apart
+PANELS = ({"loss": ("training loss", "#0072b2"), "val": ("validation loss", "#d55e00")},
+          {"matching": ("image-text matching, share that is right", "#009e73")})
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers, evenly spaced, from `low` or below to `high` or above; about `most`."""
+    rough = (high - low or abs(high) or 1) / most
+    step = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
+                if m * 10 ** math.floor(math.log10(rough)) >= rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
+
+
+def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
+    """What metrics.jsonl says over the steps, in pixels: the losses in a panel, and accuracy in another if there is
+    any. The first series of a panel is a line, others have dots too."""
+    series = {name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+              for panel in PANELS for name in panel}
+    panels = [panel for panel in PANELS if any(series[name] for name in panel)]
+    last = max((step for points in series.values() for step, _ in points), default=1)
+    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # times larger, for smooth lines
+    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
+    for row, panel in enumerate(panels):
+        values = [value for name in panel for _, value in series[name]]
+        scale = ticks(min(values), max(values))
+        left, top, right, bottom = 76, 84, width - 32, height - 60
+
+        def place(step, value):
+            return (left + (right - left) * step / last,
+                    bottom - (bottom - top) * (value - scale[0]) / (scale[-1] - scale[0]))
+
+        plot = Image.new("RGB", (width * smooth, height * smooth), "white")
+        draw = ImageDraw.Draw(plot)
+        for value in scale:
+            draw.line([c * smooth for step in (0, last) for c in place(step, value)],
+                      GREY if value == scale[0] else LIGHT, smooth)
+        for name, (_, colour) in panel.items():
+            points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
+            draw.line(points, colour, 2 * smooth + 2, "curve")
+            for x, y in points if name != "loss" or len(points) == 1 else ():
+                draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
+        image.paste(plot.reduce(smooth), (0, row * height))
+        draw = ImageDraw.Draw(image)
+
+        def write(x, y, text, anchor, colour=GREY, font=small):
+            draw.text((x, y + row * height), text, colour, font, anchor)
+
+        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
+        for value in scale:
+            write(left - 10, place(0, value)[1], f"{value:.{digits}f}", "rm")
+        for step in ticks(0, last, 8):
+            if step <= last:
+                write(place(step, 0)[0], bottom + 10, f"{step:g}", "mt")
+        write(right, bottom + 34, "steps", "rt")
+        write(left, 18, title * (row == 0), "lt", INK, large)
+        x = left
+        for name, (label, colour) in panel.items():
+            if series[name]:
+                draw.line((x, row * height + 60, x + 28, row * height + 60), colour, 3)
+                if name != "loss":
+                    draw.circle((x + 14, row * height + 60), 4.5, colour)
+                write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
+                x += 76 + small.getlength(label + ", nats per token")
+    return image
+
+
 def main() -> None:
     args = read_options()
+    say = functools.partial(print, flush=True) if not args.quiet else lambda text: None
 
     # Captions
     if args.data == "shapes":
@@ -352,6 +410,11 @@ def main() -> None:
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
 
     # The run's folder
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard needs its package: pip install tensorboard") from None
     folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
     first = 0
     if args.resume:
@@ -364,9 +427,11 @@ def main() -> None:
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
         write_json(folder / "config.json", vlm.config)
-    print(f"{folder}: {vlm.config['adapter']} adapter, "
+    say(f"{folder}: {vlm.config['adapter']} adapter, "
           f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
           f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
+
+    board = SummaryWriter(folder, purge_step=first) if args.tensorboard else None
 
     # Pictures, encoded once or step by step
     unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
@@ -379,7 +444,7 @@ def main() -> None:
             skip(bad, found, captions)
             if indices:
                 parts.append((indices, features))
-        print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
+        say(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s")
         return [i for indices, _ in parts for i in indices], torch.cat([features for _, features in parts])
 
     def pictures():
@@ -502,6 +567,12 @@ def main() -> None:
                 progress.show(line)
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
+                for name, value in line.items() if board else ():
+                    board.add_scalar(name, value, step + 1)
+                if save:
+                    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+                    image = curves(lines, folder.name)
+                    write_file(folder / "curves.png", lambda path: image.save(path, "PNG"))
                 progress.begin()
         source.close()
 
@@ -514,19 +585,26 @@ def main() -> None:
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
-        scores = {}
+        scores, sections = {}, []
         for label, (captions, kept, features) in sets.items():
             batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
             texts = caption_set(vlm, captions, batches, {})
-            scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            row, ratings = rate(captions, texts)
+            scores[f"{label} ({len(kept)})"] = row
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-            sheet = contact_sheet(captions, texts)
-            write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
+            sections += best_and_worst(label, captions, texts, ratings)
+            for name, value in row.items() if board else ():
+                board.add_scalar(f"{label}/{name}", value, args.steps)
         metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+    sheet = contact_sheet(sections)
+    write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
+    if board:
+        board.close()
     print(table(scores))
+    say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")
 
 
 if __name__ == "__main__":
