@@ -345,7 +345,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd); mask true where a query sees a key, or added to
     the scores."""
     if WATCHED is not None:
-        WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
+        with torch.autocast(q.device.type, enabled=False):
+            WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         # the CPU's fused kernel is 4 to 8 times slower in its bfloat16 backward pass than these products
         return probabilities(q, k, mask, causal) @ v

@@ -1,12 +1,12 @@
 """Pictures in, words out; and the scores of captions.
 
-    python sample.py photo.jpg                           # a caption, by the newest run in out/
-    python sample.py photo.jpg "What is on the table?"   # an answer
-    python sample.py photo.jpg --model NAME              # by another run, or a public VLM (LLaVA, SmolVLM, …)
-    python sample.py photo.jpg --shot a.jpg "a cat"      # after examples, solved
-    python sample.py photo.jpg --attention seen.png      # and where each of its words looked
-    python sample.py photos/ "*.png" --json              # a line of JSON for each picture
-    python sample.py --data captions.csv --images DIR    # caption a whole set and score it
+    python sample.py photo.jpg                          # a caption, by the newest run in out/
+    python sample.py photo.jpg "What is on the table?"  # an answer
+    python sample.py photo.jpg --model NAME             # by another run, or a public VLM
+    python sample.py photo.jpg --shot a.jpg "a cat"     # after examples, solved
+    python sample.py photo.jpg --attention seen.png     # and where each of its words looked
+    python sample.py photos/ "*.png" --json             # a line of JSON for each picture
+    python sample.py --data captions.csv --images DIR   # caption a whole set and score it
 """
 import argparse
 import collections
@@ -129,9 +129,12 @@ INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0b5fa5"
 def wrap(text: str, font, width: int) -> str:
     """Breaks a text in lines of at most `width` pixels."""
     lines = [""]
-    for word in re.findall(r"\S{1,20}", text):
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         lines[-1:] = [longer] if font.getlength(longer) <= width else [*filter(None, lines[-1:]), word]
+        while font.getlength(line := lines[-1]) > width:  # a word that is longer than a line
+            cut = next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            lines[-1:] = [line[:cut], line[cut:]]
     return "\n".join(lines)
 
 
@@ -214,22 +217,26 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str, raw: bool = F
 
 
 def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]], side: int = 150) -> list:
-    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then for each word dark where the
-    word did not look."""
+    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word of `look`
+    paid more than the words did on average. All words pay the most to the same few patches: their mean tells nothing
+    of a word."""
     black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), colour)) for colour in ("black", "white"))
     views = F.interpolate((pixels - black) / (white - black), (side, side), mode="bilinear", antialias=True)
-    cells = [(views, "the picture")]
-    for word, at in looks:
-        light = F.interpolate((at / at.max())[:, None], (side, side), mode="bicubic").clamp(0, 1)  # (P,1,S,S)
-        cells.append((views * (0.15 + 0.85 * light), word))
-    return [(Image.fromarray((torch.cat([*x], 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()), [(text, INK)])
-            for x, text in cells]
+    cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
+    shares = [at / at.sum() for _, at in looks]
+    usual = torch.stack(shares).mean(0) if len(shares) > 1 else torch.tensor(0.0)
+    for (word, _), share in zip(looks, shares):
+        light = (share / usual.clamp(min=1e-9) - 1).clamp(min=0)
+        light = F.interpolate((light / light.max().clamp(min=1e-9))[:, None], (side, side), mode="bicubic")
+        cells.append((views * (0.15 + 0.85 * light.clamp(0, 1)), [(word, INK)]))
+    return [(Image.fromarray((torch.cat([*x], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()), lines)
+            for x, lines in cells]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input (one line on stderr says what), 130 interrupted, 141 output not read to its end"
+EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output went unread"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -284,8 +291,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--precision", default="auto", help="bfloat16, float16 or float32: of the backbones' weights and "
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--precision", default="auto", metavar="TYPE", help="bfloat16, float16 or float32: of the backbones' weights and "
                         "of what is computed (default: bfloat16 where the hardware is fast at it, CPUs with AMX or "
                         "AVX512-BF16 too; float16 on older GPUs; else float32)")
 
@@ -350,22 +357,29 @@ def main() -> None:
     add("--raw-prompt", action="store_true", help="take the prompt as it is: no format around it, special tokens are read")
     add("--show-prompt", action="store_true", help="print what the language model reads of each prompt, on stderr")
     add("--no-split", action="store_true", help="see each picture as a whole, where the model would see it in tiles too")
-    add("--attention", metavar="FILE", help="draw where each word of the caption looked, as a PNG; implies --no-split")
-    add("--data", metavar="FILE", help="caption and score a set instead: a captions file, as for train.py, or 'shapes'")
-    add("--images", metavar="FOLDER", help="where the pictures of --data lie (default: beside the file)")
-    add("--save", metavar="FILE", help="with --data: write the captions, one JSON object a line")
-    add("--json", action="store_true", help="print JSON objects, one a line: image, caption and, with --data, references; "
-                                            "the scores go to stderr then")
-    add("--quiet", action="store_true", help="print captions, scores and errors alone")
+    add("--attention", metavar="FILE", help="draw where each word of the captions looked, as a PNG; implies --no-split")
+
+    add = parser.add_argument_group("caption sets").add_argument
+    add("--data", metavar="FILE", help="caption and score this set instead: captions as for train.py, or 'shapes'")
+    add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
+    add("--save", metavar="FILE", help="write the captions, one JSON object a line")
+    add("--batch", type=int, default=64, help="pictures at a time")
+    add("--workers", type=int, default=2, help="processes that read pictures")
+
+    add = parser.add_argument_group("decoding").add_argument
     add("--max-tokens", type=int, default=60, help="longest caption, tokens")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained")
     add("--top-k", type=int, default=0, help="draw among the N likeliest tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="draw among the fewest tokens that make up this probability")
-    add("--beams", type=int, default=1, help="search for the likeliest text with so many beams, at temperature 0; 1: off")
+    add("--beams", type=int, default=1, help="search for the likeliest text with N beams, at temperature 0; 1: off")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--batch", type=int, default=64, help="pictures at a time, with --data")
-    add("--workers", type=int, default=2, help="processes that read pictures, with --data")
-    machine_options(parser)
+
+    group = parser.add_argument_group("output and machine")
+    add = group.add_argument
+    add("--json", action="store_true", help="print a JSON object a line: image, caption and, of a set, references; a set's "
+                                            "scores go to stderr then")
+    add("--quiet", action="store_true", help="print captions, scores and errors alone")
+    machine_options(group)
     args = parser.parse_intermixed_args()
     if args.pictures and re.search(r"\s", args.pictures[-1]) and not pictures_of(args.pictures[-1]):
         if args.prompt is not None:
@@ -446,7 +460,7 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -
         lines += as_lines(captions, texts)
         for reason in bad.values() if not args.quiet else ():
             print(f"skipped: {reason}", file=sys.stderr)
-    print(lines, end="") if args.json else None
+    print(lines * args.json, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)
     if args.save:
         write_file(Path(args.save), lambda path: path.write_text(lines, encoding="utf-8"))

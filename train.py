@@ -3,9 +3,9 @@
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
         --data captions.csv --images photos/
-    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos/
+    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos
 
-Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
+Without --data it learns to caption the built-in shapes world: three minutes on two CPU cores.
 """
 import argparse
 import collections
@@ -315,12 +315,12 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
     any. The first series of a panel is a line, others have dots too."""
     series = {name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
               for panel in PANELS for name in panel}
-    panels = [panel for panel in PANELS if any(series[name] for name in panel)]
+    panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
     last = max((step for points in series.values() for step, _ in points), default=1)
     image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # times larger, for smooth lines
     small, large = ImageFont.load_default(15), ImageFont.load_default(19)
     for row, panel in enumerate(panels):
-        values = [value for name in panel for _, value in series[name]]
+        values = [value for name in panel for _, value in series[name]] or [0, 1]
         scale = ticks(min(values), max(values))
         left, top, right, bottom = 76, 84, width - 32, height - 60
 
@@ -335,7 +335,8 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
                       GREY if value == scale[0] else LIGHT, smooth)
         for name, (_, colour) in panel.items():
             points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
-            draw.line(points, colour, 2 * smooth + 2, "curve")
+            if len(points) > 1:
+                draw.line(points, colour, 2 * smooth + 2, "curve")
             for x, y in points if name != "loss" or len(points) == 1 else ():
                 draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
         image.paste(plot.reduce(smooth), (0, row * height))
