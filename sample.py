@@ -316,14 +316,17 @@ def pictures_of(name: str) -> list[str]:
     return [name] if name == "-" or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
-def caption_set(vlm: VLM, captions, batches, decoding: dict) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features) pairs: {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, decoding: dict,
+                shots: list[tuple[torch.Tensor, str]] = ()) -> dict[int, str]:
+    """Captions what `batches` of a set yields, (indices, features) pairs, each after the same `shots`: features
+    (N,Dv) of a picture and its caption. Returns {index: caption}."""
     texts = {}
     for indices, features in batches:
         prompt = decoding.get("prompt")
-        if prompt is None:
-            prompt = [vlm.prompt_for(captions.questions(i)[0]) for i in indices]
-        texts.update(zip(indices, vlm.caption(features=features, **decoding | {"prompt": prompt})))
+        asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
+        asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
+        shown = torch.stack([picture for last in features for picture in (*(shot for shot, _ in shots), last)])
+        texts.update(zip(indices, vlm.caption(features=shown, **decoding | {"prompt": asked})))
     return texts
 
 
@@ -353,7 +356,7 @@ def main() -> None:
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
-        help="a picture with its caption, to come before each of the others; may be given several times")
+        help="a picture with its caption, to come before each other, those of --data too; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is: no format around it, special tokens are read")
     add("--show-prompt", action="store_true", help="print what the language model reads of each prompt, on stderr")
     add("--no-split", action="store_true", help="see each picture as a whole, where the model would see it in tiles too")
@@ -391,8 +394,8 @@ def main() -> None:
         parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
-    if args.data and (args.shot or args.attention):
-        parser.error("--shot and --attention go with pictures, not with --data")
+    if args.data and args.attention:
+        parser.error("--attention goes with pictures, not with --data")
 
     device = pick_device(args.device)
     sets = {}
@@ -406,20 +409,20 @@ def main() -> None:
     asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not (args.no_split or args.attention))
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
+    shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     if args.data:
-        score_sets(vlm, sets, decoding, args)
+        score_sets(vlm, sets, decoding, args, shots)
         return
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     group = max(1, prompt.count(IMAGE))
     if len(files) % group:
         raise InputError(f"the prompt takes {group} pictures at a time: {len(files)} can't be shared out")
-    shots = [open_picture(name) for name, _ in args.shot]
-    asking["prompt"], _ = few_shot([*((prompt, clean(caption)) for _, caption in args.shot), (prompt, "")])
+    asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
     failed, sections = False, []
     for i in range(0, len(files), group):
         names = files[i:i + group]
         try:
-            pictures = [[*shots, *map(open_picture, names)]]
+            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
             if args.show_prompt:
                 (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
@@ -441,9 +444,10 @@ def main() -> None:
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -> None:
-    """Captions whole sets, prints their scores, and writes the captions to --save."""
+def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, shots: list) -> None:
+    """Captions whole sets, each picture after `shots`, prints their scores, and writes the captions to --save."""
     scores, lines = {}, ""
+    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said) for picture, said in shots]
     for label, captions in sets.items():
         bad = {}
 
@@ -455,7 +459,7 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -
                 if sys.stderr.isatty() and not args.quiet:
                     print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
-        texts = caption_set(vlm, captions, read(), decoding)
+        texts = caption_set(vlm, captions, read(), decoding, shots)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values() if not args.quiet else ():

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot,
+from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot,
                   find_checkpoint, held_out, in_order, layout_weights, list_unreadable, one_of, read_json, run,
                   shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
@@ -211,6 +211,8 @@ def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     for name, p in vlm.trained.items():
         part = name.partition(".")[0]
         peak = getattr(args, f"lr_{part}") if part in {"llm", "vit"} & {*args.train.split(",")} else args.lr
+        if p.numel() == 1:  # a gate that starts shut: Adam would take 1 / lr steps to open it
+            peak *= 10
         groups[peak, args.weight_decay if p.dim() > 1 else 0.0].append(p)
     return [dict(params=params, peak=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
 
@@ -587,22 +589,32 @@ def main() -> None:
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
         scores, sections = {}, []
+        shots = [(val_features[j], draw_caption(val.captions(i), args.seed, 0, i))
+                 for j, i in enumerate(val_kept[:args.shots])]
         for label, (captions, kept, features) in sets.items():
-            batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
-            texts = caption_set(vlm, captions, batches, {})
+            def captioned(first: int, shots: list = ()) -> dict[int, str]:
+                batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(first, len(kept), 64))
+                return caption_set(vlm, captions, batches, {}, shots)
+
+            texts = captioned(0)
             row, ratings = rate(captions, texts)
             scores[f"{label} ({len(kept)})"] = row
+            first = len(shots) * (captions is val)  # no picture comes before itself
+            if shots and first < len(kept):
+                after = captioned(first, shots)
+                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(captions, after)[0]
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sections += best_and_worst(label, captions, texts, ratings)
-            for name, value in row.items() if board else ():
-                board.add_scalar(f"{label}/{name}", value, args.steps)
-        metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
     sheet = contact_sheet(sections)
     write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
     if board:
+        for label, row in scores.items():
+            for name, value in row.items():
+                board.add_scalar(f"{label}/{name}", value, args.steps)
         board.close()
     print(table(scores))
     say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")

@@ -322,7 +322,7 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "val", "lr"):
         assert [s[1:] for s in written if s[0] == name] == [(line[name], line["step"]) for line in lines if name in line]
-    assert ("test/exact", lines[-1]["scores"]["test (8)"]["exact"], 8) in written and written[-1] == "closed"
+    assert ("test (8)/exact", lines[-1]["scores"]["test (8)"]["exact"], 8) in written and written[-1] == "closed"
 
 
 # ---------------------------------------------------------------------------------------------------------
