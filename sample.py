@@ -173,10 +173,10 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
 
 
 def best_and_worst(label: str, captions, texts: dict[int, str], ratings: dict, most: int = 4) -> list[tuple[str, list]]:
-    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, beside human ones."""
+    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, beside references."""
     order = sorted(texts, key=lambda i: -ratings[i][0])
     return [(f"{label}: the {name} of {len(order)}", [
-        (captions.picture(i), [(texts[i], INK), *((f"human: {human}", BLUE) for human in captions.captions(i)[:1]),
+        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
                                (ratings[i][1], GREY)]) for i in some])
             for name, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
 
@@ -210,8 +210,9 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str, raw: bool = F
         piece = b"" if id in vlm.ends else vlm.tokenizer.bytes.get(id, b"")
         if piece.strip() and (space or piece[:1].isspace()):
             found.append((b"", []))
-        if piece.strip():
-            found[-1] = found[-1][0] + piece, [*found[-1][1], at]
+        if piece.strip():  # a comma after a word is no part of it, except in what is written
+            word, looks = found[-1]
+            found[-1] = word + piece, looks + [at] * (not word or any(map(str.isalnum, piece.decode(errors="ignore"))))
         space = piece[-1:].isspace()
     return [(word.decode(errors="replace").strip(), torch.stack(at).mean(0)) for word, at in found]
 

@@ -314,7 +314,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
     """What metrics.jsonl says over the steps, in pixels: the losses in a panel, and accuracy in another if there is
-    any. The first series of a panel is a line, others have dots too."""
+    any. The training loss is a line, what is measured now and then has dots too."""
     series = {name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
               for panel in PANELS for name in panel}
     panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
@@ -338,7 +338,7 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
         for name, (_, colour) in panel.items():
             points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
             if len(points) > 1:
-                draw.line(points, colour, 2 * smooth + 2, "curve")
+                draw.line(points, colour, (3 if name == "loss" else 2) * smooth, "curve")
             for x, y in points if name != "loss" or len(points) == 1 else ():
                 draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
         image.paste(plot.reduce(smooth), (0, row * height))
@@ -616,8 +616,8 @@ def main() -> None:
             for name, value in row.items():
                 board.add_scalar(f"{label}/{name}", value, args.steps)
         board.close()
+    say(f"{folder}: see curves.png and samples.png there; try it: python sample.py photo.jpg --model {folder}")
     print(table(scores))
-    say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_best_and_worst_are_by_score():
     assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
     (best, first), (worst, last) = sample.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
-    assert last[0][1][0] == ("a large red cow", sample.INK) and last[0][1][1][0] == f"human: {captions.captions(4)[0]}"
+    assert last[0][1][0] == ("a large red cow", sample.INK) and last[0][1][1][0] == f"reference: {captions.captions(4)[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
     assert len(sample.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
 
