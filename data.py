@@ -46,7 +46,7 @@ def one_of(known, what: str, word: str) -> str:
 
 
 def complain(error: InputError) -> None:
-    """Tells the error in one line on stderr; in colour on a terminal, unless NO_COLOR (no-color.org) is set."""
+    """Tells the error in a line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
         "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
     label = "\33[31merror:\33[0m" if colour else "error:"
@@ -54,7 +54,7 @@ def complain(error: InputError) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command line's `main`, its output in UTF-8: an InputError becomes one line on stderr and exit code 2."""
+    """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
@@ -353,7 +353,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
-WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), mean over heads, when anyone watches
+WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), if anyone watches
 
 
 @contextlib.contextmanager
@@ -389,7 +389,8 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Reads a picture file, or standard input for "-", whole: upright as its EXIF says, in RGB. Raises InputError."""
+    """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
+    InputError."""
     try:
         with Image.open(io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path) as picture:
             return rgb(ImageOps.exif_transpose(picture))

@@ -11,6 +11,7 @@
 import argparse
 import collections
 import glob
+import itertools
 import json
 import math
 import os
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, complain, few_shot, in_order, judge, nearest,
-                  one_of, open_picture, run, skip, stack, watch, write_file)
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, complain, few_shot, in_order, judge,
+                  nearest, one_of, open_picture, run, skip, stack, watch, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -66,8 +67,8 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list
 
 
 def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from the
-    references."""
+    """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
+    the references."""
     frequency = collections.Counter()
     for refs in references:
         frequency.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
@@ -91,8 +92,8 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
 
 
 def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, tuple[float, str]]]:
-    """Scores of generated captions {index: text} of a set, exact scenes and skills for shapes, else BLEU and CIDEr-D;
-    and how good each is, in a number and in words."""
+    """Scores of generated captions {index: text} of a set, exact scenes and skills for shapes, else BLEU and
+    CIDEr-D; and how good each is, in a number and in words."""
     if isinstance(captions, Shapes):
         judged = {i: judge(text, captions.scene(i)) for i, text in texts.items()}
         kept = {skill: [j[skill] for j in judged.values() if skill in j] for skill in ("exact", *SKILLS)}
@@ -123,7 +124,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Pictures of results
 
-INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0b5fa5"
+INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
 
 
 def wrap(text: str, font, width: int) -> str:
@@ -138,57 +139,47 @@ def wrap(text: str, font, width: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int = 240) -> Image.Image:
-    """Pictures, `side` pixels wide, in rows under the headings of their sections, (heading, pictures); each picture is
-    (Image, lines of text), the lines (text, colour)."""
-    small, large, gap = ImageFont.load_default(15), ImageFont.load_default(20), 20  # pixels
-    width, y, parts = columns * (side + gap) + gap, gap, []  # what is drawn: (x, y, Image or text, colour, font)
-    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
-    for heading, cells in sections:
-        heading = wrap(heading, large, width - 2 * gap)
-        parts.append((gap, y, heading, INK, large))
-        y += round(draw.multiline_textbbox((0, 0), heading, large)[3]) + gap // 2
-        for start in range(0, len(cells), columns):
-            bottom = y
-            for column, (picture, lines) in enumerate(cells[start:start + columns]):
-                x, under = gap + column * (side + gap), y
-                picture = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
-                parts.append((x, under, picture, None, None))
-                under += picture.height + 8
-                for text, colour in lines:
-                    text = wrap(text, small, side)
-                    parts.append((x, under, text, colour, small))
-                    under += round(draw.multiline_textbbox((0, 0), text, small)[3]) + 6
-                bottom = max(bottom, under)
-            y = bottom + gap // 2
-        y += gap // 2
-    sheet = Image.new("RGB", (width, y), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, y, part, colour, font in parts:
-        if isinstance(part, str):
-            draw.multiline_text((x, y), part, colour, font)
-        else:
-            sheet.paste(part, (x, y))
+def label(text: str, size: int, colour: str, width: int) -> Image.Image:
+    """A text in lines of at most `width` pixels."""
+    font = ImageFont.load_default(size)
+    text, draw = wrap(text, font, width), ImageDraw.Draw(Image.new("L", (1, 1)))
+    image = Image.new("RGB", (width, math.ceil(draw.multiline_textbbox((0, 0), text, font)[3])), "white")
+    ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
+    return image
+
+
+def join(images: list[Image.Image], gap: int, down: bool = False) -> Image.Image:
+    """Images side by side, or one under the other, `gap` pixels apart."""
+    places = [0, *itertools.accumulate(image.size[down] + gap for image in images)]
+    size = places[-1] - gap, max(image.size[not down] for image in images)
+    sheet = Image.new("RGB", size[::-1] if down else size, "white")
+    for image, place in zip(images, places):
+        sheet.paste(image, (0, place) if down else (place, 0))
     return sheet
 
 
-def best_and_worst(label: str, captions, texts: dict[int, str], ratings: dict, most: int = 4) -> list[tuple[str, list]]:
-    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, beside references."""
-    order = sorted(texts, key=lambda i: -ratings[i][0])
-    return [(f"{label}: the {name} of {len(order)}", [
-        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
-                               (ratings[i][1], GREY)]) for i in some])
-            for name, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
+def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int = 240) -> Image.Image:
+    """Pictures, `side` pixels wide, in rows under the headings of their sections, (heading, pictures); each
+    picture is (Image, lines of text), the lines (text, colour)."""
+    rows, gap = [], 20
+    for heading, cells in sections:
+        rows.append(label(heading, 20, INK, columns * (side + gap) - gap))
+        cells = [join([ImageOps.contain(picture, (side, side)),
+                       *(label(text, 15, colour, side) for text, colour in lines)], 7, down=True)
+                 for picture, lines in cells]
+        rows += [join(cells[i:i + columns], gap) for i in range(0, len(cells), columns)]
+    return ImageOps.expand(join(rows, gap, down=True), gap, "white")
 
 
 @torch.inference_mode()
-def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str, raw: bool = False) -> list[tuple[str, torch.Tensor]]:
-    """Where the LLM looked for each word of a `text`, given features (P,N,Dv) of the prompt's pictures: the word, and
-    what it paid to their patches (P,G,G).
+def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
+         raw: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """Where the LLM looked for each word of a `text` that it gave, from features (P,N,Dv) of the prompt's
+    pictures: the word, and what it paid to their patches (P,G,G).
 
-    That is the attention from the position that predicts a token to the image's embeddings, mean over heads and layers
-    (in `flamingo`: of the gated blocks); of an adapter with queries times that of each query to the patches, mean over
-    heads and the layers that read them. A word of several tokens is their mean.
+    That is the attention from the position that predicts a token to the image's embeddings, mean over heads
+    and layers (of `flamingo`: the gated blocks); where an adapter has queries, times that of each query to
+    the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
     """
     adapter, P = vlm.adapter, len(features)
     ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), tiles=[(0, 0)] * P, raw=raw)
@@ -210,18 +201,20 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str, raw: bool = F
         piece = b"" if id in vlm.ends else vlm.tokenizer.bytes.get(id, b"")
         if piece.strip() and (space or piece[:1].isspace()):
             found.append((b"", []))
-        if piece.strip():  # a comma after a word is no part of it, except in what is written
+        if piece.strip():
             word, looks = found[-1]
-            found[-1] = word + piece, looks + [at] * (not word or any(map(str.isalnum, piece.decode(errors="ignore"))))
+            read = not word or any(map(str.isalnum, piece.decode(errors="ignore")))  # not the comma behind it
+            found[-1] = word + piece, looks + [at] * read
         space = piece[-1:].isspace()
     return [(word.decode(errors="replace").strip(), torch.stack(at).mean(0)) for word, at in found]
 
 
-def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]], side: int = 150) -> list:
-    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word of `look`
-    paid more than the words did on average. All words pay the most to the same few patches: their mean tells nothing
-    of a word."""
-    black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), colour)) for colour in ("black", "white"))
+def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
+               side: int = 150) -> list[tuple[Image.Image, list]]:
+    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word
+    of `looks` paid a larger share than the words did on average; for all words pay the most to the same few
+    patches."""
+    black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), c)) for c in ("black", "white"))
     views = F.interpolate((pixels - black) / (white - black), (side, side), mode="bilinear", antialias=True)
     cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
     shares = [at / at.sum() for _, at in looks]
@@ -230,25 +223,26 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
         light = (share / usual.clamp(min=1e-9) - 1).clamp(min=0)
         light = F.interpolate((light / light.max().clamp(min=1e-9))[:, None], (side, side), mode="bicubic")
         cells.append((views * (0.15 + 0.85 * light.clamp(0, 1)), [(word, INK)]))
-    return [(Image.fromarray((torch.cat([*x], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()), lines)
-            for x, lines in cells]
+    arrays = [(torch.cat([*view], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0) for view, _ in cells]
+    return [(Image.fromarray(array.numpy()), lines) for array, (_, lines) in zip(arrays, cells)]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output went unread"
+EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output unread"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """As wide as the terminal, but 100 columns at most; tells the default of every option whose text doesn't."""
+    """As wide as the terminal, 100 columns at most; tells the default of every option whose text doesn't."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns - 2))
 
     def _get_help_string(self, action):
         told = "(default" in action.help or action.default in ("", argparse.SUPPRESS)
-        return action.help + " (default: %(default)s)" * (not told and type(action.default) in (int, float, str))
+        known = type(action.default) in (int, float, str)
+        return action.help + " (default: %(default)s)" * (known and not told)
 
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(action.type, "TEXT")
@@ -258,7 +252,8 @@ class Parser(argparse.ArgumentParser):
     """Of both command lines. Raises InputError where argparse would print its usage."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, epilog=EXIT_CODES, formatter_class=Help, usage="%(prog)s [options]")
+        super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,
+                         formatter_class=Help)
 
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments: .*?(--?[\w-]+)", message)
@@ -276,12 +271,9 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-PRECISIONS = ("auto", "bfloat16", "float16", "float32")
-
-
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """"auto" takes bfloat16 where the hardware multiplies it fast, float16 on older GPUs, else float32."""
-    if one_of(PRECISIONS, "precision", name) != "auto":
+    if one_of(("auto", "bfloat16", "float16", "float32"), "precision", name) != "auto":
         if name == "float16" and device.type == "cpu":
             raise InputError("--precision float16 needs a GPU: on a CPU take bfloat16 or float32")
         return getattr(torch, name)
@@ -292,10 +284,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--precision", default="auto", metavar="TYPE", help="bfloat16, float16 or float32: of the backbones' weights and "
-                        "of what is computed (default: bfloat16 where the hardware is fast at it, CPUs with AMX or "
-                        "AVX512-BF16 too; float16 on older GPUs; else float32)")
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--precision", default="auto", metavar="TYPE",
+                        help="bfloat16, float16 or float32, of weights and arithmetic (default: bfloat16 "
+                             "where the hardware is fast at it, float16 on older GPUs, else float32)")
 
 
 def newest_run() -> str:
@@ -306,14 +299,14 @@ def newest_run() -> str:
 
 
 def pictures_of(name: str) -> list[str]:
-    """The picture files in a folder, the files that match a pattern, or `name` itself, if there are any. Raises
-    InputError for a folder without pictures."""
+    """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
+    Raises InputError for a folder without pictures."""
     if os.path.isdir(name):
-        Image.init()
-        found = [str(path) for path in Path(name).iterdir() if Image.EXTENSION.get(path.suffix.lower()) in Image.OPEN]
+        kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)
         if not found:
             raise InputError(f"{name}: no pictures in this folder")
-        return sorted(found)
+        return found
     return [name] if name == "-" or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
@@ -348,23 +341,25 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
-        help="files, folders, patterns such as \"*.jpg\", or - for standard input; a last one with a space in it that is "
-             "no file is the prompt, as in photo.jpg \"What is this?\"")
-    add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: "
-                                        "the newest run in out/)")
-    add("--merge-lora", action="store_true", help="fold the run's LoRA into the weights: faster, but rounded as they are")
-    add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
+        help="files, folders, patterns (\"*.jpg\"), or - for standard input; a last one with a space in it "
+             "that is no file is the prompt: photo.jpg \"What is this?\"")
+    add("--model", metavar="NAME",
+        help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
+    add("--merge-lora", action="store_true",
+        help="fold the LoRA into the weights: faster, rounded as they are")
+    add("--prompt",
+        help="text before the caption; the picture stands where it says <image>, or before it all; with "
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
-        help="a picture with its caption, to come before each other, those of --data too; may be given several times")
-    add("--raw-prompt", action="store_true", help="take the prompt as it is: no format around it, special tokens are read")
-    add("--show-prompt", action="store_true", help="print what the language model reads of each prompt, on stderr")
-    add("--no-split", action="store_true", help="see each picture as a whole, where the model would see it in tiles too")
-    add("--attention", metavar="FILE", help="draw where each word of the captions looked, as a PNG; implies --no-split")
+        help="a solved example, to come before each picture; may be given several times")
+    add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
+    add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
+    add("--no-split", action="store_true", help="see a picture as a whole only, not in tiles too")
+    add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
 
     add = parser.add_argument_group("caption sets").add_argument
-    add("--data", metavar="FILE", help="caption and score this set instead: captions as for train.py, or 'shapes'")
+    add("--data", metavar="FILE", help="caption and score this set: captions as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
     add("--batch", type=int, default=64, help="pictures at a time")
@@ -374,14 +369,13 @@ def main() -> None:
     add("--max-tokens", type=int, default=60, help="longest caption, tokens")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained")
     add("--top-k", type=int, default=0, help="draw among the N likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens that make up this probability")
-    add("--beams", type=int, default=1, help="search for the likeliest text with N beams, at temperature 0; 1: off")
+    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens of this probability together")
+    add("--beams", type=int, default=1, help="search for the likeliest text with N beams; 1: off")
     add("--seed", type=int, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
     add = group.add_argument
-    add("--json", action="store_true", help="print a JSON object a line: image, caption and, of a set, references; a set's "
-                                            "scores go to stderr then")
+    add("--json", action="store_true", help="print JSON lines: image, caption and, of a set, references")
     add("--quiet", action="store_true", help="print captions, scores and errors alone")
     machine_options(group)
     args = parser.parse_intermixed_args()
@@ -429,7 +423,8 @@ def main() -> None:
                 print(as_read(vlm, ids), file=sys.stderr)
             text, = vlm.caption(pictures, **decoding | asking)
             if args.json:
-                print(json.dumps(dict(image=names if group > 1 else names[0], caption=text), ensure_ascii=False), flush=True)
+                line = dict(image=names if group > 1 else names[0], caption=text)
+                print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
@@ -457,8 +452,8 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, s
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features
-                if sys.stderr.isatty() and not args.quiet:
-                    print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
+                    if sys.stderr.isatty() and not args.quiet:
+                        print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
         texts = caption_set(vlm, captions, read(), decoding, shots)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)

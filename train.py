@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot,
-                  find_checkpoint, held_out, in_order, layout_weights, list_unreadable, one_of, read_json, run,
-                  shuffled, skip, stack, write_file, write_json)
+                  find_checkpoint, held_out, in_order, layout_weights, list_unreadable, one_of, read_json,
+                  run, shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
-from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, machine_options, pick_device,
-                    pick_precision, rate, table)
+from sample import (BLUE, GREY, INK, Parser, as_lines, caption_set, contact_sheet, machine_options,
+                    pick_device, pick_precision, rate, table)
 
 # of an adapter, as options of the command line
 SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
@@ -45,49 +45,57 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
 
     add = parser.add_argument_group("model").add_argument
-    add("--from", dest="origin", metavar="NAME", help="start from a public VLM, a folder or a hub name, and train its adapter")
+    add("--from", dest="origin", metavar="NAME", help="start from a public VLM: a folder or a hub name")
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
-    add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees (default: the checkpoint's)")
-    add("--layer", type=int, metavar="I", help="encoder's layer to read, as hidden_states[I] (default: its last output)")
+    add("--image-size", type=int, metavar="PX",
+        help="side of the squares the encoder sees (default: its own)")
+    add("--layer", type=int, metavar="I",
+        help="encoder's layer to read: hidden_states[I] (default: its output)")
     add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
-    add("--queries", type=int, help="embeddings of a picture, where an adapter doesn't keep the patches (default: 32)")
-    add("--adapter-scale", type=int, help="pixelshuffle: squares of N × N patches become one embedding (default: 2)")
+    add("--queries", type=int, help="embeddings of a picture, of an adapter with queries (default: 32)")
+    add("--adapter-scale", type=int, help="pixelshuffle: N × N patches become one embedding (default: 2)")
     add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
-    add("--adapter-every", type=int, help="qformer: every N-th block reads the picture; flamingo: one that does stands "
-                                          "before every N-th of the LLM (default: 2)")
+    add("--adapter-every", type=int,
+        help="qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's blocks (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
-        help="qformer, twoway: read the prompt's first N tokens too (default: 0; 32, if N is left out)")
-    add("--image-position", default="sequence", metavar="KIND", type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
-        help="what an image's embeddings have for positions in the LLM: sequence, as words; shared, one for all; xy, shared, "
-             "plus learned row and column; sequence+xy; rope-xy, rotary row and column, for adapters that keep the grid")
-    add("--train", default="adapter", metavar="PARTS", help="trained whole, in float32: a list of adapter, llm, vit")
+        help="qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)")
+    add("--image-position", default="sequence", metavar="KIND",
+        type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
+        help="of an image's embeddings in the LLM: sequence, as words; shared, one for all; xy, shared, plus "
+             "learned row and column; sequence+xy; rope-xy, rotary row and column, where the grid is kept")
+    add("--train", default="adapter", metavar="PARTS",
+        help="trained whole, in float32: a list of adapter, llm, vit")
     add("--prompt", default="", metavar="TEXT",
-        help="text between picture and caption; the picture stands where it says <image>, or before it all (default: none)")
+        help="text before the caption; the picture stands where it says <image>, or first (default: none)")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
+    add("--lora", type=int, metavar="R",
+        help="train a LoRA of rank R too (default: the backbones stay frozen)")
     add("--lora-alpha", type=float, metavar="A", help="its updates are scaled by A / R (default: 2 R)")
-    add("--lora-targets", default="q,v", metavar="NAMES", help="layers that get it: q, k, v, out, gate, up, down; or all")
+    add("--lora-targets", default="q,v", metavar="NAMES",
+        help="layers with it: q, k, v, out, gate, up, down; or all")
     add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
     add("--lora-dropout", type=float, default=0.0, help="dropout of what it reads")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", metavar="FILE", help="captions: CSV with the header image,caption; JSON lines; COCO's or "
-                                                         "LLaVA's JSON (default: shapes, the built-in world)")
+    add("--data", default="shapes", metavar="FILE",
+        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; or shapes, "
+             "the built-in world")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
-    add("--val", metavar="FILE", help="captions to validate on, pictures in --images too (default: a part of --data)")
+    add("--val", metavar="FILE", help="captions to validate on, of --images too (default: a part of --data)")
     add("--val-size", type=int, default=500, help="pictures to validate on, at most")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
     add("--layout", default="image-text", metavar="MIX",
-        help="where the picture stands and what is learned: image-text, the caption after it; text-image-text, the rest of a "
-             "caption it stands in; text-image, whether the two match; a mix: image-text:0.6,text-image:0.4")
-    add("--shots", type=int, default=0, metavar="K", help="0 to K other pairs of the batch come solved before each")
-    add("--prefix-loss", action="store_true", help="learn the words before the picture, and of the shots, too")
+        help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
+             "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
+    add("--shots", type=int, default=0, metavar="K",
+        help="0 to K other pairs of the batch come solved before each")
+    add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
     add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut")
 
     add = parser.add_argument_group("training").add_argument
@@ -101,17 +109,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices")
     add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm")
     add("--spell", type=float, metavar="W",
-        help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first caption, a token "
-             "each; for adapters with queries (default: 1 in the shapes world, else 0)")
+        help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first "
+             "caption, a token each; for adapters with queries (default: 1 in the shapes world, else 0)")
     add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
     machine_options(speed)
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (default: on a CUDA GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the step (default: on a CUDA GPU)")
     add("--cache-features", action=argparse.BooleanOptionalAction,
-        help="encode every picture once and keep its features in memory (default: when they take less than half of what is "
-             "free, and the steps see each picture at least once)")
+        help="encode every picture once and keep the features (default: when they take less than half of the "
+             "free memory, and the steps see each picture at least once)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures (default: one a core, at most 8)")
 
@@ -120,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
     add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
     add("--save-every", type=int, default=500, help="steps between validations and checkpoints")
-    add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too, if it is installed")
+    add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
 
@@ -295,11 +304,10 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Curves
+# Pictures of results
 
-INK, GREY, LIGHT = "#1a1a1a", "#6b6b6b", "#dddddd"
 # Okabe and Ito's colours, which colour-blind readers tell apart
-PANELS = ({"loss": ("training loss", "#0072b2"), "val": ("validation loss", "#d55e00")},
+PANELS = ({"loss": ("training loss", BLUE), "val": ("validation loss", "#d55e00")},
           {"matching": ("image-text matching, share that is right", "#009e73")})
 
 
@@ -313,13 +321,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
-    """What metrics.jsonl says over the steps, in pixels: the losses in a panel, and accuracy in another if there is
-    any. The training loss is a line, what is measured now and then has dots too."""
+    """What metrics.jsonl says over the steps: the losses in a panel, and accuracy in another if there is any.
+    The training loss is a line, what is measured now and then has dots too."""
     series = {name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
               for panel in PANELS for name in panel}
     panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
     last = max((step for points in series.values() for step, _ in points), default=1)
-    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # times larger, for smooth lines
+    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # so large, then reduced
     small, large = ImageFont.load_default(15), ImageFont.load_default(19)
     for row, panel in enumerate(panels):
         values = [value for name in panel for _, value in series[name]] or [0, 1]
@@ -334,7 +342,7 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
         draw = ImageDraw.Draw(plot)
         for value in scale:
             draw.line([c * smooth for step in (0, last) for c in place(step, value)],
-                      GREY if value == scale[0] else LIGHT, smooth)
+                      GREY if value == scale[0] else "#dddddd", smooth)
         for name, (_, colour) in panel.items():
             points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
             if len(points) > 1:
@@ -364,6 +372,16 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
                 write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
                 x += 76 + small.getlength(label + ", nats per token")
     return image
+
+
+def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
+                   most: int = 4) -> list[tuple[str, list]]:
+    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, with references."""
+    order = sorted(texts, key=lambda i: -ratings[i][0])
+    return [(f"{name}: the {which} of {len(order)}", [
+        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
+                               (ratings[i][1], GREY)]) for i in some])
+            for which, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
 
 
 def main() -> None:
@@ -616,7 +634,7 @@ def main() -> None:
             for name, value in row.items():
                 board.add_scalar(f"{label}/{name}", value, args.steps)
         board.close()
-    say(f"{folder}: see curves.png and samples.png there; try it: python sample.py photo.jpg --model {folder}")
+    say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")
     print(table(scores))
 
 

@@ -44,7 +44,7 @@ def test_watched_attention_is_softmax_and_changes_nothing(fixtures):
     attention(q, k, k)  # unwatched
     assert torch.allclose(seen[attention], expected, atol=1e-6) and data.WATCHED is None
 
-    llm = LLM.from_pretrained(str(fixtures / "llama"))  # grouped heads, rotary: what it gives is what it weighs with
+    llm = LLM.from_pretrained(str(fixtures / "llama"))  # grouped heads, rotary
     tokens, (first, *_) = torch.randint(50, (2, 9)), [block.attention for block in llm.blocks]
     inputs = {}
     hook = first.v.register_forward_hook(lambda module, _, out: inputs.update(v=out))
@@ -140,11 +140,13 @@ def test_curves_lie_where_the_metrics_say():
     blue, orange = "#0072b2", "#d55e00"
     curve = np.array([(y, x) for y, x in near(image, blue) if y > 70])
     (top, left), (bottom, right) = curve.min(0), curve.max(0)
-    assert right - left > 700 and bottom - top > 200 and (right < image.width - 20 and bottom < image.height - 30)
+    assert right - left > 700 and bottom - top > 200
+    assert right < image.width - 20 and bottom < image.height - 30
     expected = top + (curve[:, 1] - left) / (right - left) * (bottom - top)
     assert np.abs(curve[:, 0] - expected).max() < 4 and len({*curve[:, 1].tolist()}) > 0.98 * (right - left)
     dots = np.array([(y, x) for y, x in near(image, orange) if y > 70])
-    first, last = dots[dots[:, 1] < dots[:, 1].min() + 6].mean(0), dots[dots[:, 1] > dots[:, 1].max() - 6].mean(0)
+    xs = dots[:, 1]
+    first, last = dots[xs < xs.min() + 6].mean(0), dots[xs > xs.max() - 6].mean(0)
     for (y, x), (step, value) in ((first, (50, 3)), (last, (100, 1))):
         assert abs(x - (left + (right - left) * step / 100)) < 5
         assert abs(y - (bottom + (top - bottom) * value / 4)) < 5
@@ -170,7 +172,7 @@ def test_ticks(low, high, expected):
 
 
 def test_contact_sheet_cuts_no_text():
-    long = "a very long caption of a picture, with_a_word_that_is_much_too_long_for_its_column, that goes on and on"
+    long = "a very long caption, with_a_word_that_is_much_too_long_for_its_column, that goes on and on and on"
     cells = [(picture(300, 200), [(long, "#d62828")]), (picture(20, 60), [("short", "#d62828")])]
     sheet = sample.contact_sheet([("heading " * 20, cells), ("other", cells[:1])], columns=2, side=120)
     red = near(sheet, "#d62828")
@@ -188,11 +190,12 @@ def test_best_and_worst_are_by_score():
     texts[4] = "a large red cow"
     rated = sample.rate(captions, texts)[1]
     assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
-    (best, first), (worst, last) = sample.best_and_worst("test", captions, texts, rated, 2)
+    (best, first), (worst, last) = train.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
-    assert last[0][1][0] == ("a large red cow", sample.INK) and last[0][1][1][0] == f"reference: {captions.captions(4)[0]}"
+    said, reference, _ = last[0][1]
+    assert said == ("a large red cow", sample.INK) and reference[0] == f"reference: {captions.captions(4)[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
-    assert len(sample.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
+    assert len(train.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,7 +253,8 @@ def test_json_of_a_set_and_quiet(trained, monkeypatch, capsys):
 
 def test_attention_is_drawn(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    assert command(monkeypatch, sample, "a.png", "--model", "run", "--attention", "seen.png", "--max-tokens", "6") == 0
+    options = ("--model", "run", "--attention", "seen.png", "--max-tokens", "6")
+    assert command(monkeypatch, sample, "a.png", *options) == 0
     words, sheet = capsys.readouterr().out.split(), Image.open("seen.png")
     assert words and sheet.width == 7 * 170 + 20 and sheet.height > 200
     cells = [np.array(sheet.crop((x, 60, x + 150, 190)).convert("L")).mean() for x in (20, 190)]
@@ -275,11 +279,9 @@ def test_errors_name_the_nearest(module, arguments, hint, monkeypatch, capsys):
     assert hint in error and error.count("\n") == 1 and "\33" not in error
 
 
-@pytest.mark.parametrize("environment, coloured", (
-    ({"TERM": "xterm", "WT_SESSION": "1"}, True), ({"TERM": "xterm", "WT_SESSION": "1", "NO_COLOR": "1"}, False)))
-def test_colours_are_for_terminals(environment, coloured, monkeypatch, capsys):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for name, value in environment.items():
+@pytest.mark.parametrize("no_colour, coloured", (("", True), ("1", False)))
+def test_colours_are_for_terminals(no_colour, coloured, monkeypatch, capsys):
+    for name, value in dict(TERM="xterm", WT_SESSION="1", NO_COLOR=no_colour).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert command(monkeypatch, train, "--steps", "0") == 2
@@ -321,8 +323,10 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, train, *options) == 0
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     for name in ("loss", "val", "lr"):
-        assert [s[1:] for s in written if s[0] == name] == [(line[name], line["step"]) for line in lines if name in line]
-    assert ("test (8)/exact", lines[-1]["scores"]["test (8)"]["exact"], 8) in written and written[-1] == "closed"
+        logged = [(line[name], line["step"]) for line in lines if name in line]
+        assert [scalar[1:] for scalar in written if scalar[0] == name] == logged
+    assert ("test (8)/exact", lines[-1]["scores"]["test (8)"]["exact"], 8) in written
+    assert written[-1] == "closed"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -335,7 +339,8 @@ def test_workers_may_be_spawned():
     loader = torch.utils.data.DataLoader(Pixels(captions, vlm.vit.preprocess), batch_size=3, num_workers=1,
                                          collate_fn=Pixels.collate, multiprocessing_context="spawn")
     (indices, pixels, bad), = loader
-    assert indices == [0, 1, 2] and not bad and torch.equal(pixels[2], vlm.vit.preprocess(captions.picture(2)))
+    assert indices == [0, 1, 2] and not bad
+    assert torch.equal(pixels[2], vlm.vit.preprocess(captions.picture(2)))
 
 
 @pytest.mark.parametrize("name", FILES)

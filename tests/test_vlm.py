@@ -195,7 +195,8 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 8] and [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
     assert lines[3]["val"] != lines[1]["val"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
     assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl",
-                                                        "captions-test.jsonl", "captions-unseen.jsonl", "curves.png", "samples.png"}
+                                                        "captions-test.jsonl", "captions-unseen.jsonl",
+                                                        "curves.png", "samples.png"}
     picture(120, 80).save("a.png")
     picture(30, 90).convert("L").save("b.jpg")
     assert command(monkeypatch, sample, "a.png", "b.jpg", "--max-tokens", "5") == 0
