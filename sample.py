@@ -143,7 +143,8 @@ def label(text: str, size: int, colour: str, width: int) -> Image.Image:
     """A text in lines of at most `width` pixels."""
     font = ImageFont.load_default(size)
     text, draw = wrap(text, font, width), ImageDraw.Draw(Image.new("L", (1, 1)))
-    image = Image.new("RGB", (width, math.ceil(draw.multiline_textbbox((0, 0), text, font)[3])), "white")
+    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever letters the last line has
+    image = Image.new("RGB", (width, math.ceil(bottom)), "white")
     ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
     return image
 

@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
     add("--adapter-every", type=int,
-        help="qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's blocks (default: 2)")
+        help="qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
         help="qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)")
@@ -323,7 +323,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
     """What metrics.jsonl says over the steps: the losses in a panel, and accuracy in another if there is any.
     The training loss is a line, what is measured now and then has dots too."""
-    series = {name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+    series = {name: [*{line["step"]: line[name] for line in lines
+                       if line.get(name) is not None and math.isfinite(line[name])}.items()]
               for panel in PANELS for name in panel}
     panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
     last = max((step for points in series.values() for step, _ in points), default=1)

@@ -161,7 +161,7 @@ def test_curves_lie_where_the_metrics_say():
 
 def test_curves_of_little():
     assert train.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
-    assert train.curves([dict(step=2, loss=math.nan)], "none").size[0] == 960
+    assert train.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
 
 
 @pytest.mark.parametrize("low, high, expected", (
