@@ -257,7 +257,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=Help)
 
     def error(self, message: str):
-        unknown = re.match(r"unrecognized arguments: .*?(--?[\w-]+)", message)
+        unknown = re.match(r"unrecognized arguments:.*? (--?[\w-]+)", message)
         raise InputError(message + (nearest(unknown[1], self._option_string_actions) if unknown else ""))
 
 
@@ -333,7 +333,7 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:
-    """Generated captions and the human ones, one JSON object a line."""
+    """Generated captions and the references, one JSON object a line."""
     return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=captions.captions(i)),
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
