@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
-                  gap, load_weights, read_json, read_tensors, write_file)
+                  gap, load_weights, one_of, read_json, read_tensors, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -36,6 +36,7 @@ class Adapter(nn.Module):
     queries: int
     side: int | None = None
     text = vocabulary = 0
+    readers: str = "(?!)"
 
     def join(self, layers: int, width: int) -> None:
         """Called once with the number of the LLM's blocks and their width."""
@@ -193,6 +194,7 @@ class QFormer(Adapter):
     layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0:
     none), `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
+    readers = r"blocks\.\d+\.cross"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
@@ -282,7 +284,7 @@ class ResamplerBlock(nn.Module):
 
     def forward(self, x, source):  # (P,Q,W), (P,N,W)
         y = self.norm1(x)
-        both = torch.cat([self.source_norm(source), y], 1)
+        both = torch.cat([y, self.source_norm(source)], 1)
         x = x + self.attention(y, both, both)
         return x + self.mlp(self.norm2(x))
 
@@ -296,6 +298,7 @@ class Resampler(Adapter):
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
     layers, 4 × width unless given).
     """
+    readers = r"blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
@@ -357,6 +360,7 @@ class TwoWay(Adapter):
     feed-forward layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have
     width / shrink numbers in all heads together), `text` (tokens of the prompt it reads; 0: none).
     """
+    readers = r"(blocks\.\d+\.)?to_image"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
                  width: int = 256, heads: int = 8, mlp: int | None = None, shrink: int = 2, text: int = 0,
@@ -417,6 +421,7 @@ class Flamingo(Adapter):
     blocks too, whose feed-forward layers are 4 times as wide as the LLM.
     """
     NEVER = 1 << 62  # a position that no word has
+    readers = r"resampler\.blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
@@ -512,11 +517,8 @@ class VLM(nn.Module):
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
-        if self.image_position not in IMAGE_POSITIONS:
-            raise InputError(f"unknown image position {self.image_position!r}: "
-                             f"choose from {', '.join(IMAGE_POSITIONS)}")
-        if config["adapter"] not in ADAPTERS:
-            raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
+        one_of(IMAGE_POSITIONS, "image position", self.image_position)
+        one_of(ADAPTERS, "adapter", config["adapter"])
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         try:
             vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width

@@ -4,8 +4,10 @@ Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Fac
 safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
 many `s.questions(i)`; i is a number below its length, or, of `Shards`, a `Pair` as it was read.
 """
+import contextlib
 import copy
 import csv
+import difflib
 import glob
 import hashlib
 import io
@@ -36,12 +38,33 @@ class InputError(Exception):
     """What the user gave can't be used: the message names the file and the reason in one line."""
 
 
+def nearest(word: str, known) -> str:
+    """A question whether the one of `known` that is most like `word` was meant, if any is."""
+    return "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(word, known, 1, 0.7))
+
+
+def one_of(known, what: str, word: str) -> str:
+    """`word`, if it is one of `known`. Raises InputError."""
+    if word not in known:
+        raise InputError(f"unknown {what} '{word}': choose from {', '.join(known)}{nearest(word, known)}")
+    return word
+
+
+def complain(error: InputError) -> None:
+    """Tells the error in a line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
+        "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
+    label = "\33[31merror:\33[0m" if colour else "error:"
+    print(f"{Path(sys.argv[0]).name}: {label} {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a command line's `main`: an InputError becomes one line on stderr and exit code 2."""
+    """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -329,19 +352,46 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
+def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """softmax(q kᵀ / √hd) (B,H,T,S) of what `attend` takes."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
            causal: bool = False) -> torch.Tensor:
     """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd); mask true where a query sees a key, or added to
     the scores."""
+    if WATCHED is not None:
+        with torch.autocast(q.device.type, enabled=False):
+            WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         # the CPU's fused kernel is 4 to 8 times slower in its bfloat16 backward pass than these products
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1) @ v
+        return probabilities(q, k, mask, causal) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
+WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), if anyone watches
+
+
+@contextlib.contextmanager
+def watch(modules: list[torch.nn.Module]):
+    """Collects what the queries of `modules`, which call `attend` once each time they run, pay to each key:
+    {module: probabilities (B,T,S), mean over heads, of its last run}."""
+    global WATCHED
+    WATCHED, seen = [], {}
+    hooks = [module.register_forward_hook(lambda module, *_: seen.update({module: WATCHED.pop()}))
+             for module in modules]
+    try:
+        yield seen
+    finally:
+        WATCHED = None
+        for hook in hooks:
+            hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -361,9 +411,11 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(path: "str | Path | Pair") -> Image.Image:
-    """Reads a picture file whole: upright as its EXIF says, in RGB. Raises InputError."""
+    """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
+    InputError."""
     try:
-        with Image.open(io.BytesIO(path.file) if isinstance(path, Pair) else path) as picture:
+        inside = path.file if isinstance(path, Pair) else sys.stdin.buffer.read() if path == "-" else None
+        with Image.open(path if inside is None else io.BytesIO(inside)) as picture:
             return rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
@@ -681,10 +733,9 @@ def layout_weights(mix: str) -> dict[str, float]:
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
-        if name not in LAYOUTS or not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
-            raise InputError(f"--layout {mix}: {entry!r} is not one of {', '.join(LAYOUTS)}, with a weight "
-                             "above 0 after a colon if there are several")
-        weights[name] = float(weight or 1)
+        if not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
+            raise InputError(f"--layout {mix}: {entry!r} has no weight above 0 after its colon")
+        weights[one_of(LAYOUTS, "layout", name)] = float(weight or 1)
     return weights
 
 
