@@ -15,8 +15,8 @@ from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from test_vlm import QUICK, command
 
-FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
-            "nanovlm_first", "instructblip_vicuna")
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
+            "nanovlm_tiles", "nanovlm_chat", "nanovlm_question", "nanovlm_first", "instructblip_vicuna")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
