@@ -30,8 +30,8 @@ class Adapter(nn.Module):
     as (words, seen): the LLM's embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where
     there is a word (P,L).
 
-    With `queries` 0 nothing of a picture stands among the words: the adapter has a method `between` instead,
-    of what happens between the LLM's blocks, and of these it is told in `join`.
+    Where an adapter has a method `between`, of what happens between the LLM's blocks, nothing of a picture
+    stands among the words; of these blocks it is told in `join`.
     """
     queries: int
     side: int | None = None
@@ -421,7 +421,7 @@ class Flamingo(Adapter):
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
         super().__init__()
-        self.queries, self.every, self.sizes = 0, every, (llm_width, heads, eps)
+        self.queries, self.every, self.sizes = queries, every, (llm_width, heads, eps)
         self.resampler = Resampler(vision_width, llm_width, grid, queries=queries, layers=layers, width=width,
                                    heads=heads, mlp=mlp)
 
@@ -526,6 +526,7 @@ class VLM(nn.Module):
         except TypeError as error:
             raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
         self.adapter.join(llm.config.layers, llm.config.width)
+        self.slots = 0 if hasattr(self.adapter, "between") else self.adapter.queries  # of an image in the ids
         if self.image_position == "rope-xy":
             if self.adapter.side is None:
                 raise InputError("rope-xy needs an adapter that keeps the grid of patches, "
@@ -581,7 +582,7 @@ class VLM(nn.Module):
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
-        return self.tokenizer.encode(self.format.image(self.adapter.queries, rows, columns))
+        return self.tokenizer.encode(self.format.image(self.slots, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
                tiles: list[tuple[int, int]] | None = None, raw: bool = False,
@@ -636,7 +637,7 @@ class VLM(nn.Module):
         if where is not None:
             first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
             seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
-        repeats = image.sum(1) // self.adapter.queries
+        repeats = image.sum(1) // self.slots
         if self.reader is not None:
             reader, rows = self.reader, []
             for row, read in zip(tokens, seen):
@@ -647,9 +648,11 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
         return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
 
-    def images(self, features: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+    def images(self, features: torch.Tensor | None, prompt: torch.Tensor | None = None) -> torch.Tensor | None:
         """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
-        ids of the adapter's own vocabulary, where it has one."""
+        ids of the adapter's own vocabulary, where it has one. None of no features."""
+        if features is None:
+            return None
         features = features.float()
         if self.places is not None:
             places = (self.places[0][:, None] + self.places[1]).flatten(0, 1)  # (G²,Dv)
@@ -661,18 +664,17 @@ class VLM(nn.Module):
         with self.autocast(torch.float32):
             return self.adapter(features, *text).to(self.llm.dtype)
 
-    def embed(self, tokens: torch.Tensor, features: torch.Tensor | None,
-              prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B,T), with as many placeholders as P pictures fill, and features (P,N,Dv) (None if P is 0) to
-        embeddings (B,T,D); `prompt` as for `images`."""
+    def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """Ids (B,T), with as many placeholders as the embeddings of P pictures (P,Q,D) fill (None if P is 0),
+        to embeddings (B,T,D)."""
         V = self.llm.config.vocabulary
         x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
         if self.markers is not None:
             marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(x.dtype)
             x = torch.where((tokens >= V)[..., None], marks, x)
-        if features is None or not self.adapter.queries:
+        if images is None or not self.slots:
             return x
-        return x.masked_scatter((tokens == self.placeholder)[..., None], self.images(features, prompt))
+        return x.masked_scatter((tokens == self.placeholder)[..., None], images)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
@@ -684,42 +686,42 @@ class VLM(nn.Module):
         t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
         if self.image_position != "rope-xy":
             return t
-        i = (image.cumsum(1) - 1) % self.adapter.queries
+        i = (image.cumsum(1) - 1) % self.slots
         return t[..., None] + torch.stack([0 * i, i // side, i % side], -1) * image[..., None]
 
-    def read(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor | None = None) -> dict:
-        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and features (P,N,Dv): their
-        arguments by name. `where` (M,): the places of targets, if there are any."""
+    def read(self, tokens: torch.Tensor, images: torch.Tensor | None) -> dict:
+        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and the embeddings of P pictures
+        (P,Q,D) (None if P is 0): their arguments by name."""
         positions = self.positions(tokens)
-        embeddings = self.embed(tokens, features, self.prompt(tokens, where))
-        inputs = dict(embeddings=embeddings, positions=positions)
-        if self.adapter.queries or features is None:
+        inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
+        if self.slots or images is None:
             return inputs
         begin = tokens == self.llm.config.vocabulary
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
-        return inputs | dict(between=self.adapter.between(self.images(features), begins))
+        return inputs | dict(between=self.adapter.between(images, begins))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
                 spelled: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T).
-        With places `spelled` (K,) of image embeddings also scores (K,V) of each of these as a word itself."""
+        With places `spelled` (K,) among the embeddings of all pictures also scores (K,V) of each of these as
+        a word itself."""
         with self.autocast(self.llm.dtype):
-            inputs = self.read(tokens, features, where)
-            logits = self.llm.logits(self.llm.hidden(**inputs).flatten(0, 1)[where])
+            images = self.images(features, self.prompt(tokens, where))
+            hidden = self.llm.hidden(**self.read(tokens, images))
+            logits = self.llm.logits(hidden.flatten(0, 1)[where])
             if spelled is None:
                 return logits
-            return logits, inputs["embeddings"].flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
+            return logits, images.flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
 
-    def spelling(self, tokens: torch.Tensor, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the images in ids (B,T), from the first to the last, are to spell, a caption each: the places
-        (K,) of their first embeddings in the flattened ids, and the captions' tokens (K,). K is 0 with an
-        adapter whose embeddings are places of the picture, or none: these can't be put in a caption's order."""
-        if not captions or self.adapter.side is not None or not self.adapter.queries:
-            return torch.empty(2, 0, dtype=torch.long).unbind()
-        images = (tokens.flatten() == self.placeholder).nonzero().view(-1, self.adapter.queries)  # (P,Q)
-        ids = [self.tokenizer.encode(caption, special=False)[:self.adapter.queries] for caption in captions]
-        return torch.cat([image[:len(row)] for image, row in zip(images, ids)]), torch.tensor(sum(ids, []))
+    def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What P pictures are to spell, a caption each: the places (K,) of their first embeddings among those
+        of all pictures, and the captions' tokens (K,). K is 0 with an adapter whose embeddings are places of
+        the picture, which can't be put in a caption's order."""
+        Q = self.adapter.queries if self.adapter.side is None else 0
+        ids = [self.tokenizer.encode(caption, special=False)[:Q] for caption in captions]
+        places = [place for i, row in enumerate(ids) for place in range(i * Q, i * Q + len(row))]
+        return torch.tensor(places, dtype=torch.long), torch.tensor(sum(ids, []), dtype=torch.long)
 
     def read_pictures(self, captions, batches, workers: int = 0):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
@@ -770,7 +772,7 @@ class VLM(nn.Module):
             rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
         tokens = [torch.tensor(row, device=self.device) for row in rows]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        inputs = self.read(tokens, features)
+        inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]

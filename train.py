@@ -408,7 +408,7 @@ def main() -> None:
         what is to be spelled."""
         tokens, where, targets = stack([
             vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
-        spelling = () if captions is None else vlm.spelling(tokens, captions)
+        spelling = () if captions is None else vlm.spelling(captions)
         return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
 
     def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
@@ -525,7 +525,7 @@ def main() -> None:
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)
             write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
-        metrics.write(json.dumps({"step": args.steps, "scores": scores}) + "\n")
+        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
     print(table(scores))
 
 

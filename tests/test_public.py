@@ -31,7 +31,8 @@ def answers_equal_the_reference(folder, golden: dict) -> None:
             pixels = torch.cat([pixels for pixels, *_ in cut])
             close(pixels[..., ::5, ::3], golden[f"pixels{i}"])
             features = vlm.features(pixels)
-        inputs = vlm.read(torch.tensor([ids]), features)
+        tokens = torch.tensor([ids])
+        inputs = vlm.read(tokens, vlm.images(features, vlm.prompt(tokens)))
         logits = vlm.llm.logits(vlm.llm.hidden(**inputs)[:, -3:])
         close(logits[0], golden[f"logits{i}"], 1e-3)
         if f"greedy{i}" in golden:
@@ -89,7 +90,7 @@ def test_blip2_without_an_image_token(fixtures, tmp_path):
     ids, _ = vlm.encode(ASKED[0][1])
     assert max(ids) == vlm.placeholder >= vlm.llm.config.vocabulary
     features = vlm.features(vlm.vit.preprocess(picture(*ASKED[0][0][0]))[None])
-    hidden = vlm.llm.hidden(**vlm.read(torch.tensor([ids]), features))
+    hidden = vlm.llm.hidden(**vlm.read(torch.tensor([ids]), vlm.images(features)))
     close(vlm.llm.logits(hidden[0, -3:]), golden["logits0"], 1e-3)
 
 

@@ -70,7 +70,7 @@ def test_images_stand_where_the_text_says(fixtures):
     assert len(vlm.encode("", "c" * 500)[0]) == 1 + len(image) + 128
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
     rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaaa<image>")[0]])
-    x = vlm.embed(rows, features)
+    x = vlm.embed(rows, vlm.images(features))
     images = vlm.adapter(features)
     assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5) and torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
     assert torch.allclose(x[1, 11:11 + Q], images[2], atol=1e-5)
@@ -84,7 +84,7 @@ def test_forward_scores_the_targets_alone(fixtures):
     features = vlm.features(torch.randn(2, 3, 30, 30))
     tokens, where, targets = stack([vlm.encode("", "abc"), vlm.encode("a", "b")])
     logits = vlm(tokens, features, where)
-    whole = vlm.llm(embeddings=vlm.embed(tokens, features))
+    whole = vlm.llm(embeddings=vlm.embed(tokens, vlm.images(features)))
     expected = torch.cat([whole[0, 7:11], whole[1, 8:11]])
     assert targets.tolist() == [20, 21, 22, 52, *vlm.encode("a", "b")[0][-3:]]
     assert torch.allclose(logits, expected, atol=1e-5)
@@ -94,7 +94,7 @@ def test_forward_scores_the_targets_alone(fixtures):
 def test_images_are_to_spell_captions(fixtures):
     vlm = small(fixtures)
     tokens, where, _ = stack([vlm.encode("a<image>b<image>"), vlm.encode("", "cc")])
-    spelled, words = vlm.spelling(tokens, ["ab", "abcabcabc", "c"])
+    spelled, words = vlm.spelling(["ab", "abcabcabc", "c"])
     features = vlm.features(torch.randn(3, 3, 30, 30))
     images = vlm.adapter(features)
     assert words.tolist() == [20, 21, 20, 21, 22, 20, 21, 22]  # no more than the five queries
