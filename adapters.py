@@ -576,9 +576,9 @@ class VLM(nn.Module):
         return self.llm.embedding.weight.device
 
     def prompt_for(self, question: str) -> str:
-        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
-        else, and with a VLM of ours, it is the run's own prompt."""
-        return question if question and self.format is not OURS else self.config.get("prompt", "")
+        """What is asked of a picture in a caption set: its `question` or, where there is none, the run's own
+        prompt."""
+        return question or self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""

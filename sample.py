@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, few_shot, in_order, judge, open_picture,
-                  run, skip, write_file)
+                  references, run, skip, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,9 +91,9 @@ def score(captions, texts: dict[int, str]) -> dict[str, float]:
         kept = {skill: [j[skill] for j in judged if skill in j] for skill in ("exact", *SKILLS)}
         return {skill: sum(right) / len(right) for skill, right in kept.items() if right}
     candidates = [words(text) for text in texts.values()]
-    references = [[words(caption) for caption in captions.captions(i)] for i in texts]
-    return {**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, references))},
-            "CIDEr-D": cider(candidates, references)}
+    wanted = [[words(caption) for caption in references(captions, i)] for i in texts]
+    return {**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))},
+            "CIDEr-D": cider(candidates, wanted)}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -168,7 +168,7 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 
 def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the human ones, one JSON object a line."""
-    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=captions.captions(i)),
+    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=references(captions, i)),
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
 

@@ -78,8 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit (default: llm)")
     add("--lora-dropout", type=float, default=0.0, help="of what the LoRA reads (default: 0)")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
-    add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
-                                                     "<image>, or before it all (default: none)")
+    add("--prompt", default="", metavar="TEXT",
+        help="text between picture and caption, where the data asks no question; the picture stands where it says "
+             "<image>, or before it all (default: none)")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
