@@ -157,7 +157,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     Path("qa.json").write_text(json.dumps([dict(image=f"{i}.png", conversations=[
         {"from": "human", "value": "<image>\nWhat is it?"},
         {"from": "gpt", "value": f"It is {i % 3}."}, {"from": "human", "value": "Sure?"},
-        {"from": "gpt", "value": "Yes."}]) for i in range(12)]))
+        {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
     before = VLM.from_pretrained(str(fixtures / name))
     options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
@@ -167,7 +167,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     changed = {key for key, p in vlm.named_parameters() if not torch.equal(p, before.get_parameter(key))}
     assert changed and all(key.startswith("adapter.") for key in changed)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert lines[3]["val"] < lines[1]["val"]
+    assert lines[3]["loss"] < lines[0]["loss"]
     scored = json.loads(Path("run/captions-val.jsonl").read_text().splitlines()[0])
     assert len(scored["references"]) == 1 and scored["references"][0].startswith("It is")
     capsys.readouterr()
