@@ -187,7 +187,7 @@ class Checkpoint:
     """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
 
     def __init__(self, name: str):
-        self.folder = find_checkpoint(name)
+        self.name, self.folder = name, find_checkpoint(name)
         self.config = read_json(self.folder / "config.json")
         self.where: dict[str, Path] = {}  # tensor name -> its file
         self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it

@@ -15,6 +15,7 @@ from fixtures import start
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
+from lora import lora_layers
 from test_vlm import QUICK, command
 from vit import ViT
 
@@ -177,6 +178,20 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
     assert command(monkeypatch, train, *options, "--out", "other", "--adapter", "linear") == 2
     assert "--adapter means nothing with --from" in capsys.readouterr().err
+
+
+def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
+    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32", "--out", "run"]
+    assert command(monkeypatch, train, *options, "--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1") == 0
+    vlm = VLM.from_pretrained("run")
+    for part in ("llm", "vit"):
+        said = json.loads(Path(f"run/lora/{part}/adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(fixtures / "llava")
+        assert any(layer.B.any() for layer in lora_layers(getattr(vlm, part)).values())
 
 
 @torch.no_grad()
