@@ -148,14 +148,17 @@ def newest_run() -> str:
     return str(max(runs, key=lambda run: (run / "adapter.safetensors").stat().st_mtime))
 
 
-def caption_set(vlm: VLM, captions, batches, decoding: dict) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features) pairs: {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, decoding: dict,
+                shots: list[tuple[torch.Tensor, str]] = ()) -> dict[int, str]:
+    """Captions what `batches` of a set yields, (indices, features) pairs, each after the same `shots`: features
+    (N,Dv) of a picture and its caption. Returns {index: caption}."""
     texts = {}
     for indices, features in batches:
         prompt = decoding.get("prompt")
-        if prompt is None:
-            prompt = [vlm.prompt_for(captions.questions(i)[0]) for i in indices]
-        texts.update(zip(indices, vlm.caption(features=features, **decoding | {"prompt": prompt})))
+        asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
+        asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
+        shown = torch.stack([picture for last in features for picture in (*(shot for shot, _ in shots), last)])
+        texts.update(zip(indices, vlm.caption(features=shown, **decoding | {"prompt": asked})))
     return texts
 
 
@@ -199,7 +202,8 @@ def main() -> None:
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
-        help="a picture with its caption, to come before each of the others; may be given several times")
+        help="a picture with its caption, to come before each of the others, those of --data too; may be given "
+             "several times")
     add("--raw-prompt", action="store_true",
         help="take the prompt as it is: no format around it, special tokens are read")
     add("--show-prompt", action="store_true",
@@ -230,9 +234,6 @@ def main() -> None:
 
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
-    if args.data and args.shot:
-        parser.error("--shot goes with pictures, not with --data")
-
     device = pick_device(args.device)
     sets = {}
     if args.data:
@@ -244,20 +245,20 @@ def main() -> None:
     asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split)
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
+    shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     if args.data:
-        score_sets(vlm, sets, decoding, args)
+        score_sets(vlm, sets, decoding, args, shots)
         return
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     group = max(1, prompt.count(IMAGE))
     if len(args.pictures) % group:
         raise InputError(f"the prompt takes {group} pictures at a time: {len(args.pictures)} can't be shared out")
-    shots = [open_picture(name) for name, _ in args.shot]
-    asking["prompt"], _ = few_shot([*((prompt, clean(caption)) for _, caption in args.shot), (prompt, "")])
+    asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
     failed = False
     for i in range(0, len(args.pictures), group):
         names = args.pictures[i:i + group]
         try:
-            pictures = [[*shots, *map(open_picture, names)]]
+            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
             if args.show_prompt:
                 (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
@@ -269,9 +270,10 @@ def main() -> None:
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -> None:
-    """Captions whole sets, prints their scores, and writes the captions to --save."""
+def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, shots: list) -> None:
+    """Captions whole sets, each picture after `shots`, prints their scores, and writes the captions to --save."""
     scores, lines = {}, ""
+    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said) for picture, said in shots]
     for label, captions in sets.items():
         bad = {}
 
@@ -281,7 +283,7 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace) -
                 if indices:
                     yield indices, features
 
-        texts = caption_set(vlm, captions, read(), decoding)
+        texts = caption_set(vlm, captions, read(), decoding, shots)
         scores[f"{label} ({len(texts)})"] = score(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values():

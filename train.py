@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot, find_checkpoint,
-                  held_out, in_order, layout_weights, list_unreadable, read_json, run, shuffled, skip, stack,
-                  write_file, write_json)
+from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot,
+                  find_checkpoint, held_out, in_order, layout_weights, list_unreadable, read_json, run,
+                  shuffled, skip, stack, write_file, write_json)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
@@ -228,6 +228,8 @@ def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     for name, p in vlm.trained.items():
         part = name.partition(".")[0]
         peak = getattr(args, f"lr_{part}") if part in {"llm", "vit"} & {*args.train.split(",")} else args.lr
+        if p.numel() == 1:  # a gate that starts shut: Adam would take 1 / lr steps to open it
+            peak *= 10
         groups[peak, args.weight_decay if p.dim() > 1 else 0.0].append(p)
     return [dict(params=params, peak=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
 
@@ -516,10 +518,19 @@ def main() -> None:
         if unseen:
             sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
         scores = {}
+        shots = [(val_features[j], draw_caption(val.captions(i), args.seed, 0, i))
+                 for j, i in enumerate(val_kept[:args.shots])]
         for label, (captions, kept, features) in sets.items():
-            batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(0, len(kept), 64))
-            texts = caption_set(vlm, captions, batches, {})
+            def captioned(first: int, shots: list = ()) -> dict[int, str]:
+                batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(first, len(kept), 64))
+                return caption_set(vlm, captions, batches, {}, shots)
+
+            texts = captioned(0)
             scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            first = len(shots) * (captions is val)  # no picture comes before itself
+            if shots and first < len(kept):
+                after = captioned(first, shots)
+                scores[f"{label}, {len(shots)} shots ({len(after)})"] = score(captions, after)
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
             lines = as_lines(captions, texts)

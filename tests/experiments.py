@@ -6,6 +6,7 @@ Runs are kept in out/experiments/, so that a comparison that was stopped goes on
 that others share isn't trained twice. With two jobs a run has half of the cores: that is faster in all.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -91,7 +92,9 @@ def main() -> None:
 
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]
-        name = re.sub(r"[^\w.,:+-]+", "-", "_".join(option.removeprefix("--") for option in options))
+        name = "_".join(option.removeprefix("--") for option in options)
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{re.sub(r'[^a-z0-9_.,-]+', '-', name)[:60]}-{digest}"
         return train(options, ROOT / "out" / "experiments" / name, threads)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -250,7 +250,12 @@ def test_sampling_after_shots(tmp_path, monkeypatch, capsys):
     assert re.sub(r"<\|endoftext\|>|<image (begin|end)>|×4", "", captured.err).strip() == text
     assert command(monkeypatch, sample, "2.png", "--shot", "none.png", "a cat", *common) == 2
     assert "none.png: no such picture" in capsys.readouterr().err
-    for arguments, message in ((["2.png", "--prompt", "<image><image>"], "--prompt takes one <image>"),
-                               (["--data", "shapes"], "not with --data")):
-        assert command(monkeypatch, sample, *arguments, *shots, *common) == 2
-        assert message in capsys.readouterr().err
+    (tmp_path / "set.csv").write_text("image,caption\n2.png,a bird\n")
+    assert command(monkeypatch, sample, "--data", "set.csv", "--save", "said", *shots, *common) == 0
+    assert json.loads((tmp_path / "said").read_text())["caption"] == expected
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "2.png", "--prompt", "<image><image>", *shots, *common) == 2
+    assert "--prompt takes one <image>" in capsys.readouterr().err
+    *_, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    scored = {label.rpartition(" (")[0] for label in json.loads(last)["scores"]}
+    assert scored == {"test", "unseen", "test, 2 shots", "unseen, 2 shots"}
