@@ -1,6 +1,6 @@
 """Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 10 GB of memory for the
-largest.
+prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 16 GB of memory (and of
+disk, for files that go again) for the largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
