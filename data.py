@@ -2,19 +2,24 @@
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
 safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
-many `s.questions(i)`.
+many `s.questions(i)`; i is a number below its length, or, of `Shards`, a `Pair` as it was read.
 """
 import copy
 import csv
+import glob
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
 import sys
+import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -55,6 +60,23 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"{path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
+               marks: Callable[[], list[bool]]) -> None:
+    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
+    the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    size = dtype.itemsize * math.prod(shape)  # bytes
+    header = json.dumps({
+        "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
+        "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for chunk in chunks:
+            file.write(chunk.cpu().contiguous().view(torch.uint8).numpy())
+        file.write(bytes(marks()))
 
 
 def write_json(path: Path, value) -> None:
@@ -338,10 +360,10 @@ def rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: "str | Path | Pair") -> Image.Image:
     """Reads a picture file whole: upright as its EXIF says, in RGB. Raises InputError."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(path.file) if isinstance(path, Pair) else path) as picture:
             return rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
@@ -406,11 +428,27 @@ class Captions(torch.utils.data.Dataset):
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
+    def stamp(self) -> str:
+        """Differs from that of another set, and of this one after a picture in it was changed."""
+        def file(path: "Path | Pair"):
+            if isinstance(path, Pair):
+                return path, zlib.crc32(path.file)
+            stat = path.stat() if path.exists() else None
+            return str(path.absolute()), stat and (stat.st_size, stat.st_mtime_ns)
+
+        return hashlib.sha256(repr([*map(file, self.paths)]).encode()).hexdigest()
+
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
         part.paths, part.texts, part.asked = (
             [of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
         return part
+
+    def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
+        """Parts the set in two: the rest, and `size` pictures drawn from the seed, at most one in `parts`."""
+        size = min(size, max(1, len(self) // parts))
+        out = sorted(random.Random(f"{seed} held out").sample(range(len(self)), size))
+        return self.subset(sorted({*range(len(self))} - {*out})), self.subset(out)
 
 
 def read_pairs(text: str):
@@ -450,11 +488,166 @@ def read_pairs(text: str):
                 yield item["image"], caption
 
 
-def held_out(captions, size: int, seed: int):
-    """Parts a caption set in two: the rest, and `size` pictures drawn from the seed."""
-    out = sorted(random.Random(f"{seed} held out").sample(range(len(captions)), size))
-    kept = sorted(set(range(len(captions))) - set(out))
-    return captions.subset(kept), captions.subset(out)
+# ---------------------------------------------------------------------------------------------------------
+# Tar shards: more pairs than a list holds
+
+KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
+
+
+class Pair(str):
+    """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong."""
+    captions: list[str]
+    file: bytes
+    fault: str
+
+    @staticmethod
+    def of(name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
+        pair = Pair(name)
+        pair.captions, pair.file, pair.fault = captions, file, fault and f"{name}: {fault}"
+        return pair
+
+
+class StrictHeader(tarfile.TarInfo):
+    """tarfile takes a broken header behind the first for the end of the archive: this one doesn't."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def read_shard(path: Path):
+    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
+    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption"
+    (a string or a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or
+    the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its
+    folder, so that a seed draws the same wherever the shards lie."""
+    def members():
+        try:
+            mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
+            with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # tarfile would keep all it met
+                    stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
+                    if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
+                        if member.size > 1 << 28:
+                            raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
+                        yield f"{path.name}/{stem}", kind.lower(), tar.extractfile(member).read()
+        except Exception as error:  # whatever bytes from outside make tarfile raise
+            yield str(path), "fault", f"broken shard ({error})"
+
+    for name, group in itertools.groupby(members(), lambda member: member[0]):
+        found = {kind: content for _, kind, content in group}
+        file = next((found[kind] for kind in KINDS if kind in found), b"")
+        try:
+            said = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
+            texts = [clean(text) for text in ([said] if isinstance(said, str) else said)]
+            texts = [text for text in texts if any(map(str.isalnum, text))]
+            fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
+        yield Pair.of(name, texts, file, fault)
+
+
+class Shards:
+    """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
+    set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
+
+    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError.
+    """
+
+    def __init__(self, names: str, buffer: int = 1000):
+        self.buffer, self.size = buffer, 1000
+        names = [name for part in listed(names) for name in braces(part)]
+        self.paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) or [name])]
+        for path in self.paths:
+            if not path.is_file():
+                raise InputError(f"{path}: no such shard")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def name(self, pair: Pair) -> str:
+        return pair
+
+    def picture(self, pair: Pair) -> Image.Image:
+        """Decodes the picture, and lets its file go."""
+        if pair.fault:
+            raise InputError(pair.fault)
+        try:
+            return open_picture(pair)
+        finally:
+            pair.file = b""
+
+    def captions(self, pair: Pair) -> list[str]:
+        return pair.captions
+
+    def questions(self, pair: Pair) -> list[str]:
+        return [""] * len(pair.captions)
+
+    def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
+        """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
+        rest, out = copy.copy(self), Captions.__new__(Captions)
+        rest.paths = self.paths[1:]
+        out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
+        if not out.paths:
+            raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
+        out.texts, out.asked = ([of(pair) for pair in out.paths] for of in (self.captions, self.questions))
+        return rest, out
+
+    def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In each
+        epoch every shard is one process's, and pairs are drawn from a buffer that its shards run through.
+        Raises InputError."""
+        if len(self.paths) < world:
+            raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
+
+        def pairs():
+            for epoch in itertools.count():
+                count, held, rng = 0, [], random.Random(f"{seed} {epoch}")
+                order = rng.sample(self.paths, len(self.paths))[rank::world]
+                for count, pair in enumerate(itertools.chain.from_iterable(map(read_shard, order)), 1):
+                    held.append(pair)
+                    if len(held) > self.buffer:
+                        at = rng.randrange(len(held))
+                        held[at], held[-1] = held[-1], held[at]
+                        yield held.pop()
+                    self.size = max(self.size, count)
+                if not count:
+                    raise InputError(f"{order[0]}: no pair of picture and caption, nor in the other shards")
+                self.size = count
+                rng.shuffle(held)
+                yield from held
+
+        source = itertools.islice(pairs(), step * batch, None)
+        while True:
+            yield [*itertools.islice(source, batch)]
+
+
+def is_shards(names: str) -> bool:
+    return re.search(r"\.(tar|tgz|tar\.gz)$", names) is not None
+
+
+def listed(names: str) -> list[str]:
+    """A list that is separated by commas; those within braces don't."""
+    return re.split(r",(?![^{}]*\})", names)
+
+
+def braces(text: str) -> list[str]:
+    """What a shell makes of "{000..099}" and "{a,b}"."""
+    if not (found := re.search(r"\{([^{}]*)\}", text)):
+        return [text]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    values = ([str(i).zfill(len(numbers[1])) for i in range(int(numbers[1]), int(numbers[2]) + 1)] if numbers
+              else found[1].split(","))
+    return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
+
+
+def caption_data(names: str, images: str | None = None, buffer: int = 1000) -> Captions | Shards:
+    """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
+    return Shards(names, buffer) if is_shards(names) else Captions(names, images)
 
 
 def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
@@ -508,12 +701,13 @@ def draw_layout(weights: dict[str, float], seed: int, epoch: int, index: int) ->
 
 
 def arrange(layout: str, captions, index: int, seed: int, epoch: int,
-            prompt_for: Callable[[str], str]) -> tuple[str, str]:
+            prompt_for: Callable[[str], str], others=None) -> tuple[str, str]:
     """The text, with IMAGE where picture `index` stands (before it all, if nowhere), and the answer to learn:
     a pure function of its arguments. `prompt_for(question)` is the prompt of `image-text`; others have none.
 
     image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
-    the rest. text-image: a caption, half the time any picture's, the picture, "match?"; "yes" or "no", words
+    the rest. text-image: a caption, half the time any picture's (one of `others`, unless given of the whole
+    set), the picture, "match?"; "yes" or "no", words
     that language models answer with already, and a token each in most vocabularies (image-text matching, as
     BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token). "match?" tells this layout from a text that
     goes on after its picture.
@@ -528,7 +722,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         cut = rng.randrange(len(words))
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
-        caption = rng.choice(captions.captions(rng.randrange(len(captions))))
+        caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
     return (f"{caption.replace(IMAGE, '')}{IMAGE} match?",
             "yes" if caption in captions.captions(index) else "no")
 
@@ -759,6 +953,9 @@ class Shapes(torch.utils.data.Dataset):
 
     def questions(self, i: int) -> list[str]:
         return [""] * 4
+
+    def stamp(self) -> str:
+        return f"{self.size} of {self.split} {self.seed}, drawn as {zlib.crc32(self.picture(0).tobytes())}"
 
 
 THING = rf"(a|the) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"

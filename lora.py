@@ -291,12 +291,12 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
         B, m = A.new_zeros(size, len(A)), A.new_zeros(size)
         for ours, rows in group.items():
             layer = low.get(ours)
-            if layer is None:
-                m[rows] = row_norms(module.get_parameter(ours))
-                continue
-            start = starts[id(layer.A)]
-            B[rows, start:start + len(layer.A)] = layer.B * (layer.scale / scale)
-            m[rows] = row_norms(layer.sum()) if layer.m is None else layer.m
+            if layer is not None:
+                start = starts[id(layer.A)]
+                B[rows, start:start + len(layer.A)] = layer.B * (layer.scale / scale)
+            if dora:
+                m[rows] = (row_norms(module.get_parameter(ours)) if layer is None else
+                           row_norms(layer.sum()) if layer.m is None else layer.m)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         if dora:
             tensors[f"{name}.lora_magnitude_vector"] = m

@@ -6,9 +6,11 @@
     python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos/
 
 Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
+Several GPUs share each batch: torchrun --nproc_per_node 8 train.py …; on several nodes as torchrun says.
 """
 import argparse
 import collections
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -20,21 +22,26 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Captions, InputError, Shapes, arrange, draw_caption, draw_layout, draw_shots, few_shot,
-                  find_checkpoint, held_out, in_order, layout_weights, list_unreadable, read_json, run,
-                  shuffled, skip, stack, write_file, write_json)
+from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
+                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed,
+                  read_json, read_tensors, run, shuffled, skip, stack, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
 from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
 
 # of an adapter, as options of the command line
 SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
-FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features")  # may change on --resume
+FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features",
+        "features", "shard")  # may change on --resume
+# torchrun's: which process this is of how many, and which GPU of its machine it has
+RANK, WORLD, LOCAL = (int(os.environ.get(name, alone)) for name, alone in
+                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,13 +91,18 @@ def make_parser() -> argparse.ArgumentParser:
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data", default="shapes", metavar="FILE", help="captions: CSV with the header image,caption; JSON lines; COCO's "
-                                                         "or LLaVA's JSON (default: shapes, the built-in world)")
+    add("--data", default="shapes", metavar="FILE",
+        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; or tar "
+             "shards, as \"shards/{000..099}.tar\", with pairs NAME.jpg, NAME.txt, which are streamed "
+             "(default: shapes, the built-in world)")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
-    add("--val", metavar="FILE", help="captions to validate on, pictures in --images too (default: a part of --data held out)")
+    add("--val", metavar="FILE",
+        help="captions to validate on, pictures in --images too, or tar shards (default: a part of --data "
+             "held out; of shards the first, which then isn't trained on)")
     add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
-
+    add("--buffer", type=int, default=1000, metavar="PAIRS",
+        help="with shards: pairs in memory, of which the next is drawn (default: 1000)")
     add("--layout", default="image-text", metavar="MIX",
         help="image-text: the caption is learned after the picture; text-image-text: the picture stands "
              "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
@@ -105,8 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=int, default=700, help="optimizer steps (default: 700)")
-    add("--batch", type=int, default=64, help="pictures a step (default: 64)")
-    add("--accumulate", type=int, default=1, help="equal parts a step's batch is computed in, to save memory (default: 1)")
+    add("--batch", type=int, default=64, help="pictures a step, of all processes together (default: 64)")
+    add("--accumulate", type=int, default=1,
+        help="equal parts that a process computes its share of a batch in, to save memory (default: 1)")
     add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
     add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
     add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
@@ -127,8 +140,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache-features", action=argparse.BooleanOptionalAction,
         help="encode every picture once, before the first step, and keep the features in memory (default: when they take "
              "less than half of what is free, and the steps see each picture at least once)")
+    add("--features", metavar="FOLDER",
+        help="keep them in a file in this folder instead, and read them from there the next time that the "
+             "same encoder sees the same pictures (default: in memory)")
+    add("--shard", action="store_true",
+        help="with torchrun: each process holds a part of each block of the frozen LLM (FSDP2; torch 2.7 or "
+             "later)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
-        help="processes that read pictures (default: one a core, at most 8)")
+        help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     files = parser.add_argument_group("files")
     add = files.add_argument
@@ -173,16 +192,20 @@ def read_options() -> argparse.Namespace:
         raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
     if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
         raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
+    if args.shard and "llm" in whole:
+        raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.adapter not in ADAPTERS:
         raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
-    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "max_tokens", "log_every", "save_every"):
+    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
+                 "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.batch % args.accumulate:
-        raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts")
-    if not 0 <= args.shots < args.batch // args.accumulate:
+    if args.batch % (WORLD * args.accumulate):
+        raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts"
+                         + f" in each of {WORLD} processes" * (WORLD > 1))
+    if not 0 <= args.shots < args.batch // WORLD // args.accumulate:
         raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
 
@@ -222,6 +245,17 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
             unread.requires_grad_(False)
 
 
+def spread(vlm: VLM, device: torch.device) -> None:
+    """Parts each block of the LLM among the processes (fully sharded data parallelism, FSDP: Zhao et al.,
+    2023, arXiv:2304.11277): its frozen weights come together only while it computes. What is trained, and
+    what is outside the blocks, stays whole in each."""
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(device.type, (WORLD,))
+    whole = {*vlm.parameters()} - {p for p in vlm.llm.blocks.parameters() if not p.requires_grad}
+    for module in (*vlm.llm.blocks, vlm):
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+
+
 def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: each part's peak learning rate, and weight decay for its matrices."""
     groups = collections.defaultdict(list)
@@ -249,6 +283,77 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 4 << 30
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over the processes, in its place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def share(bad: dict[int, str]) -> None:
+    """Tells every process what pictures the others couldn't read."""
+    if WORLD > 1:
+        found = [None] * WORLD
+        dist.all_gather_object(found, bad)
+        for others in found:
+            bad.update(others)
+
+
+def feature_key(vlm: VLM, captions) -> str:
+    """A digest of what features depend on: the encoder, weights and all, how it sees, and what."""
+    vit = vlm.vit
+    settings = (vit.config, vars(vit.preprocess), vlm.config.get("layer"), vlm.dtype, captions.stamp())
+    digest = hashlib.sha256(repr(settings).encode())
+    for p in vit.parameters():
+        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def encode_all(vlm: VLM, captions, bad: dict[int, str],
+               args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
+    """Indices of the pictures that can be read, and the features (P,N,Dv) of all, zeros for the others: in
+    memory, or with --features in a mapped file. Each process encodes its share."""
+    start, side = time.time(), vlm.vit.config.image_size
+    one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
+    shape = (len(captions), *one.shape[1:])
+
+    def encoded():
+        chunks = in_order(len(captions), 64 * WORLD)
+        mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], args.workers)
+        for chunk, (indices, features, found) in zip(chunks, mine):
+            skip(bad, found, captions)
+            rows = one.new_zeros(len(chunk), *shape[1:])
+            if indices:
+                rows[[i - chunk[0] for i in indices]] = features
+            total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
+            yield chunk, rows
+        share(bad)
+        print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
+
+    if not args.features:
+        features = one.new_zeros(shape)
+        for chunk, rows in encoded():
+            features[chunk[0]:chunk[-1] + 1] = rows
+    else:
+        path = Path(args.features, f"{feature_key(vlm, captions)}.safetensors")
+        if total(torch.tensor(path.is_file(), device=vlm.device, dtype=torch.int)) < WORLD:
+            def write(file: Path) -> None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(file, shape, one.dtype, (rows for _, rows in encoded()),
+                           lambda: [i not in bad for i in range(len(captions))])
+
+            if LOCAL:  # one process on each machine writes
+                collections.deque(encoded(), 0)
+            else:
+                write_file(path, write)
+            total(torch.zeros(1, device=vlm.device))  # the file is there
+        features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
+        for i in (~marks).nonzero().flatten().tolist():
+            bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
+    return [i for i in range(len(captions)) if i not in bad], features
 
 
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler) -> None:
@@ -317,17 +422,26 @@ def main() -> None:
         train = Shapes(args.scenes, "train", args.seed)
         val, unseen = Shapes(args.val_size, "test"), Shapes(args.val_size, "unseen")
     else:
-        train, unseen = Captions(args.data, args.images), None
+        train, unseen = caption_data(args.data, args.images, args.buffer), None
         if args.val:
-            val = Captions(args.val, args.images or Path(args.data).parent)
-            val = held_out(val, min(args.val_size, len(val)), args.seed)[1]
-        elif len(train) > 1:
-            train, val = held_out(train, min(args.val_size, max(1, len(train) // 20)), args.seed)
+            val = caption_data(args.val, args.images or Path(args.data).parent)
+            _, val = val.held_out(args.val_size, args.seed)
         else:
-            raise InputError(f"{args.data}: one picture can't be parted in training and validation: give --val")
+            train, val = train.held_out(args.val_size, args.seed, 20)
+            if not train.paths:
+                one = "shard" if is_shards(args.data) else "picture"
+                raise InputError(f"{args.data}: one {one} can't be parted in training and validation: "
+                                 "give --val")
+    streamed = isinstance(train, Shards)
 
     # Model
+    if WORLD > 1 and torch.cuda.is_available() and args.device != "cpu":
+        torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
     device = pick_device(args.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:  # the first process prints and writes
+        sys.stdout = open(os.devnull, "w")
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
@@ -335,6 +449,8 @@ def main() -> None:
     for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
         if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
+        elif value and is_shards(value):
+            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
@@ -345,20 +461,28 @@ def main() -> None:
                           "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
     vlm = build(config, dtype, whole)
     choose_trained(vlm, args)
+    if args.shard and WORLD > 1:
+        spread(vlm, device)
     vlm.to(device).train()
     fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
-    if args.cache_features and not fixed:
-        raise InputError("--cache-features: the encoder is trained, so that its features change")
+    if (args.cache_features or args.features) and (streamed or not fixed):
+        why = ("shards are streamed, more than can be kept" if streamed else
+               "the encoder is trained, so that its features change")
+        raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
     trained = vlm.trained
     optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
+    if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
+        forward = nn.parallel.DistributedDataParallel(forward, init_sync=False)
 
     # The run's folder
     folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
     first = 0
     if args.resume:
         first = load_checkpoint(folder, vlm, optimizer, scaler)
+    elif RANK:
+        pass
     elif (folder / "config.json").exists():
         raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
     else:
@@ -373,35 +497,31 @@ def main() -> None:
 
     # Pictures, encoded once or step by step
     unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
-
-    @torch.no_grad()
-    def encode_all(captions, bad: dict[int, str]) -> tuple[list[int], torch.Tensor]:
-        """Indices of the pictures that can be read, and their features (P,N,Dv)."""
-        start, parts = time.time(), []
-        for indices, features, found in vlm.encode_pictures(captions, in_order(len(captions), 64), args.workers):
-            skip(bad, found, captions)
-            if indices:
-                parts.append((indices, features))
-        print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
-        return [i for indices, _ in parts for i in indices], torch.cat([features for _, features in parts])
+    size = args.batch // WORLD  # of this process's share of a batch
 
     def pictures():
-        """Indices of each step's batch, from step `first` on; its features or, where these aren't kept, pixels."""
+        """This process's share of each step's batch, from step `first` on: indices, and features or, where
+        these aren't kept, pixels."""
+        mine = slice(RANK * size, RANK * size + size)
         if cache:
-            kept, features = encode_all(train, unreadable[0])
+            kept, features = encode_all(vlm, train, unreadable[0], args)
             for batch in shuffled(len(kept), args.batch, args.seed, first):
-                yield [kept[i] for i in batch], features[batch]
+                indices = [kept[i] for i in batch[mine]]
+                yield indices, features[indices].to(device)
         else:
-            batches = shuffled(len(train), args.batch, args.seed, first)
+            batches = (train.batches(size, args.seed, first, RANK, WORLD) if streamed else
+                       (batch[mine] for batch in shuffled(len(train), args.batch, args.seed, first)))
             for indices, pixels, found in vlm.read_pictures(train, batches, args.workers):
                 skip(unreadable[0], found, train)
-                yield indices, pixels
+                if indices:
+                    yield indices, pixels
 
-    val_kept, val_features = encode_all(val, unreadable[1])
+    val_kept, val_features = encode_all(vlm, val, unreadable[1], args)
     cache = args.cache_features
     if cache is None:
-        fits = len(train) * val_features[0].nbytes < free_memory(device) / 2
-        cache = fixed and fits and args.steps * args.batch >= len(train)
+        fits = args.features or len(train) * val_features[0].nbytes < free_memory(device) / 2
+        cache = fixed and not streamed and fits and args.steps * args.batch >= len(train)
+        cache = bool(total(torch.tensor(int(bool(cache)), device=device)) == WORLD)  # all do the same
 
     layouts = layout_weights(args.layout)
 
@@ -422,36 +542,41 @@ def main() -> None:
             layout = draw_layout(layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
             examples.append(few_shot([
-                arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for) for j in shown]))
+                arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for, indices * streamed)
+                for j in shown]))
             order += shown
         return examples, order, [train.captions(indices[j])[0] for j in order]
 
+    def kept_batches(kept: list[int], features: torch.Tensor, size: int = size):
+        for i in range(0, len(kept), size):
+            yield kept[i:i + size], features[kept[i:i + size]].to(device)
+
+    # All processes validate alike: for one of them the others would have to wait.
     @torch.no_grad()
     def validate() -> float:
         """Nats per token on the validation set, one caption a picture, whatever layouts are trained."""
         nonlocal val_features
         if not fixed:
-            val_features = encode_all(val, unreadable[1])[1]
-        total = count = 0
-        for i in range(0, len(val_kept), args.batch):
-            tokens, where, targets = batch_of([arrange("image-text", val, j, args.seed, 0, vlm.prompt_for)
-                                               for j in val_kept[i:i + args.batch]])
-            logits = forward(tokens, val_features[i:i + args.batch], where)
-            total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+            val_features = encode_all(vlm, val, unreadable[1], args)[1]
+        nats = count = 0
+        for indices, features in kept_batches(val_kept, val_features):
+            tokens, where, targets = batch_of([arrange("image-text", val, i, args.seed, 0, vlm.prompt_for)
+                                               for i in indices])
+            logits = forward(tokens, features, where)
+            nats += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             count += len(targets)
-        return total / count
+        return nats / count
 
     @torch.no_grad()
     def matching(captions, kept: list[int], features: torch.Tensor) -> float:
         """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
         right = 0
-        for i in range(0, len(kept), args.batch):
-            asked = [arrange("text-image", captions, j, args.seed, 0, vlm.prompt_for)
-                     for j in kept[i:i + args.batch]]
+        for indices, shown in kept_batches(kept, features):
+            asked = [arrange("text-image", captions, i, args.seed, 0, vlm.prompt_for) for i in indices]
             losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
                 tokens, where, targets = batch_of([(text, answer) for text, _ in asked])
-                logits = forward(tokens, features[i:i + args.batch], where)
+                logits = forward(tokens, shown, where)
                 loss = F.cross_entropy(logits.float(), targets, reduction="none")
                 row = where // tokens.shape[1]
                 losses.append(torch.zeros(len(asked), device=device).index_add(0, row, loss))
@@ -461,35 +586,41 @@ def main() -> None:
 
     # Training
     source, progress = pictures(), Progress(args)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    with (Path(os.devnull) if RANK else folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         for step in range(first, args.steps):
             indices, inputs = next(source)
             if step == first:
                 progress.begin()
-            torch.manual_seed(args.seed * 1_000_003 + step)  # of dropout: a resumed run draws what an unbroken one draws
+            # of dropout: a resumed run draws what an unbroken one draws
+            torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, args)
-            parts = [slice(i, i + args.batch // args.accumulate) for i in range(0, len(indices), args.batch // args.accumulate)]
-            epoch = step * args.batch // len(train)
+            part_size = size // args.accumulate
+            parts = [slice(i, i + part_size) for i in range(0, len(indices), part_size)]
+            epoch = step if streamed else step * args.batch // len(train)
             drawn = [draw(indices[part], epoch) for part in parts]
             spell = args.spell * (step < 0.6 * args.steps)
             batches = [batch_of(examples, args.prefix_loss, captions if spell else [])
                        for examples, _, captions in drawn]
-            count, letters = (sum(len(batch[i]) for batch in batches) for i in (2, 4))  # of targets; to be spelled
+            counts = torch.tensor([sum(len(batch[i]) for batch in batches) for i in (2, 4)], device=device)
+            count, letters = total(counts).clamp(min=1)  # targets of the whole batch; tokens to be spelled
             loss = torch.zeros((), device=device)
             for part, (_, order, _), (tokens, where, targets, spelled, words) in zip(parts, drawn, batches):
+                if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
+                    forward.require_backward_grad_sync = part is parts[-1]
                 features = inputs[part] if cache else vlm.features(inputs[part])
                 logits, images = forward(tokens, features[order], where, spelled)
                 part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
                 loss += part_loss.detach()
-                part_loss += spell / max(1, letters) * F.cross_entropy(images.float(), words, reduction="sum")
-                scaler.scale(part_loss).backward()
+                part_loss += spell / letters * F.cross_entropy(images.float(), words, reduction="sum")
+                scaler.scale(WORLD * part_loss).backward()  # DDP takes the mean over the processes
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.values(), args.clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.add(step, loss, len(indices), sum(batch[0].numel() for batch in batches))
+            tokens_read = sum(batch[0].numel() for batch in batches)
+            progress.add(step, total(loss), WORLD * len(indices), WORLD * tokens_read)
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
@@ -500,8 +631,10 @@ def main() -> None:
                     if "text-image" in layouts:
                         line["matching"] = matching(val, val_kept, val_features)
                     vlm.train()
-                    save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
-                    list_unreadable(folder, unreadable)
+                    share(unreadable[0])
+                    if not RANK:
+                        save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
+                        list_unreadable(folder, unreadable)
                 progress.show(line)
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
@@ -513,17 +646,16 @@ def main() -> None:
         for part in {"llm", "vit"} & {*whole}:
             getattr(vlm, part).to(dtype)
         if "vit" in whole:
-            val_features = encode_all(val, unreadable[1])[1]
+            val_features = encode_all(vlm, val, unreadable[1], args)[1]
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
-            sets["unseen"] = (unseen, *encode_all(unseen, unreadable[2]))
+            sets["unseen"] = (unseen, *encode_all(vlm, unseen, unreadable[2], args))
         scores = {}
-        shots = [(val_features[j], draw_caption(val.captions(i), args.seed, 0, i))
-                 for j, i in enumerate(val_kept[:args.shots])]
+        shots = [(val_features[i].to(device), draw_caption(val.captions(i), args.seed, 0, i))
+                 for i in val_kept[:args.shots]]
         for label, (captions, kept, features) in sets.items():
             def captioned(first: int, shots: list = ()) -> dict[int, str]:
-                batches = ((kept[i:i + 64], features[i:i + 64]) for i in range(first, len(kept), 64))
-                return caption_set(vlm, captions, batches, {}, shots)
+                return caption_set(vlm, captions, kept_batches(kept[first:], features, 64), {}, shots)
 
             texts = captioned(0)
             scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
@@ -533,12 +665,16 @@ def main() -> None:
                 scores[f"{label}, {len(shots)} shots ({len(after)})"] = score(captions, after)
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
+            if RANK:
+                continue
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sheet = contact_sheet(captions, texts)
             write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
         metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
     print(table(scores))
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Measures this project against what a user would otherwise pick. Needs transformers beside our own packages.
+"""Measures this project, `load` against what a user would otherwise pick, which needs transformers.
 
     python tests/bench.py load [NAME ...]     # time and memory of loading checkpoints of real sizes, random weights
+    python tests/bench.py stream              # speed and memory of reading pairs from tar shards
 """
 import argparse
+import io
 import json
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -74,9 +77,51 @@ def load(names: list[str], runs: int = 5) -> None:
                       f"{theirs[1] / theirs[2]:.2f} |", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Streaming
+
+STREAM = """
+import itertools, json, resource, sys, time, torch
+from data import Pixels, Shards
+from vit import ViT
+names, pairs = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()
+for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
+    pass
+read, start = time.time() - start, time.time()
+loader = torch.utils.data.DataLoader(Pixels(shards, preprocess), batch_sampler=shards.batches(100, 0),
+                                     collate_fn=Pixels.collate)
+seen = {name for indices, pixels, bad in itertools.islice(loader, pairs // 100) for name in map(str, indices)}
+print(json.dumps([pairs / read, pairs / (time.time() - start), len(seen), peak()]))
+"""
+
+
+def stream(_) -> None:
+    """Reads an epoch of small JPEGs, alone and with their decoding, in a process of its own."""
+    from PIL import Image
+    print("| pairs | read, pairs/s | and decoded, 96 px, pairs/s | different pairs | peak memory, GiB |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        for pairs in (10_000, 100_000):
+            for shard in range(10):
+                with tarfile.open(f"{folder}/{pairs}-{shard}.tar", "w") as tar:
+                    for i in range(shard * pairs // 10, (shard + 1) * pairs // 10):
+                        picture = io.BytesIO()
+                        colour = (i % 256, i // 256 % 256, i // 65536)
+                        Image.new("RGB", (96, 96), colour).save(picture, "JPEG")
+                        for kind, content in (("jpg", picture.getvalue()), ("txt", f"picture {i}".encode())):
+                            member = tarfile.TarInfo(f"{i:09}.{kind}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+            read, decoded, seen, peak = json.loads(child(STREAM, [f"{folder}/{pairs}-*.tar", pairs]))
+            print(f"| {pairs:,} | {read:,.0f} | {decoded:,.0f} | {seen:,} | {peak:.3f} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load",))
+    parser.add_argument("what", choices=("load", "stream"))
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
-    {"load": load}[args.what](args.names)
+    {"load": load, "stream": stream}[args.what](args.names)

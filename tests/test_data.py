@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint,
-                  held_out, judge, open_picture, references, shuffled, skip, stack, write_file)
+from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint, judge,
+                  open_picture, references, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
 from vit import ViT
@@ -137,7 +137,7 @@ def test_stack_marks_targets():
 def test_held_out_parts_the_set(tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(20)))
     captions = Captions(tmp_path / "c.csv")
-    rest, out = held_out(captions, 5, seed=1)
+    rest, out = captions.held_out(5, seed=1)
     assert len(out) == 5 and len(rest) == 15 and {*rest.paths, *out.paths} == set(captions.paths)
     assert all(out.captions(i) == [f"caption {out.paths[i].stem}"] for i in range(5))
 
