@@ -27,6 +27,7 @@ from adapters import ADAPTERS, IMAGE_POSITIONS  # noqa: E402
 from fixtures import start  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
+VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
 PUBLIC = "out/public"  # where fixtures/start.py's models go
 COUNTS = ("trained parameters", "embeddings a picture", "ms a step")
 FINE = ("val loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D")  # three digits after the point
@@ -53,6 +54,8 @@ COMPARISONS = {
     "from": {"Q-Former, from the parts": [],
              "Q-Former, from BLIP-2's layout": ["--from", f"{PUBLIC}/blip2", "--spell", "1"],
              "MLP and LoRA, from the parts": ["--adapter", "mlp", "--layer", "-1", *LORA],
+             "MLP and LoRA, from the parts, LLaVA's prompt": [  # which the built-in LLM has never read
+                 "--adapter", "mlp", "--layer", "-1", *LORA, "--prompt", VICUNA],
              "MLP and LoRA, from LLaVA's layout": ["--from", f"{PUBLIC}/llava", *LORA]},
 }
 
