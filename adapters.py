@@ -976,7 +976,7 @@ def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
 
 
 def nanovlm_format(c: dict, extra: dict) -> Format:
-    """Its generations: a question after the image; a chat; tiles, and pictures that are counted; the whole too."""
+    """Its generations: a question after the image; a chat; tiles, and pictures counted; the whole too."""
     if "lm_chat_template" not in c:
         return Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:",
                       end="<|im_end|>" if extra else "<|endoftext|>")

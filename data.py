@@ -385,10 +385,10 @@ class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each.
 
     `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
-    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a caption,
-    with the question before it, alone: what was said earlier isn't read). Relative picture names are looked up in
-    `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file doesn't
-    say. Raises InputError.
+    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
+    caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
+    up in `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file
+    doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -665,7 +665,7 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
 
 
 def references(captions, i: int) -> list[str]:
-    """What a caption of picture `i` is compared with: those of a set's captions that answer its first question."""
+    """What a caption of picture `i` is compared with: its captions that answer its first question."""
     questions = captions.questions(i)
     return [caption for question, caption in zip(questions, captions.captions(i)) if question == questions[0]]
 

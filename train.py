@@ -86,8 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-dropout", type=float, default=0.0, help="of what the LoRA reads (default: 0)")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
     add("--prompt", default="", metavar="TEXT",
-        help="text between picture and caption, where the data asks no question; the picture stands where it says "
-             "<image>, or before it all (default: none)")
+        help="text between picture and caption, where the data asks no question; the picture stands where it "
+             "says <image>, or before it all (default: none)")
 
     data = parser.add_argument_group("data")
     add = data.add_argument

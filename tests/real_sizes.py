@@ -1,6 +1,6 @@
 """Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 16 GB of memory (and of
-disk, for files that go again) for the largest.
+prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 16 GB of memory, and
+of disk for the while, for the largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
@@ -231,8 +231,9 @@ VLMS = {
         model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32,
         word_embed_proj_dim=2560))), "blip2_opt", dict(size=dict(height=224, width=224))),
     "nanoVLM-222M": ((NanoVLM, dict(
-        vit_hidden_dim=768, vit_inter_dim=3072, vit_patch_size=16, vit_img_size=224, vit_n_heads=12, vit_n_blocks=12,
-        vit_ln_eps=1e-6, lm_hidden_dim=576, lm_inter_dim=1536, lm_rms_eps=1e-5, lm_re_base=100000,
+        vit_hidden_dim=768, vit_inter_dim=3072, vit_patch_size=16, vit_img_size=224, vit_n_heads=12,
+        vit_n_blocks=12, vit_ln_eps=1e-6, lm_hidden_dim=576, lm_inter_dim=1536, lm_rms_eps=1e-5,
+        lm_re_base=100000,
         lm_max_position_embeddings=8192, lm_vocab_size=49152, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30,
         lm_tie_weights=True, lm_tokenizer="", mp_pixel_shuffle_factor=2)), "nanovlm_first", {}),
     "llava-1.5-7b": ((tf.LlavaForConditionalGeneration, tf.LlavaConfig(

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint, judge,
-                  open_picture, references, shuffled, skip, stack, write_file)
+from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint,
+                  judge, open_picture, references, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
 from vit import ViT

@@ -19,8 +19,9 @@ from lora import lora_layers
 from test_vlm import QUICK, command
 from vit import ViT
 
-FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
-            "nanovlm_tiles", "nanovlm_chat", "nanovlm_question", "nanovlm_first", "instructblip_vicuna")
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
+            "nanovlm", "nanovlm_tiles", "nanovlm_chat", "nanovlm_question", "nanovlm_first",
+            "instructblip_vicuna")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
@@ -185,8 +186,9 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
     for i in range(4):
         picture(20 + i, 30).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
-    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32", "--out", "run"]
-    assert command(monkeypatch, train, *options, "--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1") == 0
+    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32"]
+    options += ["--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
     vlm = VLM.from_pretrained("run")
     for part in ("llm", "vit"):
         said = json.loads(Path(f"run/lora/{part}/adapter_config.json").read_text())
@@ -196,7 +198,7 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_the_built_in_backbones_as_public_models(tmp_path):
-    """Nothing is lost where LLaVA's layout wants a CLIP, with its norm before the first block, and BLIP-2's an EVA."""
+    """Nothing is lost where LLaVA's layout wants a CLIP, normed before its blocks, and BLIP-2's an EVA."""
     start.make(tmp_path)
     vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
     scenes = [Scene.draw_from(f"{i}").picture() for i in range(4)]
