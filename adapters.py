@@ -578,9 +578,9 @@ class VLM(nn.Module):
         return self.llm.embedding.weight.device
 
     def prompt_for(self, question: str) -> str:
-        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
-        else, and with a VLM of ours, it is the run's own prompt."""
-        return question if question and self.format is not OURS else self.config.get("prompt", "")
+        """What is asked of a picture in a caption set: its `question` or, where there is none, the run's own
+        prompt."""
+        return question or self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
@@ -843,7 +843,7 @@ class Public(NamedTuple):
     """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
     what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
     `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
-    its Format, by a special token that the tokenizer has ("": any)."""
+    its Format, by a special token that the tokenizer has ("": any), where config.json doesn't tell."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str
     language: str
@@ -873,7 +873,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
     tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
     for token, id in config.pop("tokens", {}).items():
         tokenizer.add(token, id, special=True)
-    format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
+    format = config.pop("format", None) or next(
+        format for token, format in row.formats.items() if not token or token in tokenizer.special)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
     vlm = VLM(ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm), tokenizer,
               {"from": name} | config | (run or {}), format, dtype)
@@ -887,6 +888,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
 DEFAULTS = {
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                   num_attention_heads=32, bos_token_id=1, eos_token_id=2),
+    "phi3": dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                 num_attention_heads=32, bos_token_id=1, eos_token_id=32000),
     "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
     "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32),
@@ -970,27 +973,28 @@ def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
                        upscale=c.get("resize_to_max_side_len", False), whole="global_image_token" in extra)
     return c | {"image_processor": pixels}, c, dict(
         adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]),
-        tokenizer=c["lm_tokenizer"], tokens=tokens,
+        tokenizer=c["lm_tokenizer"], tokens=tokens, format=nanovlm_format(c, extra),
         **{"placeholder": tokens[extra["image_token"]]} if extra else {})
 
 
-def nanovlm_chat(images: int, text: str) -> str:
-    pictures = IMAGE if images == 1 else "".join(f"<image: {i}>{IMAGE}" for i in range(images))
-    return f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+def nanovlm_format(c: dict, extra: dict) -> Format:
+    """Its generations: a question after the image; a chat; tiles, and pictures counted; the whole too."""
+    if "lm_chat_template" not in c:
+        return Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:",
+                      end="<|im_end|>" if extra else "<|endoftext|>")
+    tiled, whole = "max_img_size" in c, "global_image_token" in extra
 
+    def chat(images: int, text: str) -> str:
+        counted = (f"<image: {i}>" * (tiled and images > 1) + IMAGE for i in range(images))
+        return f"<|im_start|>user\n{''.join(counted)}{text}<|im_end|>\n<|im_start|>assistant\n"
 
-def nanovlm_tiles(queries: int, rows: int, columns: int) -> str:
-    return "".join(f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for y in range(rows) for x in range(columns))
+    def image(queries: int, rows: int, columns: int) -> str:
+        least = tiled and not whole  # then even one tile has its row and column
+        return "<|global_image|>" * whole + IMAGE * queries * (not least) + "".join(
+            f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}"
+            for y in range(max(rows, least)) for x in range(max(columns, least)))
 
-
-NANOVLM = {  # three generations: tiles and the whole, …
-    "<|global_image|>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        f"<|global_image|>{IMAGE * queries}" + nanovlm_tiles(queries, rows, columns)), end="<|im_end|>"),
-    "<row_1_col_1>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        nanovlm_tiles(queries, rows or 1, columns or 1)), end="<|im_end|>"),
-    "<|image|>": Format(nanovlm_chat, end="<|im_end|>"),
-    "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
-}
+    return Format(chat, image, end="<|im_end|>")
 
 BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
                     question="", images_first=True)
@@ -1007,6 +1011,5 @@ PUBLIC = {  # config.json's model_type -> family
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,
-    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"},
-                      NANOVLM),
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"}, {}),
 }

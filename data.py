@@ -232,7 +232,7 @@ class Checkpoint:
     """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
 
     def __init__(self, name: str):
-        self.folder = find_checkpoint(name)
+        self.name, self.folder = name, find_checkpoint(name)
         self.config = read_json(self.folder / "config.json")
         self.where: dict[str, Path] = {}  # tensor name -> its file
         self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
@@ -437,9 +437,10 @@ class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each.
 
     `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
-    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the
-    caption). Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a
-    picture's captions answer, "" where the file doesn't say. Raises InputError.
+    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
+    caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
+    up in `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file
+    doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -531,8 +532,8 @@ def read_pairs(text: str):
             for turn in item["conversations"]:
                 if turn["from"] in ("gpt", "assistant"):
                     yield item.get("image"), turn["value"], question
-                    break
-                question = turn["value"]
+                else:
+                    question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
@@ -713,6 +714,12 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
     reasons = [reason for found in bad for reason in found.values()]
     if reasons:
         write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
+
+
+def references(captions, i: int) -> list[str]:
+    """What a caption of picture `i` is compared with: its captions that answer its first question."""
+    questions = captions.questions(i)
+    return [caption for question, caption in zip(questions, captions.captions(i)) if question == questions[0]]
 
 
 def draw_caption(captions: list, seed: int, epoch: int, index: int):

@@ -321,7 +321,7 @@ class LLM(nn.Module):
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
         with torch.device("meta"):
             llm = cls(config)
-        llm.name, llm.family = name, family
+        llm.name, llm.family = checkpoint.name, family
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
         load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
         return llm.eval()

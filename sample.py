@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, complain, few_shot, in_order, judge,
-                  nearest, one_of, open_picture, run, skip, stack, watch, write_file)
+                  nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -102,9 +102,9 @@ def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, t
                 {i: (j["exact"] - len(wrong[i]), "exact" if j["exact"] else
                      f"wrong: {', '.join(wrong[i]) or 'which is which'}") for i, j in judged.items()})
     candidates = [words(text) for text in texts.values()]
-    references = [[words(caption) for caption in captions.captions(i)] for i in texts]
-    each = cider(candidates, references)
-    return ({**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, references))},
+    wanted = [[words(caption) for caption in references(captions, i)] for i in texts]
+    each = cider(candidates, wanted)
+    return ({**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))},
              "CIDEr-D": sum(each) / len(each)},
             {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)})
 
@@ -334,7 +334,7 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 
 def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the references, one JSON object a line."""
-    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=captions.captions(i)),
+    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=references(captions, i)),
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
 

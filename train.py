@@ -77,7 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train", default="adapter", metavar="PARTS",
         help="trained whole, in float32: a list of adapter, llm, vit")
     add("--prompt", default="", metavar="TEXT",
-        help="text before the caption; the picture stands where it says <image>, or first (default: none)")
+        help="text before the caption, where the data asks no question; the picture stands where it says "
+             "<image>, or first (default: none)")
 
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora", type=int, metavar="R",
