@@ -17,10 +17,12 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,13 +31,41 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 
 
 class InputError(Exception):
-    """What the user gave can't be used: the message names the file and the reason in one line."""
+    """What the user gave can't be used: the message names the file and the reason in one printable line."""
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+        super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
+
+
+@contextlib.contextmanager
+def guard(path: str | Path, problem: str = "can't be read"):
+    """Makes an InputError of whatever fails within: the file or its contents are to blame. These come from
+    anywhere, and no list of what their readers may raise would be whole."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or (f"{problem} ({error})" if str(error) else problem)
+        raise InputError(f"{path}: {reason}") from None
+    except Exception as error:
+        name = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}: {problem} ({name}{error})") from None
+
+
+@contextlib.contextmanager
+def named(path: str | Path):
+    """Puts a file's name before an InputError of what stands in it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def nearest(word: str, known) -> str:
@@ -50,21 +80,22 @@ def one_of(known, what: str, word: str) -> str:
     return word
 
 
-def complain(error: InputError) -> None:
+def complain(error: Exception | str) -> None:
     """Tells the error in a line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
         "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
     label = "\33[31merror:\33[0m" if colour else "error:"
-    print(f"{Path(sys.argv[0]).name}: {label} {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2."""
+def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
+    """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
+    is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
-    except InputError as error:
-        complain(error)
+    except (InputError, torch.OutOfMemoryError) as error:
+        complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -74,15 +105,21 @@ def run(main: Callable[[], None]) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all."""
+    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
+    process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with guard(path, "can't be written"):
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # where a folder's own entries are to be asked for
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
@@ -116,23 +153,25 @@ SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.jso
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with guard(path, "not valid JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
     return value
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A whole safetensors file. Raises InputError."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose names begin with `prefix`, by the rest of their names. Raises
+    InputError."""
+    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                if name.startswith(prefix)}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises InputError."""
+    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def shards(folder: Path) -> list[Path]:
@@ -153,9 +192,10 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
     and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
     tokenizer alone. Raises InputError."""
-    for folder in (Path(name).expanduser(), HERE / name):
-        if folder.is_dir():
-            return folder
+    with guard(name, "no name of a model"):
+        for folder in (Path(name).expanduser(), HERE / name):
+            if folder.is_dir():
+                return folder
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
         raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
@@ -163,8 +203,9 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     repository = cache / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / "main"
     if reference.is_file():
-        snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-        whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
+        with guard(reference):
+            snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
+            whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
         if weights and whole:
             return snapshot
         if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
@@ -224,7 +265,9 @@ def download(name: str, repository: Path, weights: bool) -> Path:
                 403: "access is restricted: ask for it on the model's page",
                 404: "no such model, or a file is gone"}.get(error.code, error.reason)
         raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the network's, or of an answer that no hub would give
         raise InputError(f"{name}: no such folder, and the download failed: {error}") from None
 
 
@@ -239,11 +282,8 @@ class Checkpoint:
         for path in shards(self.folder):
             if not path.is_file():
                 raise InputError(f"{path}: no such file")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self.where.update((name, path) for name in file.keys())
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+            with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+                self.where.update((name, path) for name in file.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the mapped file. The file is mapped anew every 128 MiB: where converted copies replace
@@ -270,18 +310,28 @@ class Checkpoint:
     def family(self, families: dict):
         """The row of `families` that config.json's `model_type` names, its names a table, and the config."""
         path, kind = self.folder / "config.json", self.config.get("model_type")
-        if kind not in families:
-            raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
-        try:
+        with guard(path, f"can't be read as a {kind} config"):
+            if kind not in families:
+                raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
             config = families[kind].config(self.config)
             for name, kind_of in getattr(config, "__annotations__", {}).items():
                 value = getattr(config, name)
-                if kind_of in (int, float, str) and not isinstance(value, (int, float) if kind_of is float else kind_of):
+                if kind_of is bool and value in (True, False, None):
+                    setattr(config, name, bool(value))
+                elif kind_of in (bool, int, float, str) and (
+                        not isinstance(value, (int, float) if kind_of is float else kind_of)
+                        or kind_of is not str and value < 0):
                     raise ValueError(f"{name} is {value!r}")
             names = families[kind].names
             return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
-        except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise InputError(f"{path}: can't be read as a {kind} config ({type(error).__name__}: {error})") from None
+
+
+def depth(layers: int) -> int:
+    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before its
+    sizes are compared with the file's, which costs time and memory for each block, though none for width."""
+    if not 0 < layers <= 1000:
+        raise ValueError(f"{layers} layers")
+    return layers
 
 
 class Family(NamedTuple):
@@ -325,11 +375,12 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
                 files = set(checkpoint.where.values())
                 where = files.pop() if len(files) == 1 else checkpoint.folder
                 raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
-            tensors.append(checkpoint.tensor(d))
+            with guard(checkpoint.where[d], f"tensor '{d}' can't be read"):
+                tensors.append(checkpoint.tensor(d))
             left.discard(d)
         try:
             tensor = function(*tensors)
-        except (RuntimeError, IndexError):  # cut or reshaped to no avail: the shapes below tell the story
+        except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
             tensor = tensors[0]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
@@ -399,38 +450,53 @@ def watch(modules: list[torch.nn.Module]):
 
 def rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow would clip
-    at 255, are scaled instead."""
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        picture = picture.convert("F")
-        top = picture.getextrema()[1]
-        picture = picture.point(lambda v: v * (1 / 257 if top > 255 else 255 if top <= 1 else 1)).convert("L")
-    elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
+    with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
+        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+            picture = picture.convert("F")
+            top = picture.getextrema()[1]
+            scale = 1 / 257 if top > 255 else 255 if top <= 1 else 1
+            picture = picture.point(lambda v: v * scale).convert("L")
+        elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+# What is taken for a picture: of Pillow's other formats some call programs (EPS), most hold no photographs
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(path: "str | Path | Pair") -> Image.Image:
     """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
-    InputError."""
-    try:
+    InputError, also above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
+    with guard(path, "broken picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of faults that Pillow reads past
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         inside = path.file if isinstance(path, Pair) else sys.stdin.buffer.read() if path == "-" else None
-        with Image.open(path if inside is None else io.BytesIO(inside)) as picture:
+        try:
+            picture = Image.open(path if inside is None else io.BytesIO(inside), formats=FORMATS)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such picture") from None
+        except Image.UnidentifiedImageError:
+            raise InputError(f"{path}: not a picture") from None
+        with picture:
             return rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such picture") from None
-    except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: broken picture ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Caption sets
 
+def whole(text: str) -> str:
+    """Text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def clean(caption: str) -> str:
-    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in."""
-    return " ".join(caption.split()).removesuffix(" .")
+    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in, and
+    without IMAGE: a caption is data and places no picture."""
+    text = whole(caption).replace(IMAGE, " ")  # not nothing: what stood around it could make another
+    return " ".join(text.split()).removesuffix(" .")
 
 
 class Captions(torch.utils.data.Dataset):
@@ -447,18 +513,14 @@ class Captions(torch.utils.data.Dataset):
         self.file, folder = Path(file), Path(images or Path(file).parent)
         if images and not folder.is_dir():
             raise InputError(f"{folder}: no such folder of pictures")
-        try:
+        with guard(self.file, "not UTF-8 text"):
             text = self.file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
         pairs: dict[str, list[tuple[str, str]]] = {}
-        try:
+        with guard(self.file, "not a caption file that can be read"):
             for image, caption, *question in read_pairs(text):
-                if isinstance(image, str) and image and isinstance(caption, str) and any(map(str.isalnum, caption)):
-                    question = " ".join("".join(question).replace(IMAGE, "").split())
-                    pairs.setdefault(image, []).append((clean(caption), question))
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-            raise InputError(f"{self.file}: not a caption file that can be read ({type(error).__name__}: {error})") from None
+                caption = clean(caption) if isinstance(caption, str) else ""
+                if isinstance(image, str) and image and any(map(str.isalnum, caption)):
+                    pairs.setdefault(whole(image), []).append((caption, clean("".join(question))))
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
         self.paths = [folder / image for image in pairs]
@@ -769,12 +831,12 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
     if layout == "image-text":
         return prompt_for(question), caption
     if layout == "text-image-text":
-        words = caption.replace(IMAGE, "").split(" ")
+        words = caption.split(" ")
         cut = rng.randrange(len(words))
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
         caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
-    return (f"{caption.replace(IMAGE, '')}{IMAGE} match?",
+    return (f"{caption}{IMAGE} match?",
             "yes" if caption in captions.captions(index) else "no")
 
 
@@ -787,7 +849,7 @@ def gap(text: str) -> str:
 def few_shot(examples: list[tuple[str, str]]) -> tuple[str, str]:
     """Joins (text, answer) pairs in one: the last comes after the others, which are solved, a line each."""
     *solved, (last, answer) = [(text if IMAGE in text else IMAGE + text, answer) for text, answer in examples]
-    return "".join(f"{text}{gap(text)}{said.replace(IMAGE, '')}\n" for text, said in solved) + last, answer
+    return "".join(f"{text}{gap(text)}{said}\n" for text, said in solved) + last, answer
 
 
 def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) -> list[int]:
@@ -812,7 +874,9 @@ class Pixels(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, torch.Tensor | str]:
         try:
-            return i, self.preprocess(self.captions.picture(i))
+            picture = self.captions.picture(i)
+            with named(self.captions.name(i)):
+                return i, self.preprocess(picture)
         except InputError as error:
             return i, str(error)
 
@@ -822,6 +886,12 @@ class Pixels(torch.utils.data.Dataset):
         good = [(i, pixels) for i, pixels in items if not isinstance(pixels, str)]
         pixels = torch.stack([pixels for _, pixels in good]) if good else None
         return [i for i, _ in good], pixels, {i: reason for i, reason in items if isinstance(reason, str)}
+
+
+def ignore_signals(worker: int) -> None:
+    """In a process that reads pictures: Ctrl-C and SIGTERM, which reach it too, are the main one's affair."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_order(size: int, batch: int) -> list[range]:

@@ -14,10 +14,12 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,13 +29,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
-                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed,
-                  one_of, read_json, read_tensors, run, shuffled, skip, stack, write_file, write_json,
+                  few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
+                  read_json, read_metadata, read_tensors, run, shuffled, skip, stack, write_file, write_json,
                   write_rows)
 from lora import add_lora, load_lora
 from sample import (BLUE, GREY, INK, Parser, as_lines, caption_set, contact_sheet, machine_options,
@@ -41,8 +42,9 @@ from sample import (BLUE, GREY, INK, Parser, as_lines, caption_set, contact_shee
 
 # of an adapter, as options of the command line
 SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
-FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features",
-        "features", "shard", "tensorboard", "quiet")  # may change on --resume
+FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
+        "quiet")  # may change on --resume
+PATIENCE = 10  # steps without finite gradients, one after the other, after which there is no hope
 # torchrun's: which process this is of how many, and which GPU of its machine it has
 RANK, WORLD, LOCAL = (int(os.environ.get(name, alone)) for name, alone in
                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -150,20 +152,46 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
+    """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one,
+    or an option there has a value that the command line couldn't give it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    path = folder / "config.json"
+    saved, options = read_json(path).get("training"), {action.dest: action for action in parser._actions}
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: not the folder of a run")
+    for name, value in saved.items():
+        if option := options.get(name):
+            kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
+            fits = isinstance(value, kinds) and (not option.choices or value in option.choices)
+        if not option or not fits and not (value is option.default is None):
+            raise InputError(f"{path}: {name} can't be {value!r}")
+    return saved
+
+
+def make_absolute(args: argparse.Namespace) -> None:
+    """Has the run's files found again from any working directory."""
+    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
+        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
+            setattr(args, name, str(Path(value).resolve()))
+        elif value and is_shards(value):
+            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+
+
 def read_options() -> argparse.Namespace:
     """The command line; with --resume, the run's own options, which the command line may only repeat."""
     parser = make_parser()
     args = parser.parse_args()
     if args.resume:
-        path = find_checkpoint(args.resume) / "config.json"
-        saved = read_json(path).get("training")
-        if not isinstance(saved, dict):
-            raise InputError(f"{path}: not the folder of a run")
+        saved = saved_options(Path(args.resume), parser)
         parser.set_defaults(**saved)
         args = parser.parse_args()
-        for name, value in saved.items():
-            if name not in FREE and getattr(args, name, value) != value:
-                raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
+        make_absolute(args)
+        for option in parser._actions:
+            name, flag = option.dest, option.option_strings[0]
+            if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
+                raise InputError(f"{flag} can't change on --resume: the run has {saved[name]}")
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
@@ -346,31 +374,113 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str],
     return [i for i in range(len(captions)) if i not in bad], features
 
 
-def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler) -> None:
-    """adapter.safetensors for whoever uses the run; state.safetensors, complete in itself, for --resume."""
-    vlm.save(folder)
+def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
+    """state.safetensors for --resume, complete in itself, with the `losses` since the last line of
+    metrics.jsonl; then what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
     state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
              for key, value in {"weight": p, **optimizer.state[p]}.items()}
-    state["scale"] = torch.tensor(scaler.get_scale())
+    state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
+    state["losses"] = torch.tensor([loss.item() for loss in losses])
     write_file(folder / "state.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+    vlm.save(folder, step)
 
 
-def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
-    """Takes up what `save_checkpoint` left; returns the number of steps done."""
+def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
+    """Takes up what `save_checkpoint` left; returns the number of steps done, and the losses since the last
+    line. A run that came to no checkpoint starts anew."""
     path = folder / "state.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: the run was stopped before its first checkpoint, start it anew")
-    try:
-        with safe_open(path, framework="pt") as file:
-            step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-        weights = {name[7:]: value for name, value in state.items() if name.startswith("weight.")}
-        take_over(vlm.trained, weights, path)
+    if not path.is_file() and not (folder / "adapter.safetensors").is_file():
+        return 0, []
+    with guard(path, "not a whole checkpoint"):
+        step, state = int(read_metadata(path)["step"]), read_tensors(path)
+        take_over(vlm.trained, read_tensors(path, "weight."), path)
         for name, p in vlm.trained.items():
-            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-        scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
-        return step
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a whole checkpoint ({error})") from None
+            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+        scaler.load_state_dict({key: state[f"scaler.{key}"].item() for key in scaler.state_dict()})
+        if not RANK:
+            vlm.save(folder, step)  # which may be of an earlier one, see `VLM.catch_up`
+        return step, list(state["losses"])
+
+
+def take_folder(folder: Path):
+    """Makes a run's folder, and keeps every other process from training in it for as long as this one lives.
+    Returns its metrics.jsonl; all but the first of torchrun's processes get none. Raises InputError."""
+    path = folder / "metrics.jsonl"
+    if RANK:
+        return open(os.devnull, "ab")
+    with guard(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = path.open("ab+", buffering=0)
+        try:
+            if os.name == "nt":
+                import msvcrt
+                metrics.seek(1 << 30)  # where no one reads
+                msvcrt.locking(metrics.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{folder}: another process is training in it") from None
+        for left in folder.rglob(".*tmp*"):  # by a process that was killed
+            left.unlink()
+    return metrics
+
+
+def cut_metrics(metrics, step: int) -> None:
+    """Takes off metrics.jsonl what came after `step`, and the scores."""
+    def stays(line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["step"] <= step and "scores" not in entry
+        except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
+            return False
+
+    with guard(metrics.name):
+        metrics.seek(0)
+        metrics.truncate(sum(map(len, itertools.takewhile(stays, metrics.read().splitlines(keepends=True)))))
+
+
+def log(metrics, entry: dict) -> None:
+    """Adds a line to metrics.jsonl, on the disk when this returns. What isn't finite becomes null."""
+    entry = {key: None if value != value else value for key, value in entry.items()}
+    line = json.dumps(entry).encode() + b"\n"
+    with guard(metrics.name):
+        if metrics.write(line) != len(line):
+            raise InputError(f"{metrics.name}: no space left for a line")
+        os.fsync(metrics.fileno())
+
+
+class Signals:
+    """Ctrl-C, or a cluster's SIGTERM: ends the process at once where no step would be lost, or the second
+    time; else `asked` is the signal, for the loop to see once the step is done."""
+
+    def __init__(self):
+        self.unsaved, self.asked = False, 0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.asked or not self.unsaved:
+            raise SystemExit(128 + number)
+        self.asked = number
+
+    def agreed(self, step: int, device: torch.device) -> int:
+        """What was asked of any process of torchrun's, 0 if nothing. So as not to wait for each other in every
+        step, several look every tenth alone."""
+        if WORLD == 1:
+            return self.asked
+        if step % 10 < 9:
+            return 0
+        asked = torch.tensor(self.asked, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item()
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -381,8 +491,8 @@ class Progress:
         self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
         self.begin()
 
-    def begin(self) -> None:
-        self.start, self.losses, self.images, self.tokens = time.time(), [], 0, 0
+    def begin(self, losses: list[torch.Tensor] = ()) -> None:
+        self.start, self.losses, self.images, self.tokens = time.time(), [*losses], 0, 0
 
     def add(self, step: int, loss: torch.Tensor, images: int, tokens: int) -> None:
         self.losses.append(loss)
@@ -391,8 +501,11 @@ class Progress:
             self.show(self.line(step), "\r")
 
     def line(self, step: int) -> dict:
-        seconds = time.time() - self.start
-        return {"step": step + 1, "loss": torch.stack(self.losses).mean().item(), "images_per_s": self.images / seconds,
+        seconds, losses = time.time() - self.start, torch.stack(self.losses)
+        skipped = losses.isnan().sum().item()
+        return {"step": step + 1, "loss": losses.nanmean().item(),
+                **({"skipped": skipped} if skipped else {}),
+                "images_per_s": self.images / seconds,
                 "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
     def show(self, line: dict, end: str = "\n") -> None:
@@ -401,7 +514,8 @@ class Progress:
         self.drawn = time.time()
         minutes, seconds = divmod(round(line["s_left"]), 60)
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
-              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line) +
+              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line)
+              + (f"{line['skipped']} steps skipped: not finite  " if "skipped" in line else "") +
               f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
               + " " * 8 * self.terminal, end=end, flush=True)
 
@@ -520,12 +634,8 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
-    # so that the run is found again from any working directory
-    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
-        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
-            setattr(args, name, str(Path(value).resolve()))
-        elif value and is_shards(value):
-            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+    make_absolute(args)
+    args.precision = str(dtype).removeprefix("torch.")  # wherever it is resumed
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
@@ -545,7 +655,8 @@ def main() -> None:
                "the encoder is trained, so that its features change")
         raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
     trained = vlm.trained
-    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
     if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
@@ -558,19 +669,15 @@ def main() -> None:
         except ImportError:
             raise InputError("--tensorboard needs its package: pip install tensorboard") from None
     folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
-    first = 0
+    metrics, first, losses = take_folder(folder), 0, []
     if args.resume:
-        first = load_checkpoint(folder, vlm, optimizer, scaler)
+        first, losses = load_checkpoint(folder, vlm, optimizer, scaler)
     elif RANK:
         pass
     elif (folder / "config.json").exists():
         raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}") from None
-        write_json(folder / "config.json", vlm.config)
+    if not RANK:
+        cut_metrics(metrics, first)
     say(f"{folder}: {vlm.config['adapter']} adapter, "
         f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
         f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
@@ -603,6 +710,9 @@ def main() -> None:
         fits = args.features or len(train) * val_features[0].nbytes < free_memory(device) / 2
         cache = fixed and not streamed and fits and args.steps * args.batch >= len(train)
         cache = bool(total(torch.tensor(int(bool(cache)), device=device)) == WORLD)  # all do the same
+    if not args.resume and not RANK:
+        args.cache_features = cache  # for good: kept features differ from others in the last bits
+        write_json(folder / "config.json", vlm.config)
 
     layouts = layout_weights(args.layout)
 
@@ -666,12 +776,12 @@ def main() -> None:
         return right / len(kept)
 
     # Training
-    source, progress = pictures(), Progress(args)
-    with (Path(os.devnull) if RANK else folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    source, progress, in_a_row = pictures(), Progress(args), torch.zeros((), device=device)
+    with metrics, Signals() as signals:
         for step in range(first, args.steps):
             indices, inputs = next(source)
             if step == first:
-                progress.begin()
+                progress.begin([loss.to(device) for loss in losses])
             # of dropout: a resumed run draws what an unbroken one draws
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
             for group in optimizer.param_groups:
@@ -696,16 +806,25 @@ def main() -> None:
                 part_loss += spell / letters * F.cross_entropy(images.float(), words, reduction="sum")
                 scaler.scale(WORLD * part_loss).backward()  # DDP takes the mean over the processes
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trained.values(), args.clip)
-            scaler.step(optimizer)
+            broken = ~nn.utils.clip_grad_norm_(trained.values(), args.clip).isfinite()
+            optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
+            if fused or not broken:
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            in_a_row = (in_a_row + 1) * broken
             tokens_read = sum(batch[0].numel() for batch in batches)
-            progress.add(step, total(loss), WORLD * len(indices), WORLD * tokens_read)
+            progress.add(step, total(loss).masked_fill(broken, torch.nan), WORLD * len(indices),
+                         WORLD * tokens_read)
+            signals.unsaved = True
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
+                if in_a_row >= PATIENCE:
+                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not "
+                                     "finite: start anew with a lower --lr, a longer --warmup or --precision "
+                                     "float32 (the last checkpoint, if there is one, is as it was)")
                 if save:
                     vlm.eval()
                     line["val"] = validate()
@@ -714,18 +833,24 @@ def main() -> None:
                     vlm.train()
                     share(unreadable[0])
                     if not RANK:
-                        save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
                         list_unreadable(folder, unreadable)
                 progress.show(line)
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
+                if not RANK:
+                    log(metrics, line)
                 for name, value in line.items() if board else ():
                     board.add_scalar(name, value, step + 1)
                 if save and not RANK:
-                    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-                    image = curves(lines, folder.name)
+                    metrics.seek(0)  # through this handle: to close another one would give up the lock
+                    image = curves([json.loads(text) for text in metrics.read().splitlines()], folder.name)
                     write_file(folder / "curves.png", lambda path: image.save(path, "PNG"))
                 progress.begin()
+            if (asked := signals.agreed(step, device)) or save:
+                if not RANK:
+                    save_checkpoint(folder, step + 1, vlm, optimizer, scaler, progress.losses)
+                signals.unsaved = False
+            if asked:
+                print(f"stopped after step {step + 1}: python train.py --resume {folder} goes on", flush=True)
+                sys.exit(128 + asked)
         source.close()
 
         # What it learned, as sample.py will read it
@@ -758,10 +883,10 @@ def main() -> None:
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
             sections += best_and_worst(label, captions, texts, ratings)
-        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
-    if not RANK:
-        sheet = contact_sheet(sections)
-        write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
+        if not RANK:
+            log(metrics, {"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
+            sheet = contact_sheet(sections)
+            write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
     if board:
         for label, row in scores.items():
             for name, value in row.items():
@@ -774,4 +899,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "a higher --accumulate, or a smaller --batch, --max-tokens or --precision")

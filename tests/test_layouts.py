@@ -179,7 +179,7 @@ def test_a_mix_of_layouts_is_resumed_and_reports_matching(tmp_path, monkeypatch,
 # Shots
 
 def test_shots_come_solved_before_the_last():
-    examples = [("", "a cat"), (f"It is {IMAGE}:", f"a{IMAGE} dog"), (f"of a{IMAGE}", "bird")]
+    examples = [("", "a cat"), (f"It is {IMAGE}:", "a dog"), (f"of a{IMAGE}", "bird")]
     text, answer = few_shot(examples)
     assert text == f"{IMAGE}a cat\nIt is {IMAGE}: a dog\nof a{IMAGE}" and answer == "bird"
     batch = [7, 5, 9, 5, 2]

@@ -3,7 +3,6 @@ import ast
 import io
 import json
 import math
-import shutil
 import subprocess
 import sys
 import types
