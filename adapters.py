@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
-                  gap, guard, ignore_signals, load_weights, named, read_json, read_metadata, read_tensors,
-                  write_file)
+                  gap, guard, ignore_signals, load_weights, named, one_of, read_json, read_metadata,
+                  read_tensors, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -38,6 +38,7 @@ class Adapter(nn.Module):
     queries: int
     side: int | None = None
     text = vocabulary = 0
+    readers: str = "(?!)"
 
     def join(self, layers: int, width: int) -> None:
         """Called once with the number of the LLM's blocks and their width."""
@@ -195,6 +196,7 @@ class QFormer(Adapter):
     layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0:
     none), `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
+    readers = r"blocks\.\d+\.cross"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
@@ -285,7 +287,7 @@ class ResamplerBlock(nn.Module):
 
     def forward(self, x, source):  # (P,Q,W), (P,N,W)
         y = self.norm1(x)
-        both = torch.cat([self.source_norm(source), y], 1)
+        both = torch.cat([y, self.source_norm(source)], 1)
         x = x + self.attention(y, both, both)
         return x + self.mlp(self.norm2(x))
 
@@ -299,6 +301,7 @@ class Resampler(Adapter):
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
     layers, 4 × width unless given).
     """
+    readers = r"blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
@@ -360,6 +363,7 @@ class TwoWay(Adapter):
     feed-forward layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have
     width / shrink numbers in all heads together), `text` (tokens of the prompt it reads; 0: none).
     """
+    readers = r"(blocks\.\d+\.)?to_image"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
                  width: int = 256, heads: int = 8, mlp: int | None = None, shrink: int = 2, text: int = 0,
@@ -420,6 +424,7 @@ class Flamingo(Adapter):
     blocks too, whose feed-forward layers are 4 times as wide as the LLM.
     """
     NEVER = 1 << 62  # a position that no word has
+    readers = r"resampler\.blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
@@ -534,9 +539,7 @@ class VLM(nn.Module):
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
-        if self.image_position not in IMAGE_POSITIONS:
-            raise InputError(f"unknown image position {self.image_position!r}: "
-                             f"choose from {', '.join(IMAGE_POSITIONS)}")
+        one_of(IMAGE_POSITIONS, "image position", self.image_position)
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
         if file:
             with torch.device("meta"):
@@ -596,9 +599,9 @@ class VLM(nn.Module):
         return self.llm.embedding.weight.device
 
     def prompt_for(self, question: str) -> str:
-        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
-        else, and with a VLM of ours, it is the run's own prompt."""
-        return question if question and self.format is not OURS else self.config.get("prompt", "")
+        """What is asked of a picture in a caption set: its `question` or, where there is none, the run's own
+        prompt."""
+        return question or self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
@@ -909,7 +912,7 @@ class Public(NamedTuple):
     """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
     what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
     `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
-    its Format, by a special token that the tokenizer has ("": any)."""
+    its Format, by a special token that the tokenizer has ("": any), where config.json doesn't tell."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str
     language: str
@@ -942,8 +945,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
     with guard(path := checkpoint.folder / "config.json"), named(path):
         for token, id in config.pop("tokens", {}).items():
             tokenizer.add(token, id, special=True)
-        format = next(format for token, format in row.formats.items()
-                      if not token or token in tokenizer.special)
+        format = config.pop("format", None) or next(
+            format for token, format in row.formats.items() if not token or token in tokenizer.special)
         vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
@@ -955,6 +958,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
 DEFAULTS = {
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                   num_attention_heads=32, bos_token_id=1, eos_token_id=2),
+    "phi3": dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                 num_attention_heads=32, bos_token_id=1, eos_token_id=32000),
     "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
     "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32),
@@ -1038,27 +1043,28 @@ def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
                        upscale=c.get("resize_to_max_side_len", False), whole="global_image_token" in extra)
     return c | {"image_processor": pixels}, c, dict(
         adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]),
-        tokenizer=c["lm_tokenizer"], tokens=tokens,
+        tokenizer=c["lm_tokenizer"], tokens=tokens, format=nanovlm_format(c, extra),
         **{"placeholder": tokens[extra["image_token"]]} if extra else {})
 
 
-def nanovlm_chat(images: int, text: str) -> str:
-    pictures = IMAGE if images == 1 else "".join(f"<image: {i}>{IMAGE}" for i in range(images))
-    return f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+def nanovlm_format(c: dict, extra: dict) -> Format:
+    """Its generations: a question after the image; a chat; tiles, and pictures counted; the whole too."""
+    if "lm_chat_template" not in c:
+        return Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:",
+                      end="<|im_end|>" if extra else "<|endoftext|>")
+    tiled, whole = "max_img_size" in c, "global_image_token" in extra
 
+    def chat(images: int, text: str) -> str:
+        counted = (f"<image: {i}>" * (tiled and images > 1) + IMAGE for i in range(images))
+        return f"<|im_start|>user\n{''.join(counted)}{text}<|im_end|>\n<|im_start|>assistant\n"
 
-def nanovlm_tiles(queries: int, rows: int, columns: int) -> str:
-    return "".join(f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for y in range(rows) for x in range(columns))
+    def image(queries: int, rows: int, columns: int) -> str:
+        least = tiled and not whole  # then even one tile has its row and column
+        return "<|global_image|>" * whole + IMAGE * queries * (not least) + "".join(
+            f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}"
+            for y in range(max(rows, least)) for x in range(max(columns, least)))
 
-
-NANOVLM = {  # three generations: tiles and the whole, …
-    "<|global_image|>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        f"<|global_image|>{IMAGE * queries}" + nanovlm_tiles(queries, rows, columns)), end="<|im_end|>"),
-    "<row_1_col_1>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        nanovlm_tiles(queries, rows or 1, columns or 1)), end="<|im_end|>"),
-    "<|image|>": Format(nanovlm_chat, end="<|im_end|>"),
-    "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
-}
+    return Format(chat, image, end="<|im_end|>")
 
 BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
                     question="", images_first=True)
@@ -1075,6 +1081,5 @@ PUBLIC = {  # config.json's model_type -> family
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,
-    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"},
-                      NANOVLM),
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"}, {}),
 }

@@ -7,6 +7,7 @@ many `s.questions(i)`; i is a number below its length, or, of `Shards`, a `Pair`
 import contextlib
 import copy
 import csv
+import difflib
 import glob
 import hashlib
 import io
@@ -67,14 +68,34 @@ def named(path: str | Path):
         raise InputError(f"{path}: {error}") from None
 
 
+def nearest(word: str, known) -> str:
+    """A question whether the one of `known` that is most like `word` was meant, if any is."""
+    return "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(word, known, 1, 0.7))
+
+
+def one_of(known, what: str, word: str) -> str:
+    """`word`, if it is one of `known`. Raises InputError."""
+    if word not in known:
+        raise InputError(f"unknown {what} '{word}': choose from {', '.join(known)}{nearest(word, known)}")
+    return word
+
+
+def complain(error: Exception | str) -> None:
+    """Tells the error in a line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
+        "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
+    label = "\33[31merror:\33[0m" if colour else "error:"
+    print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
+
+
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
-    """Runs a command line's `main`: an InputError becomes one line on stderr and exit code 2, as does a GPU's
-    want of memory, for which `memory` names the remedies."""
+    """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
+    is a GPU's want of memory, for which `memory` names the remedies."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except (InputError, torch.OutOfMemoryError) as error:
-        reason = error if isinstance(error, InputError) else f"out of GPU memory: try {memory}"
-        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -254,7 +275,7 @@ class Checkpoint:
     """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
 
     def __init__(self, name: str):
-        self.folder = find_checkpoint(name)
+        self.name, self.folder = name, find_checkpoint(name)
         self.config = read_json(self.folder / "config.json")
         self.where: dict[str, Path] = {}  # tensor name -> its file
         self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
@@ -382,19 +403,46 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
+def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """softmax(q kᵀ / √hd) (B,H,T,S) of what `attend` takes."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
            causal: bool = False) -> torch.Tensor:
     """softmax(q kᵀ / √hd) v: q (B,H,T,hd), k and v (B,H,S,hd); mask true where a query sees a key, or added to
     the scores."""
+    if WATCHED is not None:
+        with torch.autocast(q.device.type, enabled=False):
+            WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         # the CPU's fused kernel is 4 to 8 times slower in its bfloat16 backward pass than these products
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1) @ v
+        return probabilities(q, k, mask, causal) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
+WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), if anyone watches
+
+
+@contextlib.contextmanager
+def watch(modules: list[torch.nn.Module]):
+    """Collects what the queries of `modules`, which call `attend` once each time they run, pay to each key:
+    {module: probabilities (B,T,S), mean over heads, of its last run}."""
+    global WATCHED
+    WATCHED, seen = [], {}
+    hooks = [module.register_forward_hook(lambda module, *_: seen.update({module: WATCHED.pop()}))
+             for module in modules]
+    try:
+        yield seen
+    finally:
+        WATCHED = None
+        for hook in hooks:
+            hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -420,13 +468,14 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(path: "str | Path | Pair") -> Image.Image:
-    """Reads a picture file whole: upright as its EXIF says, in RGB. Raises InputError, also above
-    `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
+    """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
+    InputError, also above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
     with guard(path, "broken picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of faults that Pillow reads past
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        inside = path.file if isinstance(path, Pair) else sys.stdin.buffer.read() if path == "-" else None
         try:
-            picture = Image.open(io.BytesIO(path.file) if isinstance(path, Pair) else path, formats=FORMATS)
+            picture = Image.open(path if inside is None else io.BytesIO(inside), formats=FORMATS)
         except FileNotFoundError:
             raise InputError(f"{path}: no such picture") from None
         except Image.UnidentifiedImageError:
@@ -454,9 +503,10 @@ class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each.
 
     `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
-    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (the first answer is the
-    caption). Relative picture names are looked up in `images`, or beside the file. `questions(i)` are what a
-    picture's captions answer, "" where the file doesn't say. Raises InputError.
+    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
+    caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
+    up in `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file
+    doesn't say. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -544,8 +594,8 @@ def read_pairs(text: str):
             for turn in item["conversations"]:
                 if turn["from"] in ("gpt", "assistant"):
                     yield item.get("image"), turn["value"], question
-                    break
-                question = turn["value"]
+                else:
+                    question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
@@ -728,6 +778,12 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
         write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
 
 
+def references(captions, i: int) -> list[str]:
+    """What a caption of picture `i` is compared with: its captions that answer its first question."""
+    questions = captions.questions(i)
+    return [caption for question, caption in zip(questions, captions.captions(i)) if question == questions[0]]
+
+
 def draw_caption(captions: list, seed: int, epoch: int, index: int):
     """The one of its captions that picture `index` shows in `epoch`: a pure function of its arguments."""
     return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
@@ -746,10 +802,9 @@ def layout_weights(mix: str) -> dict[str, float]:
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
-        if name not in LAYOUTS or not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
-            raise InputError(f"--layout {mix}: {entry!r} is not one of {', '.join(LAYOUTS)}, with a weight "
-                             "above 0 after a colon if there are several")
-        weights[name] = float(weight or 1)
+        if not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
+            raise InputError(f"--layout {mix}: {entry!r} has no weight above 0 after its colon")
+        weights[one_of(LAYOUTS, "layout", name)] = float(weight or 1)
     return weights
 
 

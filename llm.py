@@ -327,7 +327,7 @@ class LLM(nn.Module):
             for id in (*config.end_tokens, config.start_token or 0):
                 as_id(id)
             llm = cls(config)
-        llm.name, llm.family = name, family
+        llm.name, llm.family = checkpoint.name, family
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
         load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
         return llm.eval()

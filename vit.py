@@ -311,7 +311,7 @@ class ViT(nn.Module):
         family, config = checkpoint.family(FAMILIES)
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             vit = cls(config)
-        vit.name, vit.family = name, family
+        vit.name, vit.family = checkpoint.name, family
         load_weights(vit, checkpoint, family, dtype)
         path = checkpoint.folder / "preprocessor_config.json"
         settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
