@@ -141,8 +141,7 @@ class Attention(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.head_size, self.groups = config.head_size, config.heads // config.kv_heads
-        self.scale = config.query_scale
+        self.head_size, self.scale = config.head_size, config.query_scale
         self.q = nn.Linear(config.width, width, config.qkv_bias)
         self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
         self.q_norm, self.k_norm = (
@@ -153,13 +152,11 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            q, k = rotate(q, *turn).to(v.dtype), rotate(k, *turn).to(v.dtype)  # float32 angles under autocast
         if self.scale != 1:
             q = q * self.scale
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        if self.groups > 1:  # every key head serves `groups` query heads
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         y = attend(q, k, v, mask, causal=q.shape[2] > 1 and mask is None)  # so ordered a bool, if compiled
         return self.out(y.transpose(1, 2).flatten(2))
 
