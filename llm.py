@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, find_checkpoint, load_weights, read_json
+from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, find_checkpoint, load_weights, pack, read_json
 
 
 class Rope(NamedTuple):
@@ -241,6 +241,13 @@ class LLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (…,D) to scores (…,V) of the next token."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def pack(self) -> None:
+        """See `data.pack`; a tied head gets a packed copy of the embedding."""
+        if self.head is None:
+            self.head = nn.Linear(1, 1, bias=False)
+            self.head.weight = self.embedding.weight
+        pack(self)
 
     def forward(self, tokens: torch.Tensor | None = None, *, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""
