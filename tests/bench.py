@@ -4,9 +4,9 @@
     python tests/bench.py train decode --sizes small --nanovlm nanoVLM
 
 Models have real sizes and random weights, saved once in the public layout. Ours and the others take turns in one
-process on the same inputs; the figures are medians. Needs transformers beside our own packages. nanoVLM runs as it
-does by default, weights in float32 ("float32"), as its training script does, float32 weights under bfloat16 autocast
-("autocast"), and cast to our dtype ("bfloat16").
+process on the same inputs; the figures are medians. Needs transformers beside our own packages. nanoVLM has its weights
+in float32 and computes in float32 or, as its training script does, under bfloat16 autocast; with weights in bfloat16 its
+language model doesn't run.
 """
 import argparse
 import gc
@@ -57,10 +57,10 @@ SIZES = {  # name -> vision model, language model: (transformers' class, its con
 
 
 class Ours:
-    def __init__(self, folder: Path, args, dtype=None, packed: bool = False):
+    def __init__(self, folder: Path, args, packed: bool = False):
         from adapters import build
         self.vlm = build(dict(vit=str(folder / "vit"), llm=str(folder / "llm"), adapter="pixelshuffle",
-                              adapter_sizes={}), dtype or args.dtype).to(args.device)
+                              adapter_sizes={}), args.dtype).to(args.device)
         self.vlm.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
         if packed:
             self.vlm.pack()
@@ -88,14 +88,14 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder: Path, args, dtype=None, static: bool = False):
+    def __init__(self, folder: Path, args, static: bool = False):
         import transformers as tf
-        dtype, self.static = dtype or args.dtype, static
+        self.dtype, self.static, self.device = args.dtype, static, args.device
         (vision, _, _), (language, _, _) = SIZES[folder.name]
-        self.vit, self.llm = (getattr(tf, name).from_pretrained(folder / part, dtype=dtype).to(args.device).eval()
+        self.vit, self.llm = (getattr(tf, name).from_pretrained(folder / part, dtype=args.dtype).to(args.device).eval()
                               for name, part in ((vision, "vit"), (language, "llm")))
         self.vit.requires_grad_(False), self.llm.requires_grad_(False)
-        c, self.dtype, self.device = self.vit.config, dtype, args.device
+        c = self.vit.config
         self.grid = c.image_size // c.patch_size
         self.adapter = torch.nn.Linear(4 * c.hidden_size, self.llm.config.hidden_size, bias=False).to(args.device)
         self.trained = list(self.adapter.parameters())
@@ -136,7 +136,7 @@ class Transformers:
 
 
 class NanoVLM:
-    def __init__(self, folder: Path, args, dtype=torch.float32, autocast: bool = False):
+    def __init__(self, folder: Path, args, autocast: bool = False):
         if str(args.nanovlm) not in sys.path:
             sys.path.insert(0, str(args.nanovlm))
         # its image processor, which isn't measured, wants torchvision; its tokenizer, the network
@@ -149,20 +149,20 @@ class NanoVLM:
             vit_hidden_dim=v["hidden_size"], vit_inter_dim=v["intermediate_size"], vit_img_size=224,
             lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"], lm_n_heads=c["num_attention_heads"],
             lm_n_kv_heads=c["num_key_value_heads"], lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
-            mp_pixel_shuffle_factor=2, mp_image_token_length=49), load_backbone=False).to(args.device, dtype).eval()
+            mp_pixel_shuffle_factor=2, mp_image_token_length=49), load_backbone=False).to(args.device).eval()
         self.model.requires_grad_(False)
         self.trained = list(self.model.MP.requires_grad_(True).parameters())
-        self.dtype, self.autocast = dtype, torch.autocast(args.device, torch.bfloat16, enabled=autocast)
+        self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=autocast)
 
     def encode(self, pixels):
         with self.autocast:
-            return self.model.vision_encoder(pixels.to(self.dtype))
+            return self.model.vision_encoder(pixels)
 
     def loss(self, tokens, pixels):
         ids = F.pad(tokens, (49, 0), value=1)
         targets = F.pad(tokens, (48, 1), value=-100)  # its labels are shifted by the collator
         with self.autocast:
-            return self.model(ids, pixels.to(self.dtype), targets=targets)[1]
+            return self.model(ids, pixels, targets=targets)[1]
 
     def prefill(self, tokens):
         with self.autocast:
@@ -177,15 +177,12 @@ class NanoVLM:
 def peers(size: str, args, kind: str) -> dict:
     """What runs a row: {name: function that makes it}."""
     folder = args.folder / size
-    training, decoding = kind == "train", kind == "decode"
-    found = {"ours": lambda: Ours(folder, args, packed=not training), "transformers": lambda: Transformers(folder, args)}
-    if decoding:
+    found = {"ours": lambda: Ours(folder, args, packed=kind != "train"), "transformers": lambda: Transformers(folder, args)}
+    if kind == "decode":
         found["transformers, static cache"] = lambda: Transformers(folder, args, static=True)
     if args.nanovlm and size == "small":
         found["nanoVLM, float32"] = lambda: NanoVLM(folder, args)
-        if training:
-            found["nanoVLM, autocast"] = lambda: NanoVLM(folder, args, autocast=True)
-        found[f"nanoVLM, {str(args.dtype)[6:]}"] = lambda: NanoVLM(folder, args, args.dtype)
+        found["nanoVLM, autocast"] = lambda: NanoVLM(folder, args, autocast=True)
     return {name: make for name, make in found.items() if not args.peers or any(p in name for p in args.peers)}
 
 
@@ -441,7 +438,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the training steps")
     parser.add_argument("--peers", nargs="*", help="only those with one of these in their names")
-    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine too")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: for a machine that others use too, with one thread")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
