@@ -17,6 +17,7 @@ import pydoc_data.topics
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -424,8 +425,46 @@ def load(size: str, args) -> None:
                       f"peak memory {peak / weights:.2f} × weights |", flush=True)
 
 
+STREAM = """
+import itertools, json, resource, sys, time, torch
+from data import Pixels, Shards
+from vit import ViT
+names, pairs = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()
+for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
+    pass
+read, start = time.time() - start, time.time()
+loader = torch.utils.data.DataLoader(Pixels(shards, preprocess), batch_sampler=shards.batches(100, 0),
+                                     collate_fn=Pixels.collate)
+seen = {name for indices, pixels, bad in itertools.islice(loader, pairs // 100) for name in map(str, indices)}
+print(json.dumps([pairs / read, pairs / (time.time() - start), len(seen), peak()]))
+"""
+
+
+def stream(_, args) -> None:
+    """Reads an epoch of small JPEGs, alone and with their decoding, in a process of its own."""
+    print("\n| pairs | read, pairs/s | and decoded, 96 px, pairs/s | different pairs | peak memory, GiB |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        for pairs in (10_000, 100_000):
+            for shard in range(10):
+                with tarfile.open(f"{folder}/{pairs}-{shard}.tar", "w") as tar:
+                    for i in range(shard * pairs // 10, (shard + 1) * pairs // 10):
+                        picture = io.BytesIO()
+                        colour = (i % 256, i // 256 % 256, i // 65536)
+                        Image.new("RGB", (96, 96), colour).save(picture, "JPEG")
+                        for kind, content in (("jpg", picture.getvalue()), ("txt", f"picture {i}".encode())):
+                            member = tarfile.TarInfo(f"{i:09}.{kind}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+            read, decoded, seen, peak = json.loads(child(STREAM, [f"{folder}/{pairs}-*.tar", pairs]))
+            print(f"| {pairs:,} | {read:,.0f} | {decoded:,.0f} | {seen:,} | {peak:.3f} |", flush=True)
+
+
 ROWS = dict(load=load, encode=encode, train=train, prefill=prefill, decode=decode, caption=caption, data=data,
-            tokenizer=tokenizer)
+            tokenizer=tokenizer, stream=stream)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -451,6 +490,6 @@ if __name__ == "__main__":
         print("\n| row | who | measured | time, ours = 1 | ours' share of the limit |\n| --- | --- | ---: | ---: | --- |")
         for row in ROWS if "all" in args.rows else args.rows:
             for size in args.sizes or (SIZES if args.device == "cuda" else ("small", "medium")):
-                if row != "tokenizer" or size == (args.sizes or ["small"])[0]:
+                if row not in ("tokenizer", "stream") or size == (args.sizes or ["small"])[0]:
                     ROWS[row](size, args)
                     gc.collect()

@@ -30,7 +30,7 @@ def test_adapters_turn_features_into_embeddings(adapter):
     features = torch.randn(4, 17, 12)  # a class token and 4 × 4 patches
     out = module(features)
     assert out.shape == (4, {"linear": 16, "mlp": 16, "pixelshuffle": 4}.get(adapter, 32), 20)
-    assert module.queries == (0 if adapter == "flamingo" else out.shape[1])
+    assert module.queries == out.shape[1]
     assert torch.allclose(module(features[2:]), out[2:], atol=1e-6)
     for i in range(1, 17):  # every patch counts
         changed = features.clone()
@@ -51,7 +51,7 @@ def test_adapters_learn(adapter):
     captions = ["a small red circle", "a large blue star", "a big pink cross", "a little green square"]
     features, optimizer = torch.randn(4, 65, 128), torch.optim.Adam(vlm.trained.values(), 5e-3)
     tokens, where, targets = stack([vlm.encode("", caption) for caption in captions])
-    spelled, words = vlm.spelling(tokens, captions)
+    spelled, words = vlm.spelling(captions)
     losses = []
     for _ in range(40):
         logits, images = vlm(tokens, features, where, spelled)
@@ -158,7 +158,7 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
 
     def embed(text: str, pad: int = 0) -> torch.Tensor:
         tokens = torch.tensor([vlm.encode(text)[0]])
-        return vlm.embed(tokens, features[:1], F.pad(vlm.prompt(tokens), (0, pad), value=-1))[0, 2:7]
+        return vlm.embed(tokens, vlm.images(features[:1], F.pad(vlm.prompt(tokens), (0, pad), value=-1)))[0, 2:7]
 
     assert (embed("ab") - embed("ba")).abs().max() > 1e-3
     assert torch.allclose(embed("ab"), embed("ab", 1), atol=1e-5)
@@ -191,7 +191,7 @@ def test_flamingo_starts_as_the_llm_it_is_put_in(name, dtype, fixtures):
     for p in set(vlm.trained.values()) - set(gates.values()):
         torch.nn.init.normal_(p, std=0.5)
     tokens, features = torch.tensor([vlm.encode("a<image>b<image>c")[0]]), torch.randn(2, 26, 24)
-    inputs = vlm.read(tokens, features)
+    inputs = vlm.read(tokens, vlm.images(features))
     plain = vlm.llm(embeddings=inputs["embeddings"])
     assert torch.equal(vlm.llm.logits(vlm.llm.hidden(**inputs)), plain)
     assert len(gates) == 4 and not any(gates.values())
@@ -210,7 +210,7 @@ def test_flamingo_sees_the_last_image_before_a_word(fixtures):
     x, positions = torch.randn(3, tokens.shape[1], 24), torch.arange(tokens.shape[1])[None]
 
     def apply(features):
-        return vlm.read(tokens, features)["between"](0, x, positions)
+        return vlm.read(tokens, vlm.images(features))["between"](0, x, positions)
 
     # start token, a, b; the image's two markers, c; the other's, d, e
     for image, seen in enumerate(((0, slice(3, 6)), (0, slice(6, None)), (2, slice(1, None)))):
@@ -220,7 +220,7 @@ def test_flamingo_sees_the_last_image_before_a_word(fixtures):
         expected = torch.zeros_like(moved)
         expected[seen] = True
         assert torch.equal(moved, expected)
-    between = vlm.read(tokens, features)["between"]
+    between = vlm.read(tokens, vlm.images(features))["between"]
     assert torch.equal(between(1, x, positions), x)  # every second block has one
     assert not torch.equal(apply(features), x)
 
@@ -234,14 +234,14 @@ def test_flamingo_generates(mode, name, fixtures):
         p.mul_(0.4)  # or one token would drown all others
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
     rows = [vlm.encode(text) for text in ("<image>ab", "a<image>b<image>abcd")]
-    inputs = [vlm.read(torch.tensor([ids]), part)
+    inputs = [vlm.read(torch.tensor([ids]), vlm.images(part))
               for (ids, _), part in zip(rows, (features[:1], features[1:]))]
-    batch = vlm.read(stack(rows)[0], features)
+    batch = vlm.read(stack(rows)[0], vlm.images(features))
     for key in ("embeddings", "positions"):
         if batch[key] is not None:
             batch[key] = [row[:len(ids)] for row, (ids, _) in zip(batch[key], rows)]
     check_generation(vlm.llm, inputs, batch)
-    blank = vlm.read(torch.tensor([rows[0][0]]), torch.zeros_like(features[:1]))
+    blank = vlm.read(torch.tensor([rows[0][0]]), vlm.images(torch.zeros_like(features[:1])))
     assert (vlm.llm.hidden(**blank) - vlm.llm.hidden(**inputs[0]))[:, -1].abs().max() > 0.01
 
 
@@ -320,7 +320,7 @@ def test_positions_hold_in_generation(mode, name, fixtures):
         return
     vlm = small(fixtures, "pixelshuffle", llm=name, scale=1 if mode == "rope-xy" else 5, image_position=mode)
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
-    inputs = [vlm.read(torch.tensor([vlm.encode(text)[0]]), part)
+    inputs = [vlm.read(torch.tensor([vlm.encode(text)[0]]), vlm.images(part))
               for text, part in (("<image>ab", features[:1]), ("a<image>b<image>abcd", features[1:]))]
     batch = {key: [row[key][0] for row in inputs] for key, value in inputs[0].items() if value is not None}
     check_generation(vlm.llm, inputs, batch)
@@ -335,7 +335,7 @@ def test_places_are_added_to_the_patches(fixtures):
     for y in range(5):
         for x in range(5):
             moved[:, 1 + 5 * y + x] += vlm.places[0, y] + vlm.places[1, x]
-    close(vlm.embed(tokens, features), plain.embed(tokens, moved), 1e-5)
+    close(vlm.embed(tokens, vlm.images(features)), plain.embed(tokens, plain.images(moved)), 1e-5)
     assert "places" in vlm.trained and "places" not in plain.trained
 
 

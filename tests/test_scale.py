@@ -1,0 +1,235 @@
+"""Many pictures, many processes: torchrun, tar shards, features kept on disk."""
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT
+from data import InputError, Shapes, Shards, read_shard
+from test_vlm import QUICK, SMALL, command, interrupt
+from vit import ViT
+
+
+def losses(run: str) -> list[float]:
+    """Of each step, as metrics.jsonl tells; then those of the validations."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [line[kind] for kind in ("loss", "val") for line in lines if kind in line]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several processes
+
+@pytest.mark.parametrize("options, of_one", (
+    (["--no-cache-features", "--lora", "2", "--lora-on", "llm,vit", "--shots", "2", "--accumulate", "2",
+      "--layout", "image-text:0.4,text-image-text:0.3,text-image:0.3"], ["--accumulate", "4"]),
+    (["--shard", "--lora", "2", "--features", "features"], []),
+), ids=("replicated", "sharded"))
+def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*SMALL, *QUICK, "--steps", "4", "--save-every", "2", "--log-every", "1",
+               "--precision", "float32", *options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [*torchrun, ROOT / "train.py", *options, "--out", "two"]
+    done = subprocess.run(run, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4/4") == 1 and "encoded 8 pictures" in done.stdout
+    assert command(monkeypatch, train, *options, *of_one, "--out", "one") == 0
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-4) and len(losses("two")) == 6
+    one, two = (load_file(f"{run}/adapter.safetensors") for run in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+    assert {path.name for path in Path("one").iterdir()} == {path.name for path in Path("two").iterdir()}
+
+
+def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORLD", 3)
+    assert command(monkeypatch, train, *QUICK) == 2
+    assert "in --accumulate 1 equal parts in each of 3 processes" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tar shards
+
+SCENES = Shapes(120)
+
+
+def write_tar(path: Path, members) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            member.size = member.size or len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def png(i: int) -> bytes:
+    file = io.BytesIO()
+    SCENES.picture(i).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Six shards of twenty scenes; half of the captions are JSON."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(6):
+        scenes = range(20 * shard, 20 * shard + 20)
+        texts = [("json", json.dumps({"caption": SCENES.captions(i)})) if i % 2 else
+                 ("txt", SCENES.captions(i)[0]) for i in scenes]
+        write_tar(folder / f"{shard:02}.tar", [
+            member for i, (kind, text) in zip(scenes, texts)
+            for member in ((f"a/{i:03}.png", png(i)), (f"a/{i:03}.{kind}", text.encode()))])
+    return folder
+
+
+def test_shards_are_listed_as_in_a_shell(shards):
+    paths = [shards / f"{i:02}.tar" for i in range(6)]
+    for names in (f"{shards}/{{00..05}}.tar", f"{shards}/*.tar",
+                  f"{shards}/0{{0,1,2}}.tar,{shards}/0[345].tar"):
+        assert Shards(names).paths == paths
+    with pytest.raises(InputError, match="06.tar: no such shard"):
+        Shards(f"{shards}/{{00..06}}.tar")
+
+
+def test_a_pair_of_a_shard(shards):
+    pair, second = itertools.islice(read_shard(shards / "01.tar"), 2)
+    assert pair == "01.tar/a/020" and pair.captions == SCENES.captions(20)[:1] and not pair.fault
+    assert second.captions == SCENES.captions(21) and second.file == png(21)
+    source = Shards(f"{shards}/*.tar")
+    assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
+
+
+def epochs(batches, size: int, count: int) -> list[list[str]]:
+    names = [*itertools.chain.from_iterable(itertools.islice(batches, size * count // 4))]
+    return [names[i:i + size] for i in range(0, size * count, size)]
+
+
+@pytest.mark.parametrize("world", (1, 2, 3))
+def test_each_pair_comes_once_an_epoch_to_one_process(world, shards):
+    every = {f"{i // 20:02}.tar/a/{i:03}" for i in range(120)}
+    source = [Shards(f"{shards}/*.tar", buffer=30) for _ in range(world)]
+    parts = [epochs(of.batches(4, 7, 0, rank, world), 120 // world, 3) for rank, of in enumerate(source)]
+    for epoch in zip(*parts):
+        assert sorted(name for part in epoch for name in part) == sorted(every)
+    assert parts[0][0] != parts[0][1] != sorted(parts[0][1]) and len(source[0]) == 120 // world
+    later = Shards(f"{shards}/*.tar", buffer=30).batches(4, 7, 11, 0, world)
+    assert next(later) == parts[0][44 // (120 // world)][44 % (120 // world):][:4]
+    with pytest.raises(InputError, match="6 shards are too few for 7 processes"):
+        next(source[0].batches(4, 7, 0, 0, 7))
+
+
+def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(shards)
+    options = [*SMALL, *QUICK, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1", "--log-every", "1",
+               "--layout", "image-text,text-image"]
+    assert command(monkeypatch, train, *options, "--out", tmp_path / "whole", "--workers", "2") == 0
+    interrupt(monkeypatch, *options, "--out", tmp_path / "parts")
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    assert losses("whole") == losses("parts") and len(losses("whole")) == 10
+    lines = [json.loads(line) for line in Path("whole/captions-val.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"00.tar/a/{i:03}" for i in range(8)]  # the first shard's
+    assert all(line["references"] == SCENES.captions(i)[:4 if i % 2 else 1] for i, line in enumerate(lines))
+    capsys.readouterr()
+    for arguments, message in ((["--data", shards / "00.tar"], "one shard can't be parted"),
+                               (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):
+        assert command(monkeypatch, train, *SMALL, *QUICK, *arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    link, huge = tarfile.TarInfo("b.jpg"), tarfile.TarInfo("c.jpg")
+    link.type, link.linkname, huge.size = tarfile.SYMTYPE, "/etc/passwd", 1 << 40
+    good = [("g.png", png(3)), ("g.txt", b"a good pair")]
+    write_tar(Path("in/0.tar"), [
+        ("../../up.png", png(0)), ("../../up.txt", b"climbs"), ("/root/up.png", png(1)),
+        ("/root/up.txt", b"absolute"), (link, b""), ("b.txt", b"a link"),
+        ("d.png", b"no picture"), ("d.txt", b"text"), ("e.png", png(2)),
+        ("e.json", b"[7"), ("f.png", png(2)), ("f.txt", b"\xff\xfe"), ("README.md", b"read me"), *good])
+    faults = {pair.removeprefix("0.tar/"): pair.fault for pair in read_shard(Path("in/0.tar"))}
+    assert [name for name, fault in faults.items() if not fault] == ["../../up", "/root/up", "d", "g"]
+    assert "no picture" in faults["b"] and "can't be read (JSONDecodeError" in faults["e"]
+    assert "can't be read (UnicodeDecodeError" in faults["f"]
+    whole = (shards / "01.tar").read_bytes()
+    header = whole.index(b"a/030.png")
+    for content, pairs in ((b"", 0), (b"no tar at all" * 99, 0), (whole[:header + 700], 10),
+                           (whole[:header] + b"\xff" * 512 + whole[header + 512:], 10)):
+        Path("in/1.tar").write_bytes(content)
+        *found, last = read_shard(Path("in/1.tar"))
+        assert len(found) == pairs and not any(pair.fault for pair in found) and "broken shard" in last.fault
+    with tarfile.open("in/2.tar", "w") as tar:
+        tar.addfile(huge)  # its terabyte is missing
+    pair, = read_shard(Path("in/2.tar"))
+    assert "says that it has 1,099,511,627,776 bytes" in pair.fault
+    assert {path.name for path in tmp_path.rglob("*")} == {"in", "0.tar", "1.tar", "2.tar"}
+
+    options = [*SMALL, *QUICK, "--val", shards / "00.tar", "--steps", "12"]
+    data = f"in/1.tar,{shards}/01.tar,{shards}/02.tar"
+    assert command(monkeypatch, train, *options, "--data", data, "--out", "run") == 0
+    text, = Path("run/unreadable.txt").read_text().splitlines()  # though met in each epoch
+    assert text.startswith("in/1.tar: broken shard (")
+    capsys.readouterr()
+    assert command(monkeypatch, train, *options, "--data", "in/1.tar,in/2.tar", "--out", "none") == 2
+    assert "pictures can't be read; the last: in/" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Features on disk
+
+def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        SCENES.picture(i).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i}\n" for i in range(12)))
+    Path("5.png").write_text("no picture")
+    options = [*SMALL, *QUICK, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
+               "--precision", "bfloat16"]
+    encoded = Counter()
+    forward = ViT.forward
+
+    def counted(vit, pixels, layer=None):
+        encoded["pictures"] += bool(pixels.any()) and len(pixels)
+        return forward(vit, pixels, layer)
+
+    monkeypatch.setattr(ViT, "forward", counted)
+
+    def run(out: str, *more) -> int:
+        """How many pictures were encoded."""
+        before = encoded["pictures"]
+        assert command(monkeypatch, train, *options, *more, "--out", out) == 0
+        return encoded["pictures"] - before
+
+    assert run("memory", "--cache-features") == 22 and run("first", "--features", "kept") == 11
+    assert run("second", "--features", "kept") == 0
+    assert losses("memory") == losses("first") == losses("second")
+    file, = Path("kept").iterdir()
+    stored = load_file(file)
+    assert len(stored["rows"]) == 12 and stored["marks"].logical_not().nonzero().item() == 5
+    assert "5.png: couldn't be read" in Path("second/unreadable.txt").read_text()
+    for i, more in enumerate((["--layer", "-2"], ["--image-size", "48"], ["--precision", "float32"])):
+        assert run(f"changed{i}", "--features", "kept", *more) == 11
+    SCENES.picture(40).save("6.png")
+    assert run("another", "--features", "kept") == 11 and len([*Path("kept").iterdir()]) == 5
+
+
+def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encode = train.VLM.encode_pictures
+
+    def stopped(*arguments):
+        yield next(encode(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.VLM, "encode_pictures", stopped)
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--val-size", "80", "--features", "kept") == 130
+    assert not any(Path("kept").iterdir())
