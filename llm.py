@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
-                  load_weights, read_json, whole)
+                  load_weights, pack, read_json, whole)
 
 
 class Rope(NamedTuple):
@@ -144,8 +144,7 @@ class Attention(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.head_size, self.groups = config.head_size, config.heads // config.kv_heads
-        self.scale = config.query_scale
+        self.head_size, self.scale = config.head_size, config.query_scale
         self.q = nn.Linear(config.width, width, config.qkv_bias)
         self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
         self.q_norm, self.k_norm = (
@@ -156,13 +155,11 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            q, k = rotate(q, *turn).to(v.dtype), rotate(k, *turn).to(v.dtype)  # float32 angles under autocast
         if self.scale != 1:
             q = q * self.scale
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        if self.groups > 1:  # every key head serves `groups` query heads
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         y = attend(q, k, v, mask, causal=q.shape[2] > 1 and mask is None)  # so ordered a bool, if compiled
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -247,6 +244,13 @@ class LLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (…,D) to scores (…,V) of the next token."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def pack(self) -> None:
+        """See `data.pack`; a tied head gets a packed copy of the embedding."""
+        if self.head is None:
+            self.head = nn.Linear(1, 1, bias=False)
+            self.head.weight = self.embedding.weight
+        pack(self)
 
     def forward(self, tokens: torch.Tensor | None = None, *, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""

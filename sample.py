@@ -402,6 +402,7 @@ def main() -> None:
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     if args.merge_lora:
         merge_lora(vlm)
+    vlm.pack()
     asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not (args.no_split or args.attention))
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
