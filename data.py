@@ -470,8 +470,11 @@ class PackedLinear(torch.nn.Module):
 def pack(module: torch.nn.Module) -> None:
     """Packs the nn.Linear layers of a model on a CPU: to be called last, since no gradients pass, nothing is
     saved, and it can't be moved. Decoding takes half the time in bfloat16; the results are the same."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    fast = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, layer in list(module.named_modules()):
-        if type(layer) is torch.nn.Linear and layer.weight.is_cpu and torch.backends.mkldnn.is_available():
+        if type(layer) is torch.nn.Linear and layer.weight.is_cpu and layer.weight.dtype in fast:
             module.set_submodule(name, PackedLinear(layer.weight, layer.bias))
 
 
