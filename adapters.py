@@ -2,6 +2,7 @@
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
+import contextlib
 import itertools
 import math
 import re
@@ -13,8 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, find_checkpoint,
-                  gap, load_weights, read_json, read_tensors, write_file)
+from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
+                  gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
+                  read_metadata, read_tensors, write_file)
 from llm import LLM, Tokenizer
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -36,6 +38,7 @@ class Adapter(nn.Module):
     queries: int
     side: int | None = None
     text = vocabulary = 0
+    readers: str = "(?!)"
 
     def join(self, layers: int, width: int) -> None:
         """Called once with the number of the LLM's blocks and their width."""
@@ -193,6 +196,7 @@ class QFormer(Adapter):
     layers, 4 × width unless given), `dropout` after every sublayer, `text` (tokens of the prompt it reads; 0:
     none), `vocabulary` (words, where the prompt comes as ids of another tokenizer than the LLM's).
     """
+    readers = r"blocks\.\d+\.cross"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
@@ -223,7 +227,8 @@ class QFormer(Adapter):
         that of InstructBLIP reads ids of BERT's tokenizer. Raises InputError."""
         checkpoint = Checkpoint(name)
         family, sizes = checkpoint.family({"blip-2": BLIP2, "instructblip": INSTRUCTBLIP})
-        with torch.device("meta"):
+        with torch.device("meta"), guard(path := checkpoint.folder / "config.json"), named(path):
+            depth(sizes["layers"])
             qformer = cls(**sizes)
         words = rf"|encoder\.layer\.{sizes['layers'] - 1}\.(intermediate|output)\..*"  # of the last block
         load_weights(qformer, checkpoint, family._replace(unused=family.unused + words), dtype)
@@ -282,7 +287,7 @@ class ResamplerBlock(nn.Module):
 
     def forward(self, x, source):  # (P,Q,W), (P,N,W)
         y = self.norm1(x)
-        both = torch.cat([self.source_norm(source), y], 1)
+        both = torch.cat([y, self.source_norm(source)], 1)
         x = x + self.attention(y, both, both)
         return x + self.mlp(self.norm2(x))
 
@@ -296,6 +301,7 @@ class Resampler(Adapter):
     Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
     layers, 4 × width unless given).
     """
+    readers = r"blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
@@ -357,6 +363,7 @@ class TwoWay(Adapter):
     feed-forward layers, 4 × width unless given), `shrink` (the attentions between tokens and patches have
     width / shrink numbers in all heads together), `text` (tokens of the prompt it reads; 0: none).
     """
+    readers = r"(blocks\.\d+\.)?to_image"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
                  width: int = 256, heads: int = 8, mlp: int | None = None, shrink: int = 2, text: int = 0,
@@ -417,6 +424,7 @@ class Flamingo(Adapter):
     blocks too, whose feed-forward layers are 4 times as wide as the LLM.
     """
     NEVER = 1 << 62  # a position that no word has
+    readers = r"resampler\.blocks\.\d+\.attention"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
                  width: int = 256, heads: int = 8, mlp: int | None = None, every: int = 2, eps: float = 1e-6):
@@ -458,6 +466,23 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
             "resampler": Resampler, "twoway": TwoWay, "flamingo": Flamingo}
 
 
+def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
+    """The untrained adapter that the config of a run (see `VLM`) names. Raises InputError."""
+    kind, sizes, layer = config["adapter"], config["adapter_sizes"], config.get("layer")
+    if kind not in ADAPTERS:
+        raise InputError(f"unknown adapter {kind!r}: choose from {', '.join(ADAPTERS)}")
+    if layer is not None and not -len(vit.blocks) - 1 <= layer <= len(vit.blocks):
+        raise InputError(f"layer {layer} of an encoder with {len(vit.blocks)} blocks")
+    try:
+        depth(sizes.get("layers", 1))
+        adapter = ADAPTERS[kind](vit.config.hidden if layer is None else vit.config.width, llm.config.hidden,
+                                 vit.config.grid, **sizes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the {kind} adapter: {str(error).split(') ')[-1]}") from None
+    adapter.join(llm.config.layers, llm.config.width)
+    return adapter
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The VLM
 
@@ -494,7 +519,9 @@ class VLM(nn.Module):
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
     "prompt", "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
     config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
-    the LLM's weights; parts that are trained whole are held in float32 meanwhile.
+    the LLM's weights; parts that are trained whole are held in float32 meanwhile. `file` holds the tensors
+    that the adapter is to take: where they aren't of the sizes in `config`, that is an InputError before any
+    are made.
 
     What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
     for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
@@ -505,27 +532,22 @@ class VLM(nn.Module):
     """
 
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS,
-                 dtype: torch.dtype | None = None):
+                 dtype: torch.dtype | None = None, file: Path | None = None):
         super().__init__()
         self.format, self.dtype, V = format, dtype or llm.dtype, llm.config.vocabulary
         self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
         self.image_position = config.get("image_position", "sequence")
-        if self.image_position not in IMAGE_POSITIONS:
-            raise InputError(f"unknown image position {self.image_position!r}: "
-                             f"choose from {', '.join(IMAGE_POSITIONS)}")
-        if config["adapter"] not in ADAPTERS:
-            raise InputError(f"unknown adapter {config['adapter']!r}: choose from {', '.join(ADAPTERS)}")
+        one_of(IMAGE_POSITIONS, "image position", self.image_position)
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
-        try:
-            vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
-            with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
-                self.adapter = ADAPTERS[config["adapter"]](vision_width, llm.config.hidden, vit.config.grid,
-                                                           **config["adapter_sizes"])
-        except TypeError as error:
-            raise InputError(f"the {config['adapter']} adapter: {str(error).split(') ')[-1]}") from None
-        self.adapter.join(llm.config.layers, llm.config.width)
+        if file:
+            with torch.device("meta"):
+                adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
+            found = read_tensors(file)
+            compare(adapter, {name: found[name] for name in found if name.startswith("adapter.")}, file)
+        with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
+            self.adapter = make_adapter(config, vit, llm)
         self.slots = 0 if hasattr(self.adapter, "between") else self.adapter.queries  # of an image in the ids
         if self.image_position == "rope-xy":
             if self.adapter.side is None:
@@ -535,6 +557,7 @@ class VLM(nn.Module):
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
         self.places = None
         if self.image_position in ("xy", "sequence+xy"):
+            vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
             self.places = nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
         self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
         if format.end and not self.ends:
@@ -571,14 +594,19 @@ class VLM(nn.Module):
                 layer.train(mode)
         return self
 
+    def pack(self) -> None:
+        """Makes the backbones faster on a CPU and fit for inference alone: see `data.pack`."""
+        self.llm.pack()
+        pack(self.vit)
+
     @property
     def device(self) -> torch.device:
         return self.llm.embedding.weight.device
 
     def prompt_for(self, question: str) -> str:
-        """What is asked of a picture in a caption set: a public VLM answers `question`, if there is one;
-        else, and with a VLM of ours, it is the run's own prompt."""
-        return question if question and self.format is not OURS else self.config.get("prompt", "")
+        """What is asked of a picture in a caption set: its `question` or, where there is none, the run's own
+        prompt."""
+        return question or self.config.get("prompt", "")
 
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids that a picture of so many tiles becomes; 0 and 0: one that is seen as a whole."""
@@ -605,6 +633,8 @@ class VLM(nn.Module):
         head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
         prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
         ids = self.tokenizer.encode(prompt, plain=plain)
+        if ids.count(self.placeholder) != prompt.count(IMAGE):
+            raise InputError(f"token {self.placeholder} stands for a picture, and for a word of the prompt too")
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
         ids = ids[:first] + self.start + ids[first:]
         pictures = iter(tiles or itertools.repeat((0, 0)))
@@ -614,7 +644,7 @@ class VLM(nn.Module):
         if caption is not None:
             space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
             end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
-            target = self.tokenizer.encode(space + caption.replace(IMAGE, "") + end, special=False)
+            target = self.tokenizer.encode(space + caption.replace(IMAGE, " ") + end, special=False)
             target = [*target[:max_tokens], *token]
         words = [prefix and id < self.llm.config.vocabulary and id != self.placeholder for id in ids]
         return ids + target, words + [True] * len(target)
@@ -668,7 +698,7 @@ class VLM(nn.Module):
         """Ids (B,T), with as many placeholders as the embeddings of P pictures (P,Q,D) fill (None if P is 0),
         to embeddings (B,T,D)."""
         V = self.llm.config.vocabulary
-        x = self.llm.embed(tokens.clamp(max=V - 1))  # (B,T,D)
+        x = self.llm.embed(tokens.clamp(0, V - 1))  # (B,T,D)
         if self.markers is not None:
             marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(x.dtype)
             x = torch.where((tokens >= V)[..., None], marks, x)
@@ -729,7 +759,7 @@ class VLM(nn.Module):
         cuda = self.device.type == "cuda"
         for indices, pixels, bad in torch.utils.data.DataLoader(
                 Pixels(captions, self.vit.preprocess), batch_sampler=batches, collate_fn=Pixels.collate,
-                num_workers=workers, pin_memory=cuda):
+                num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals):
             yield indices, None if pixels is None else pixels.to(self.device, non_blocking=cuda), bad
 
     def encode_pictures(self, captions, batches, workers: int = 0):
@@ -779,59 +809,107 @@ class VLM(nn.Module):
         ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
 
-    def save(self, folder: Path) -> None:
-        """Writes adapter.safetensors, in PEFT's format lora/llm/ and lora/vit/, and a backbone that was
-        trained whole, under our names, as llm.safetensors or vit.safetensors; frozen ones are not copied."""
-        for part in {"adapter", *self.config.get("train", ())}:
-            state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
-            write_file(folder / f"{part}.safetensors", lambda path: save_file(state, path))
+    def save(self, folder: Path, step: int) -> None:
+        """Writes in PEFT's format lora/llm/ and lora/vit/, under our names a backbone that was trained whole
+        as llm.safetensors or vit.safetensors (frozen ones are not copied), and last adapter.safetensors,
+        which tells the step."""
         for part in ("llm", "vit"):
             if lora_layers(getattr(self, part)):
                 save_lora(getattr(self, part), folder / "lora" / part)
+        for part in sorted({"adapter", *self.config.get("train", ())}, reverse=True):
+            state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
+            write_file(folder / f"{part}.safetensors",
+                       lambda path: save_file(state, path, {"step": str(step)}))
+
+    def catch_up(self, folder: Path) -> None:
+        """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. Where the
+        process ended in between they are of two steps, but the first has all of the later one: that is
+        taken."""
+        path = folder / "state.safetensors"
+        if not path.is_file():
+            return
+        steps = [int(read_metadata(file).get("step", -1)) for file in (path, folder / "adapter.safetensors")]
+        if steps[0] <= steps[1] or steps[1] < 0:
+            return
+        weights = read_tensors(path, "weight.")
+        for name, layer in lora_layers(self).items():  # what PEFT's files hold in one is apart again
+            for leaf in {f"{name}.{leaf}" for leaf in "ABm"} & weights.keys():
+                setattr(layer, leaf[-1], nn.Parameter(weights.pop(leaf)))
+        take_over({name: self.get_parameter(name) for name in weights}, weights, path)
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
         """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`,
         adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
-        config = read_json(folder / "config.json")
-        if family_of(config) in PUBLIC:
-            return public(name, dtype).eval()
-        try:
-            vlm = build(config, dtype)
-        except KeyError as error:
-            raise InputError(f"{folder / 'config.json'}: not the folder of a run ({error} is missing)") from None
-        for part in {"adapter", *config.get("train", ())}:
-            path = folder / f"{part}.safetensors"
-            if not path.is_file():
-                raise InputError(f"{path}: no such file (was the run stopped before its first checkpoint?)")
-            take_over(vlm.weights(part), read_tensors(path), path)
+        path = folder / "config.json"
+        config = read_json(path)
+        with guard(path, "not the folder of a run"):
+            if family_of(config) in PUBLIC:
+                return public(name, dtype).eval()
+            check_run(config)
+        parts = {part: folder / f"{part}.safetensors" for part in {"adapter", *config.get("train", ())}}
+        for file in parts.values():
+            if not file.is_file():
+                raise InputError(f"{file}: no such file (was the run stopped before its first checkpoint?)")
+        with guard(path, "not the config of a run"):
+            vlm = build(config, dtype, file=parts["adapter"])
+        for part, file in parts.items():
+            take_over(vlm.weights(part), read_tensors(file), file)
         for part in ("llm", "vit"):
             if (folder / "lora" / part).is_dir():
                 load_lora(getattr(vlm, part), folder / "lora" / part)
+        with guard(folder / "state.safetensors"):
+            vlm.catch_up(folder)
         return vlm.eval()
+
+
+# What config.json of a run may hold, beside what train.py adds
+KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,
+         "prompt": str, "train": list, "layer": int, "image_size": int, "placeholder": int}
+
+
+def check_run(config: dict) -> None:
+    """Raises ValueError where the config of a run lacks what it takes to build it, or a value is of another
+    kind."""
+    for name in ("from",) if config.get("from") else ("vit", "llm", "adapter", "adapter_sizes"):
+        if config.get(name) is None:
+            raise ValueError(f"{name!r} is missing")
+    sizes = dict.fromkeys((config.get("adapter_sizes") or {}).values(), (int, float))
+    for value, kind in [*((config.get(name), kind) for name, kind in KINDS.items()), *sizes.items()]:
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{value!r} is out of place")
+    if not {*config.get("train", ())} <= {"adapter", "llm", "vit"}:
+        raise ValueError(f"train is {config['train']!r}")
+
+
+def compare(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises InputError where the names or shapes of parameters and of a file's tensors differ."""
+    for name in parameters.keys() | state.keys():
+        found, shape = (tuple(t[name].shape) if name in t else "missing" for t in (state, parameters))
+        if found != shape:
+            raise InputError(f"{path}: tensor '{name}' is {found}; config.json says {shape}")
 
 
 @torch.no_grad()
 def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
     """Copies tensors into the parameters of these names. Raises InputError where names or shapes differ."""
-    for name in parameters.keys() | state.keys():
-        found, shape = (tuple(t[name].shape) if name in t else "missing" for t in (state, parameters))
-        if found != shape:
-            raise InputError(f"{path}: tensor '{name}' is {found}; config.json says {shape}")
+    compare(parameters, state, path)
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 
 
-def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = ()) -> VLM:
+def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = (),
+          file: Path | None = None) -> VLM:
     """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are
-    to be trained `whole`; adapter in float32."""
+    to be trained `whole`; adapter in float32. `file`: see VLM."""
     if config.get("from"):
         return public(config["from"], dtype, config, whole)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
-    return VLM(ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
-               LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]), config,
-               dtype=dtype)
+    parts = (ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
+             LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]))
+    with named(file.with_name("config.json")) if file else contextlib.nullcontext():
+        return VLM(*parts, config, dtype=dtype, file=file)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -841,7 +919,7 @@ class Public(NamedTuple):
     """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
     what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
     `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
-    its Format, by a special token that the tokenizer has ("": any)."""
+    its Format, by a special token that the tokenizer has ("": any), where config.json doesn't tell."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str
     language: str
@@ -869,12 +947,14 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
     other = config.pop("tokenizer", name)
     tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
-    for token, id in config.pop("tokens", {}).items():
-        tokenizer.add(token, id, special=True)
-    format = next(format for token, format in row.formats.items() if not token or token in tokenizer.special)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
-    vlm = VLM(ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm), tokenizer,
-              {"from": name} | config | (run or {}), format, dtype)
+    vit, llm = ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm)
+    with guard(path := checkpoint.folder / "config.json"), named(path):
+        for token, id in config.pop("tokens", {}).items():
+            tokenizer.add(token, id, special=True)
+        format = config.pop("format", None) or next(
+            format for token, format in row.formats.items() if not token or token in tokenizer.special)
+        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
@@ -885,6 +965,8 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
 DEFAULTS = {
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                   num_attention_heads=32, bos_token_id=1, eos_token_id=2),
+    "phi3": dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                 num_attention_heads=32, bos_token_id=1, eos_token_id=32000),
     "opt": dict(hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12),
     "qwen2": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32),
@@ -968,27 +1050,28 @@ def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
                        upscale=c.get("resize_to_max_side_len", False), whole="global_image_token" in extra)
     return c | {"image_processor": pixels}, c, dict(
         adapter="pixelshuffle", adapter_sizes=dict(scale=c["mp_pixel_shuffle_factor"]),
-        tokenizer=c["lm_tokenizer"], tokens=tokens,
+        tokenizer=c["lm_tokenizer"], tokens=tokens, format=nanovlm_format(c, extra),
         **{"placeholder": tokens[extra["image_token"]]} if extra else {})
 
 
-def nanovlm_chat(images: int, text: str) -> str:
-    pictures = IMAGE if images == 1 else "".join(f"<image: {i}>{IMAGE}" for i in range(images))
-    return f"<|im_start|>user\n{pictures}{text}<|im_end|>\n<|im_start|>assistant\n"
+def nanovlm_format(c: dict, extra: dict) -> Format:
+    """Its generations: a question after the image; a chat; tiles, and pictures counted; the whole too."""
+    if "lm_chat_template" not in c:
+        return Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:",
+                      end="<|im_end|>" if extra else "<|endoftext|>")
+    tiled, whole = "max_img_size" in c, "global_image_token" in extra
 
+    def chat(images: int, text: str) -> str:
+        counted = (f"<image: {i}>" * (tiled and images > 1) + IMAGE for i in range(images))
+        return f"<|im_start|>user\n{''.join(counted)}{text}<|im_end|>\n<|im_start|>assistant\n"
 
-def nanovlm_tiles(queries: int, rows: int, columns: int) -> str:
-    return "".join(f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}" for y in range(rows) for x in range(columns))
+    def image(queries: int, rows: int, columns: int) -> str:
+        least = tiled and not whole  # then even one tile has its row and column
+        return "<|global_image|>" * whole + IMAGE * queries * (not least) + "".join(
+            f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}"
+            for y in range(max(rows, least)) for x in range(max(columns, least)))
 
-
-NANOVLM = {  # three generations: tiles and the whole, …
-    "<|global_image|>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        f"<|global_image|>{IMAGE * queries}" + nanovlm_tiles(queries, rows, columns)), end="<|im_end|>"),
-    "<row_1_col_1>": Format(nanovlm_chat, lambda queries, rows, columns: (
-        nanovlm_tiles(queries, rows or 1, columns or 1)), end="<|im_end|>"),
-    "<|image|>": Format(nanovlm_chat, end="<|im_end|>"),
-    "": Format(lambda images, text: f"{IMAGE * images}Question: {text} Answer:", end="<|endoftext|>"),
-}
+    return Format(chat, image, end="<|im_end|>")
 
 BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
                     question="", images_first=True)
@@ -1005,6 +1088,5 @@ PUBLIC = {  # config.json's model_type -> family
     "llava": Public(llava_config, r"(model\.)?vision_tower\.", r"(model\.)?language_model\.|lm_head\.",
                     r"(model\.)?multi_modal_projector\.", {"up": "linear_1", "down": "linear_2"}, LLAVA),
     "idefics3": idefics3, "smolvlm": idefics3,
-    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"},
-                      NANOVLM),
+    "nanovlm": Public(nanovlm_config, r"vision_encoder\.", r"decoder\.", r"MP\.", {"projection": "proj"}, {}),
 }

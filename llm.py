@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, find_checkpoint, load_weights, read_json
+from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
+                  load_weights, pack, read_json, whole)
 
 
 class Rope(NamedTuple):
@@ -63,12 +64,14 @@ class LLMConfig:
     end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
-        self.width = self.width or self.hidden
+        self.width, self.layers = self.width or self.hidden, depth(self.layers)
         self.ropes, self.windows = self.ropes or (None,) * self.layers, self.windows or (None,) * self.layers
         if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if not len(self.ropes) == len(self.windows) == self.layers:
             raise ValueError(f"layer_types and no_rope_layers must name {self.layers} layers")
+        if any(window is not None and (not isinstance(window, int) or window < 1) for window in self.windows):
+            raise ValueError(f"sliding_window is {self.windows[0]!r}")
         ACTIVATIONS[self.activation]
 
 
@@ -141,8 +144,7 @@ class Attention(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.head_size, self.groups = config.head_size, config.heads // config.kv_heads
-        self.scale = config.query_scale
+        self.head_size, self.scale = config.head_size, config.query_scale
         self.q = nn.Linear(config.width, width, config.qkv_bias)
         self.k, self.v = (nn.Linear(config.width, kv_width, config.qkv_bias) for _ in "kv")
         self.q_norm, self.k_norm = (
@@ -153,13 +155,11 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            q, k = rotate(q, *turn).to(v.dtype), rotate(k, *turn).to(v.dtype)  # float32 angles under autocast
         if self.scale != 1:
             q = q * self.scale
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        if self.groups > 1:  # every key head serves `groups` query heads
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         y = attend(q, k, v, mask, causal=q.shape[2] > 1 and mask is None)  # so ordered a bool, if compiled
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -245,6 +245,13 @@ class LLM(nn.Module):
         """States (…,D) to scores (…,V) of the next token."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    def pack(self) -> None:
+        """See `data.pack`; a tied head gets a packed copy of the embedding."""
+        if self.head is None:
+            self.head = nn.Linear(1, 1, bias=False)
+            self.head.weight = self.embedding.weight
+        pack(self)
+
     def forward(self, tokens: torch.Tensor | None = None, *, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""
         return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
@@ -287,7 +294,8 @@ class LLM(nn.Module):
         key = torch.arange(T + max_tokens, device=x.device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
         done = torch.zeros(B, dtype=torch.bool, device=x.device)
-        ends = torch.tensor(end_tokens, dtype=torch.long, device=x.device)
+        ends = torch.tensor([id for id in end_tokens if id < self.config.vocabulary], dtype=torch.long,
+                            device=x.device)
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
         for _ in range(max_tokens):
             start, end = cache.length, cache.length + x.shape[1]
@@ -319,9 +327,11 @@ class LLM(nn.Module):
         # generation_config.json, where there is one, knows best what ends a text
         end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
-        with torch.device("meta"):
+        with torch.device("meta"), guard(checkpoint.folder / "config.json"):
+            for id in (*config.end_tokens, config.start_token or 0):
+                as_id(id)
             llm = cls(config)
-        llm.name, llm.family = name, family
+        llm.name, llm.family = checkpoint.name, family
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
         load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
         return llm.eval()
@@ -426,7 +436,7 @@ def opt_config(c: dict) -> LLMConfig:
 def llama_config(c: dict, slides=lambda layer: True, **differences) -> LLMConfig:
     """Llama's config.json, which most families took over. `slides` tells which layers have the sliding window,
     where `layer_types` doesn't; `differences` are fields that a family sets otherwise."""
-    hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], depth(c["num_hidden_layers"])
     bias, rope = c.get("attention_bias", False), make_rope(c, c.get("rope_scaling") or c.get("rope_parameters") or {})
     reach = rope.factor if rope.scaling in ("linear", "dynamic") else 1  # these leave max_position_embeddings as it was
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
@@ -457,9 +467,15 @@ def make_rope(c: dict, parameters: dict) -> Rope:
     factor, scale = r.get("factor") or length / original, 1.0
     if scaling == "longrope":
         scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-    return Rope(int(head_size * r["partial_rotary_factor"]), r["rope_theta"], scaling, factor, original,
-                (r.get("low_freq_factor", 1.0), r.get("high_freq_factor", 4.0)),
-                tuple(r.get("short_factor", ())), tuple(r.get("long_factor", ())), scale)
+    size, bands = int(head_size * r["partial_rotary_factor"]), [
+        float(r.get(*band)) for band in (("low_freq_factor", 1), ("high_freq_factor", 4))]
+    short, long = (tuple(map(float, r.get(key, ()))) for key in ("short_factor", "long_factor"))
+    if not 0 < size <= head_size or size % 2:
+        raise ValueError(f"{size} of {head_size} numbers of a head can't be rotary")
+    if scaling == "longrope" and not len(short) == len(long) == size // 2:
+        raise ValueError(f"short_factor and long_factor must have {size // 2} numbers")
+    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), tuple(bands), short,
+                long, float(scale))
 
 
 def qwen_config(c: dict, **differences) -> LLMConfig:
@@ -470,7 +486,7 @@ def qwen_config(c: dict, **differences) -> LLMConfig:
 def smollm3_config(c: dict) -> LLMConfig:
     c = {"use_sliding_window": False, "rope_theta": 2e6, "tie_word_embeddings": True} | c
     every = c.get("no_rope_layer_interval", 4)
-    rotates = c.get("no_rope_layers") or [(i + 1) % every for i in range(c["num_hidden_layers"])]
+    rotates = c.get("no_rope_layers") or [(i + 1) % every for i in range(depth(c["num_hidden_layers"]))]
     config = llama_config(c, lambda layer: not rotates[layer])
     return replace(config, ropes=tuple(rope if on else None for rope, on in zip(config.ropes, rotates)))
 
@@ -638,6 +654,12 @@ def any_of(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
+def as_id(id: int) -> int:
+    if not isinstance(id, int) or not 0 <= id < 1 << 31:
+        raise ValueError(f"{id!r} is no token's id")
+    return id
+
+
 def steps(part: dict | None, inner: str) -> list[dict]:
     """The steps of a part of tokenizer.json: none, the one, or those of a `Sequence`."""
     return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
@@ -763,8 +785,8 @@ class WordPieces:
 
     def __init__(self, model: dict):
         self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
-        self.on = model.get("continuing_subword_prefix", "##")
-        self.longest = model.get("max_input_chars_per_word", 100)
+        self.on = str(model.get("continuing_subword_prefix", "##"))
+        self.longest = int(model.get("max_input_chars_per_word", 100))
         self.word = functools.lru_cache(1 << 16)(self.cut)
 
     def spell(self, token: str) -> bytes:
@@ -776,10 +798,12 @@ class WordPieces:
 
     def cut(self, word: str) -> tuple[int, ...]:
         ids, start = [], 0
+        if len(word) > self.longest:
+            return self.unknown,
         while start < len(word):
             on = self.on * (start > 0)
             end = next((e for e in range(len(word), start, -1) if on + word[start:e] in self.vocabulary), 0)
-            if not end or len(word) > self.longest:
+            if not end:
                 return self.unknown,
             ids.append(self.vocabulary[on + word[start:end]])
             start = end
@@ -809,9 +833,10 @@ class Tokenizer:
                     self.normalisers.append(nfc)
                 case {"type": "BertNormalizer"}:
                     self.normalisers.append(bert_normaliser(step))
-                case {"type": "Prepend", "prepend": prefix}:
+                case {"type": "Prepend", "prepend": str(prefix)}:
                     self.normalisers.append(prefix.__add__)
-                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                        len(new) <= len(old)):  # so that no text grows without bound
                     self.normalisers.append(lambda text, old=old, new=new: text.replace(old, new))
                 case _:
                     raise ValueError(f"the normaliser {step} is not supported")
@@ -860,12 +885,13 @@ class Tokenizer:
             self.added[normalised][self.normalise(content) if normalised else content] = token
         self.patterns = [any_of(tokens) for tokens in self.added]
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
-        self.bytes = {id: self.model.spell(token) for token, id in ids.items()}
+        self.bytes = {as_id(id): self.model.spell(token) for token, id in ids.items()}
+        self.prefix, self.suffix = [*map(as_id, self.prefix)], [*map(as_id, self.suffix)]
         self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
 
     def add(self, token: str, id: int, special: bool = False) -> None:
         """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
-        self.added[False][token] = {"id": id, "special": special}
+        self.added[False][token] = {"id": as_id(id), "special": special}
         self.added[True].pop(token, None)
         self.patterns = [any_of(tokens) for tokens in self.added]
         self.special[token], self.bytes[id] = id, token.encode()
@@ -897,8 +923,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True, plain: range = range(0)) -> list[int]:
         """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
         control; so do the characters `plain` of a text. Half a surrogate pair is read as U+FFFD."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = []
+        text, ids = whole(text), []
         for start, piece, id in self.cut(text, False, special, plain):
             if piece is None:
                 inner = [(start, None, id)]
@@ -926,18 +951,16 @@ class Tokenizer:
         """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
         folder = find_checkpoint(name, weights=False)
         path = folder / "tokenizer.json"
-        try:
-            config = {}
-            for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-                config |= read_json(path) if path.is_file() else {}
-            path = folder / "tokenizer.json"
-            if path.is_file():
-                file = read_json(path)
-            else:
-                path = folder / "vocab.json"
-                vocabulary = read_json(path)
-                path = folder / "merges.txt"
-                lines = path.read_text(encoding="utf-8").split("\n")
+        if not path.is_file():
+            path = folder / "vocab.json"
+        with guard(path, "not a tokenizer that can be read"):
+            config, file = {}, read_json(path)
+            for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+                config |= read_json(other) if other.is_file() else {}
+            if path.name == "vocab.json":
+                vocabulary, path = file, folder / "merges.txt"
+                with guard(path):
+                    lines = path.read_text(encoding="utf-8").split("\n")
                 merges = [line for line in lines if line and not line.startswith("#version")]
                 level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
                 file = {"model": {"vocab": vocabulary, "merges": merges}, "pre_tokenizer": level, "decoder": level}
@@ -955,5 +978,3 @@ class Tokenizer:
             if config.get("add_bos_token") and not tokenizer.prefix:
                 tokenizer.prefix = [added[roles["bos_token"]]["id"]]
             return tokenizer
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-            raise InputError(f"{path}: not a tokenizer that can be read ({type(error).__name__}: {error})") from None

@@ -14,12 +14,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Callable
 
+import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from data import InputError, read_json, read_tensors, write_file, write_json
+from data import InputError, guard, named, read_json, read_tensors, write_file, write_json
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -173,13 +174,8 @@ def load_lora(module: nn.Module, folder: str | Path) -> None:
         if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
             raise InputError(f"{path.with_name(CONFIG)}: {key} {value!r} is not supported")
     tensors = read_tensors(path)
-    try:
+    with guard(path.with_name(CONFIG)), named(path):
         layers, values = read_lora(module, config, tensors)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
-        reason = f"can't be read ({type(error).__name__}: {error})"
-        raise InputError(f"{path.with_name(CONFIG)}: {reason}") from None
     put(module, layers)
     for name, value in values.items():
         p = module.get_parameter(name)
@@ -205,7 +201,11 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
 
     def pattern(patterns: str, default: str, name: str) -> float:
         values = (config.get(patterns) or {}).items()
-        return next((value for key, value in values if re.match(rf"(.*\.)?({key})$", name)), config[default])
+        # a regular expression from outside may take for ever or, where it counts, all memory
+        if any("{" in key for key, _ in values):
+            raise ValueError(f"{patterns} with a brace is not supported")
+        return next((value for key, value in values if regex.match(rf"(.*\.)?({key})$", name, timeout=1)),
+                    config[default])
 
     ends = {name: end_of(name) for name in parts if not re.fullmatch(unused, name)}
     paths = {name.removesuffix(end) for name, end in ends.items() if end and "head.weight" not in known[end]}
@@ -307,10 +307,8 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
         raise InputError(f"{folder}: {what} has no place in PEFT's files")
     (rank, _), = Counter(ranks.values()).most_common(1)
     (alpha, _), = Counter(alphas.values()).most_common(1)
-    try:
+    with guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from None
     state = {ROOT + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     write_file(folder / WEIGHTS, lambda path: save_file(state, path, {"format": "pt"}))
     write_json(folder / CONFIG, dict(

@@ -1,26 +1,32 @@
 """Pictures in, words out; and the scores of captions.
 
-    python sample.py photo.jpg                         # a caption, by the newest run in out/
-    python sample.py photo.jpg "What is on the table?" # an answer
-    python sample.py photo.jpg --model NAME            # by another run, or a public VLM (LLaVA, SmolVLM, …)
-    python sample.py photo.jpg --shot a.jpg "a cat"    # after examples, solved
-    python sample.py --data captions.csv --images DIR  # caption a whole set and score it
+    python sample.py photo.jpg                          # a caption, by the newest run in out/
+    python sample.py photo.jpg "What is on the table?"  # an answer
+    python sample.py photo.jpg --model NAME             # by another run, or a public VLM
+    python sample.py photo.jpg --shot a.jpg "a cat"     # after examples, solved
+    python sample.py photo.jpg --attention seen.png     # and where each of its words looked
+    python sample.py photos/ "*.png" --json             # a line of JSON for each picture
+    python sample.py --data captions.csv --images DIR   # caption a whole set and score it
 """
 import argparse
 import collections
+import glob
+import itertools
 import json
 import math
+import os
 import re
+import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, few_shot, in_order, judge, open_picture,
-                  run, skip, write_file)
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, complain, few_shot, in_order, judge,
+                  nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,8 +66,9 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list
     return [penalty * math.exp(sum(logs[:n]) / n) for n in range(1, 5)]
 
 
-def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> float:
-    """CIDEr-D of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from the references."""
+def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
+    """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
+    the references."""
     frequency = collections.Counter()
     for refs in references:
         frequency.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
@@ -72,28 +79,34 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> flo
                    for n in range(1, 5)]
         return weights, [math.sqrt(sum(w * w for w in ws.values())) for ws in weights], max(0, len(tokens) - 1)
 
-    score = 0.0
-    for candidate, refs in zip(candidates, references):
+    scores = [0.0] * len(candidates)
+    for i, (candidate, refs) in enumerate(zip(candidates, references)):
         mine, my_norms, my_length = vector(candidate)
         for ref in refs:
             theirs, norms, length = vector(ref)
             penalty = math.exp(-(my_length - length) ** 2 / (2 * 6.0 ** 2))
             for n in range(4):
                 dot = sum(min(w, theirs[n].get(gram, 0.0)) * theirs[n].get(gram, 0.0) for gram, w in mine[n].items())
-                score += penalty * dot / ((my_norms[n] * norms[n]) or 1.0) / 4 / len(refs) * 10
-    return score / len(candidates)
+                scores[i] += penalty * dot / ((my_norms[n] * norms[n]) or 1.0) / 4 / len(refs) * 10
+    return scores
 
 
-def score(captions, texts: dict[int, str]) -> dict[str, float]:
-    """Scores generated captions {index: text} of a set: exact scenes and skills for shapes, else BLEU and CIDEr-D."""
+def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, tuple[float, str]]]:
+    """Scores of generated captions {index: text} of a set, exact scenes and skills for shapes, else BLEU and
+    CIDEr-D; and how good each is, in a number and in words."""
     if isinstance(captions, Shapes):
-        judged = [judge(text, captions.scene(i)) for i, text in texts.items()]
-        kept = {skill: [j[skill] for j in judged if skill in j] for skill in ("exact", *SKILLS)}
-        return {skill: sum(right) / len(right) for skill, right in kept.items() if right}
+        judged = {i: judge(text, captions.scene(i)) for i, text in texts.items()}
+        kept = {skill: [j[skill] for j in judged.values() if skill in j] for skill in ("exact", *SKILLS)}
+        wrong = {i: [skill for skill in SKILLS if not j.get(skill, True)] for i, j in judged.items()}
+        return ({skill: sum(right) / len(right) for skill, right in kept.items() if right},
+                {i: (j["exact"] - len(wrong[i]), "exact" if j["exact"] else
+                     f"wrong: {', '.join(wrong[i]) or 'which is which'}") for i, j in judged.items()})
     candidates = [words(text) for text in texts.values()]
-    references = [[words(caption) for caption in captions.captions(i)] for i in texts]
-    return {**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, references))},
-            "CIDEr-D": cider(candidates, references)}
+    wanted = [[words(caption) for caption in references(captions, i)] for i in texts]
+    each = cider(candidates, wanted)
+    return ({**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))},
+             "CIDEr-D": sum(each) / len(each)},
+            {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)})
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -109,7 +122,144 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Pictures of results
+
+INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
+
+
+def wrap(text: str, font, width: int) -> str:
+    """Breaks a text in lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if font.getlength(longer) <= width else [*filter(None, lines[-1:]), word]
+        while font.getlength(line := lines[-1]) > width:  # a word that is longer than a line
+            cut = next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            lines[-1:] = [line[:cut], line[cut:]]
+    return "\n".join(lines)
+
+
+def label(text: str, size: int, colour: str, width: int) -> Image.Image:
+    """A text in lines of at most `width` pixels."""
+    font = ImageFont.load_default(size)
+    text, draw = wrap(text, font, width), ImageDraw.Draw(Image.new("L", (1, 1)))
+    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever letters the last line has
+    image = Image.new("RGB", (width, math.ceil(bottom)), "white")
+    ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
+    return image
+
+
+def join(images: list[Image.Image], gap: int, down: bool = False) -> Image.Image:
+    """Images side by side, or one under the other, `gap` pixels apart."""
+    places = [0, *itertools.accumulate(image.size[down] + gap for image in images)]
+    size = places[-1] - gap, max(image.size[not down] for image in images)
+    sheet = Image.new("RGB", size[::-1] if down else size, "white")
+    for image, place in zip(images, places):
+        sheet.paste(image, (0, place) if down else (place, 0))
+    return sheet
+
+
+def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int = 240) -> Image.Image:
+    """Pictures, `side` pixels wide, in rows under the headings of their sections, (heading, pictures); each
+    picture is (Image, lines of text), the lines (text, colour)."""
+    rows, gap = [], 20
+    for heading, cells in sections:
+        rows.append(label(heading, 20, INK, columns * (side + gap) - gap))
+        cells = [join([ImageOps.contain(picture, (side, side)),
+                       *(label(text, 15, colour, side) for text, colour in lines)], 7, down=True)
+                 for picture, lines in cells]
+        rows += [join(cells[i:i + columns], gap) for i in range(0, len(cells), columns)]
+    return ImageOps.expand(join(rows, gap, down=True), gap, "white")
+
+
+@torch.inference_mode()
+def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
+         raw: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """Where the LLM looked for each word of a `text` that it gave, from features (P,N,Dv) of the prompt's
+    pictures: the word, and what it paid to their patches (P,G,G).
+
+    That is the attention from the position that predicts a token to the image's embeddings, mean over heads
+    and layers (of `flamingo`: the gated blocks); where an adapter has queries, times that of each query to
+    the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
+    """
+    adapter, P = vlm.adapter, len(features)
+    ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), tiles=[(0, 0)] * P, raw=raw)
+    tokens, where, targets = stack([(ids, wanted)])
+    readers = [module for name, module in adapter.named_modules() if re.fullmatch(adapter.readers, name)]
+    writers = [block.attention for block in (vlm.llm if vlm.slots else adapter).blocks]
+    with watch([*readers, *writers]) as seen:
+        vlm(tokens.to(vlm.device), features, where.to(vlm.device))
+    maps = torch.stack([seen[module] for module in writers]).mean(0)[0, where]  # (M,T), or (M,P·Q)
+    if vlm.slots:
+        maps = maps[:, tokens[0] == vlm.placeholder]
+    maps, grid = maps.unflatten(1, (P, adapter.queries)), adapter.side or vlm.vit.config.grid
+    if readers:
+        reads = torch.stack([seen[module] for module in readers]).mean(0)  # (P,Q…,N)
+        maps = torch.einsum("mpq,pqn->mpn", maps, reads[:, :adapter.queries])
+    maps = maps[..., -grid ** 2:].unflatten(2, (grid, grid)).cpu()
+    found, space = [], True
+    for id, at in zip(targets.tolist(), maps):
+        piece = b"" if id in vlm.ends else vlm.tokenizer.bytes.get(id, b"")
+        if piece.strip() and (space or piece[:1].isspace()):
+            found.append((b"", []))
+        if piece.strip():
+            word, looks = found[-1]
+            read = not word or any(map(str.isalnum, piece.decode(errors="ignore")))  # not the comma behind it
+            found[-1] = word + piece, looks + [at] * read
+        space = piece[-1:].isspace()
+    return [(word.decode(errors="replace").strip(), torch.stack(at).mean(0)) for word, at in found]
+
+
+def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
+               side: int = 150) -> list[tuple[Image.Image, list]]:
+    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word
+    of `looks` paid a larger share than the words did on average; for all words pay the most to the same few
+    patches."""
+    black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), c)) for c in ("black", "white"))
+    views = F.interpolate((pixels - black) / (white - black), (side, side), mode="bilinear", antialias=True)
+    cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
+    shares = [at / at.sum() for _, at in looks]
+    usual = torch.stack(shares).mean(0) if len(shares) > 1 else torch.tensor(0.0)
+    for (word, _), share in zip(looks, shares):
+        light = (share / usual.clamp(min=1e-9) - 1).clamp(min=0)
+        light = F.interpolate((light / light.max().clamp(min=1e-9))[:, None], (side, side), mode="bicubic")
+        cells.append((views * (0.15 + 0.85 * light.clamp(0, 1)), [(word, INK)]))
+    arrays = [(torch.cat([*view], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0) for view, _ in cells]
+    return [(Image.fromarray(array.numpy()), lines) for array, (_, lines) in zip(arrays, cells)]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
+
+EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output unread"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, 100 columns at most; tells the default of every option whose text doesn't."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns - 2))
+
+    def _get_help_string(self, action):
+        told = "(default" in action.help or action.default in ("", argparse.SUPPRESS)
+        known = type(action.default) in (int, float, str)
+        return action.help + " (default: %(default)s)" * (known and not told)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
+
+
+class Parser(argparse.ArgumentParser):
+    """Of both command lines. Raises InputError where argparse would print its usage."""
+
+    def __init__(self, description: str):
+        super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,
+                         formatter_class=Help)
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments:.*? (--?[\w-]+)", message)
+        raise InputError(message + (nearest(unknown[1], self._option_string_actions) if unknown else ""))
+
 
 def pick_device(name: str) -> torch.device:
     """"auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError for what isn't there."""
@@ -124,7 +274,7 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """"auto" takes bfloat16 where the hardware multiplies it fast, float16 on older GPUs, else float32."""
-    if name != "auto":
+    if one_of(("auto", "bfloat16", "float16", "float32"), "precision", name) != "auto":
         if name == "float16" and device.type == "cpu":
             raise InputError("--precision float16 needs a GPU: on a CPU take bfloat16 or float32")
         return getattr(torch, name)
@@ -135,10 +285,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
-                        help="what the backbones are held in and the adapter computes in (default: bfloat16 where the "
-                             "hardware is fast at it, CPUs with AMX or AVX512-BF16 included; float16 on older GPUs; else float32)")
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--precision", default="auto", metavar="TYPE",
+                        help="bfloat16, float16 or float32, of weights and arithmetic (default: bfloat16 "
+                             "where the hardware is fast at it, float16 on older GPUs, else float32)")
 
 
 def newest_run() -> str:
@@ -146,6 +297,18 @@ def newest_run() -> str:
     if not runs:
         raise InputError("no trained run in out/: train one with `python train.py --adapter qformer`, or give --model FOLDER")
     return str(max(runs, key=lambda run: (run / "adapter.safetensors").stat().st_mtime))
+
+
+def pictures_of(name: str) -> list[str]:
+    """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
+    Raises InputError for a folder without pictures."""
+    if os.path.isdir(name):
+        kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)
+        if not found:
+            raise InputError(f"{name}: no pictures in this folder")
+        return found
+    return [name] if name == "-" or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
 def caption_set(vlm: VLM, captions, batches, decoding: dict,
@@ -170,60 +333,54 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:
-    """Generated captions and the human ones, one JSON object a line."""
-    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=captions.captions(i)),
+    """Generated captions and the references, one JSON object a line."""
+    return "".join(json.dumps(dict(image=captions.name(i), caption=text, references=references(captions, i)),
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
 
-def contact_sheet(captions, texts: dict[int, str], columns: int = 4, rows: int = 3, side: int = 240) -> Image.Image:
-    """The first pictures of a set with their generated captions, as one picture."""
-    line, lines = 16, 5  # pixels, lines of text under each picture
-    sheet = Image.new("RGB", (columns * side, rows * (side + lines * line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, (i, text) in enumerate(list(texts.items())[:columns * rows]):
-        x, y = place % columns * side, place // columns * (side + lines * line)
-        sheet.paste(ImageOps.contain(captions.picture(i), (side - 8, side - 8)), (x + 4, y + 4))
-        wrapped = textwrap.wrap(text, 36)[:lines]
-        draw.multiline_text((x + 4, y + side), "\n".join(wrapped), "black", ImageFont.load_default(12))
-    return sheet
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
-        help="picture files; a last argument with a space in it that is no file is the prompt, as in "
-             "photo.jpg \"What is this?\"")
-    add("--model", metavar="NAME", help="a run's folder, or a public VLM: a folder or a hub name (default: "
-                                        "the newest run in out/)")
-    add("--merge-lora", action="store_true", help="fold the run's LoRA into the weights: faster, but rounded as "
-                                                  "they are (default: it is applied beside them)")
-    add("--prompt", help="text before the caption; the picture stands where it says <image>, or before it all; with "
+        help="files, folders, patterns (\"*.jpg\"), or - for standard input; a last one with a space in it "
+             "that is no file is the prompt: photo.jpg \"What is this?\"")
+    add("--model", metavar="NAME",
+        help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
+    add("--merge-lora", action="store_true",
+        help="fold the LoRA into the weights: faster, rounded as they are")
+    add("--prompt",
+        help="text before the caption; the picture stands where it says <image>, or before it all; with "
                          "several <image>s, as many pictures go into each caption (default: the run's own "
                          "prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
-        help="a picture with its caption, to come before each of the others, those of --data too; may be given "
-             "several times")
-    add("--raw-prompt", action="store_true",
-        help="take the prompt as it is: no format around it, special tokens are read")
-    add("--show-prompt", action="store_true",
-        help="print what the language model reads of each prompt, on stderr")
-    add("--no-split", action="store_true",
-        help="see each picture as a whole, where the model would see it in tiles too")
-    add("--data", metavar="FILE", help="caption and score a set instead: a captions file, as for train.py, or 'shapes'")
-    add("--images", metavar="FOLDER", help="where the pictures of --data lie (default: beside the file)")
-    add("--save", metavar="FILE", help="with --data: write the captions, one JSON object a line")
-    add("--max-tokens", type=int, default=60, help="longest caption, tokens (default: 60)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained (default: 0)")
-    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens that make up this probability (default: 1)")
-    add("--beams", type=int, default=1, help="search for the likeliest text with so many beams, at temperature 0 (default: 1, off)")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--batch", type=int, default=64, help="pictures at a time, with --data (default: 64)")
-    add("--workers", type=int, default=2, help="processes that read pictures, with --data (default: 2)")
-    machine_options(parser)
-    args = parser.parse_args()
-    if args.pictures and re.search(r"\s", args.pictures[-1]) and not Path(args.pictures[-1]).exists():
+        help="a solved example, to come before each picture; may be given several times")
+    add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
+    add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
+    add("--no-split", action="store_true", help="see a picture as a whole only, not in tiles too")
+    add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
+
+    add = parser.add_argument_group("caption sets").add_argument
+    add("--data", metavar="FILE", help="caption and score this set: captions as for train.py, or 'shapes'")
+    add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
+    add("--save", metavar="FILE", help="write the captions, one JSON object a line")
+    add("--batch", type=int, default=64, help="pictures at a time")
+    add("--workers", type=int, default=2, help="processes that read pictures")
+
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-tokens", type=int, default=60, help="longest caption, tokens")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained")
+    add("--top-k", type=int, default=0, help="draw among the N likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens of this probability together")
+    add("--beams", type=int, default=1, help="search for the likeliest text with N beams; 1: off")
+    add("--seed", type=int, default=0, help="of the draws")
+
+    group = parser.add_argument_group("output and machine")
+    add = group.add_argument
+    add("--json", action="store_true", help="print JSON lines: image, caption and, of a set, references")
+    add("--quiet", action="store_true", help="print captions, scores and errors alone")
+    machine_options(group)
+    args = parser.parse_intermixed_args()
+    if args.pictures and re.search(r"\s", args.pictures[-1]) and not pictures_of(args.pictures[-1]):
         if args.prompt is not None:
             parser.error(f"{args.pictures[-1]!r} is no file, and there is a --prompt already")
         args.prompt = args.pictures.pop()
@@ -231,18 +388,22 @@ def main() -> None:
         parser.error("give one or more pictures, or --data")
     if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
         parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
-
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
+    if args.data and args.attention:
+        parser.error("--attention goes with pictures, not with --data")
+
     device = pick_device(args.device)
     sets = {}
     if args.data:
         sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
                 {Path(args.data).name: Captions(args.data, args.images)})
+    files = [file for name in args.pictures for file in pictures_of(name) or [name]]
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     if args.merge_lora:
         merge_lora(vlm)
-    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not args.no_split)
+    vlm.pack()
+    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not (args.no_split or args.attention))
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
@@ -251,22 +412,33 @@ def main() -> None:
         return
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     group = max(1, prompt.count(IMAGE))
-    if len(args.pictures) % group:
-        raise InputError(f"the prompt takes {group} pictures at a time: {len(args.pictures)} can't be shared out")
+    if len(files) % group:
+        raise InputError(f"the prompt takes {group} pictures at a time: {len(files)} can't be shared out")
     asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
-    failed = False
-    for i in range(0, len(args.pictures), group):
-        names = args.pictures[i:i + group]
+    failed, sections = False, []
+    for i in range(0, len(files), group):
+        names = files[i:i + group]
         try:
             pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
             if args.show_prompt:
                 (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
             text, = vlm.caption(pictures, **decoding | asking)
-            print(text if len(args.pictures) == group else f"{' '.join(names)}: {text}", flush=True)
+            if args.json:
+                line = dict(image=names if group > 1 else names[0], caption=text)
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+            else:
+                print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
+            if args.attention:
+                _, pixels = vlm.ask(pictures, **asking)
+                looks = look(vlm, vlm.features(pixels.to(device)), asking["prompt"], text, args.raw_prompt)
+                sections.append((text, spotlights(vlm, pixels, looks)))
         except InputError as error:  # one bad picture doesn't cost the others their captions
-            print(f"sample.py: error: {error}", file=sys.stderr)
+            complain(error)
             failed = True
+    if sections:
+        sheet = contact_sheet(sections, 7, 150)
+        write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
     sys.exit(2 if failed else 0)
 
 
@@ -282,13 +454,16 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, s
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features
+                    if sys.stderr.isatty() and not args.quiet:
+                        print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
         texts = caption_set(vlm, captions, read(), decoding, shots)
-        scores[f"{label} ({len(texts)})"] = score(captions, texts)
+        scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
-        for reason in bad.values():
+        for reason in bad.values() if not args.quiet else ():
             print(f"skipped: {reason}", file=sys.stderr)
-    print(table(scores))
+    print(lines * args.json, end="")
+    print(table(scores), file=sys.stderr if args.json else sys.stdout)
     if args.save:
         write_file(Path(args.save), lambda path: path.write_text(lines, encoding="utf-8"))
 

@@ -3,20 +3,23 @@
     python train.py --adapter qformer
     python train.py --vit google/siglip-base-patch16-224 --llm HuggingFaceTB/SmolLM2-135M \\
         --data captions.csv --images photos/
-    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos/
+    python train.py --from HuggingFaceTB/SmolVLM-256M-Instruct --data questions.json --images photos
 
-Without --data it learns to caption scenes of the built-in shapes world, in about three minutes on two CPU cores.
-Several GPUs share each batch: torchrun --nproc_per_node 8 train.py …; on several nodes as torchrun says.
+Without --data it learns to caption the built-in shapes world: three minutes on two CPU cores.
+Several GPUs share each batch: torchrun --nproc_per_node 8 train.py …
 """
 import argparse
 import collections
+import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,136 +28,155 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
-                  few_shot, find_checkpoint, in_order, is_shards, layout_weights, list_unreadable, listed,
-                  read_json, read_tensors, run, shuffled, skip, stack, write_file, write_json, write_rows)
+                  few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
+                  read_json, read_metadata, read_tensors, run, shuffled, skip, stack, write_file, write_json,
+                  write_rows)
 from lora import add_lora, load_lora
-from sample import as_lines, caption_set, contact_sheet, machine_options, pick_device, pick_precision, score, table
+from sample import (BLUE, GREY, INK, Parser, as_lines, caption_set, contact_sheet, machine_options,
+                    pick_device, pick_precision, rate, table)
 
 # of an adapter, as options of the command line
 SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
-FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "cache_features",
-        "features", "shard")  # may change on --resume
+FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
+        "quiet")  # may change on --resume
+PATIENCE = 10  # steps without finite gradients, one after the other, after which there is no hope
 # torchrun's: which process this is of how many, and which GPU of its machine it has
 RANK, WORLD, LOCAL = (int(os.environ.get(name, alone)) for name, alone in
                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add("--from", dest="origin", metavar="NAME",
-        help="start from a public VLM, a folder or a hub name, and train its adapter on captions, or on the "
-             "questions and answers of LLaVA's JSON")
-    add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name (default: assets/vit)")
-    add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name (default: assets/llm)")
-    add("--image-size", type=int, metavar="PX", help="side of the squares the encoder sees, pixels (default: the checkpoint's own)")
-    add("--layer", type=int, metavar="I", help="the encoder's layer to read, as hidden_states[I] (default: its last output)")
-    add("--adapter", default="qformer", metavar="KIND", help=f"{', '.join(ADAPTERS)} (default: qformer)")
-    add("--queries", type=int,
-        help="embeddings a picture becomes, where the adapter doesn't keep the patches (default: 32)")
-    add("--adapter-scale", type=int,
-        help="pixelshuffle: side of the squares of patches that become one embedding (default: 2)")
+    add = parser.add_argument_group("model").add_argument
+    add("--from", dest="origin", metavar="NAME", help="start from a public VLM: a folder or a hub name")
+    add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name")
+    add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
+    add("--image-size", type=int, metavar="PX",
+        help="side of the squares the encoder sees (default: its own)")
+    add("--layer", type=int, metavar="I",
+        help="encoder's layer to read: hidden_states[I] (default: its output)")
+    add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
+    add("--queries", type=int, help="embeddings of a picture, of an adapter with queries (default: 32)")
+    add("--adapter-scale", type=int, help="pixelshuffle: N × N patches become one embedding (default: 2)")
     add("--adapter-layers", type=int, help="blocks of an adapter with queries (default: 4; twoway: 2)")
     add("--adapter-width", type=int, help="its hidden size (default: 256)")
     add("--adapter-heads", type=int, help="its attention heads (default: 8)")
-    add("--adapter-every", type=int, metavar="K",
-        help="qformer: every K-th block reads the picture; flamingo: a block that does stands before every "
-             "K-th of the language model (default: 2)")
+    add("--adapter-every", type=int,
+        help="qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's (default: 2)")
     add("--adapter-dropout", type=float, help="qformer: dropout after every sublayer (default: 0)")
     add("--adapter-text", type=int, nargs="?", const=32, metavar="N",
-        help="qformer, twoway: let it read the prompt too, N tokens of it at most "
-             "(default: 0; 32, if N is left out)")
-    add("--image-position", default="sequence", choices=IMAGE_POSITIONS,
-        help="what an image's embeddings have for positions in the LLM: sequence, one after the other, as "
-             "words; shared, one for all; xy, shared, and embeddings of row and column are added to the "
-             "encoder's features; sequence+xy, both; rope-xy, rotary ones with row and column, for adapters "
-             "that keep the grid of patches (default: sequence)")
+        help="qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)")
+    add("--image-position", default="sequence", metavar="KIND",
+        type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
+        help="of an image's embeddings in the LLM: sequence, as words; shared, one for all; xy, shared, plus "
+             "learned row and column; sequence+xy; rope-xy, rotary row and column, where the grid is kept")
     add("--train", default="adapter", metavar="PARTS",
-        help="the parts that are trained whole, in float32: a list of adapter, llm, vit (default: adapter)")
-    add("--lora", type=int, metavar="R", help="train a LoRA of rank R too (default: the backbones stay frozen)")
-    add("--lora-alpha", type=float, metavar="A", help="the LoRA's updates are scaled by A / R (default: 2 R)")
-    add("--lora-targets", default="q,v", metavar="NAMES", help="layers with a LoRA, of q, k, v, out, gate, up, down; "
-                                                               "or all (default: q,v)")
-    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit (default: llm)")
-    add("--lora-dropout", type=float, default=0.0, help="of what the LoRA reads (default: 0)")
-    add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
-    add("--prompt", default="", metavar="TEXT", help="text between picture and caption; the picture stands where it says "
-                                                     "<image>, or before it all (default: none)")
+        help="trained whole, in float32: a list of adapter, llm, vit")
+    add("--prompt", default="", metavar="TEXT",
+        help="text before the caption, where the data asks no question; the picture stands where it says "
+             "<image>, or first (default: none)")
 
-    data = parser.add_argument_group("data")
-    add = data.add_argument
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora", type=int, metavar="R",
+        help="train a LoRA of rank R too (default: the backbones stay frozen)")
+    add("--lora-alpha", type=float, metavar="A", help="its updates are scaled by A / R (default: 2 R)")
+    add("--lora-targets", default="q,v", metavar="NAMES",
+        help="layers with it: q, k, v, out, gate, up, down; or all")
+    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
+    add("--lora-dropout", type=float, default=0.0, help="dropout of what it reads")
+    add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
+
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", metavar="FILE",
-        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; or tar "
-             "shards, as \"shards/{000..099}.tar\", with pairs NAME.jpg, NAME.txt, which are streamed "
-             "(default: shapes, the built-in world)")
+        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; tar shards, as "
+             "\"shards/{000..099}.tar\", of NAME.jpg and NAME.txt; or shapes, the built-in world")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
     add("--val", metavar="FILE",
-        help="captions to validate on, pictures in --images too, or tar shards (default: a part of --data "
-             "held out; of shards the first, which then isn't trained on)")
-    add("--val-size", type=int, default=500, help="pictures to validate on, at most (default: 500)")
-    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on (default: 20000)")
+        help="captions to validate on, of --images too, or shards (default: a part of --data; the first shard)")
+    add("--val-size", type=int, default=500, help="pictures to validate on, at most")
+    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=int, default=1000, metavar="PAIRS",
-        help="with shards: pairs in memory, of which the next is drawn (default: 1000)")
+        help="with shards: pairs in memory, of which the next is drawn")
     add("--layout", default="image-text", metavar="MIX",
-        help="image-text: the caption is learned after the picture; text-image-text: the picture stands "
-             "within its caption, the rest is learned; text-image: whether a caption and a picture match is "
-             "learned, and reported; several with weights, as image-text:0.6,text-image-text:0.4 (default: "
-             "image-text)")
+        help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
+             "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
     add("--shots", type=int, default=0, metavar="K",
-        help="0 to K other pairs of the batch, as drawn, come solved before each; these are learned too with "
-             "--prefix-loss (default: 0)")
-    add("--prefix-loss", action="store_true",
-        help="learn all words, those before the picture too (default: what comes last alone)")
+        help="0 to K other pairs of the batch come solved before each")
+    add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
+    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut")
 
-    training = parser.add_argument_group("training")
-    add = training.add_argument
-    add("--steps", type=int, default=700, help="optimizer steps (default: 700)")
-    add("--batch", type=int, default=64, help="pictures a step, of all processes together (default: 64)")
-    add("--accumulate", type=int, default=1,
-        help="equal parts that a process computes its share of a batch in, to save memory (default: 1)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA (default: 1e-3)")
-    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole (default: 1e-4)")
-    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole (default: 1e-4)")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero (default: 100)")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices (default: 0.05)")
-    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm (default: 1)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=700, help="optimizer steps")
+    add("--batch", type=int, default=64, help="pictures a step, of all processes together")
+    add("--accumulate", type=int, default=1, help="equal parts a step is computed in, to save memory")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole")
+    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices")
+    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm")
     add("--spell", type=float, metavar="W",
-        help="weight of a second loss in the first 60 %% of the steps: the embeddings of an image spell its "
-             "first caption, a token each, in order; for adapters with queries (default: 1 in the shapes "
-             "world, else 0)")
-    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut (default: 128)")
-    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes (default: 0)")
+        help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first "
+             "caption, a token each; for adapters with queries (default: 1 in the shapes world, else 0)")
+    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
     machine_options(speed)
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (default: on a CUDA GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the step (default: on a CUDA GPU)")
     add("--cache-features", action=argparse.BooleanOptionalAction,
-        help="encode every picture once, before the first step, and keep the features in memory (default: when they take "
-             "less than half of what is free, and the steps see each picture at least once)")
+        help="encode every picture once and keep the features (default: when they take less than half of the "
+             "free memory, and the steps see each picture at least once)")
     add("--features", metavar="FOLDER",
-        help="keep them in a file in this folder instead, and read them from there the next time that the "
-             "same encoder sees the same pictures (default: in memory)")
+        help="keep them in a file there, to be read the next time that this encoder sees these pictures "
+             "(default: in memory)")
     add("--shard", action="store_true",
-        help="with torchrun: each process holds a part of each block of the frozen LLM (FSDP2; torch 2.7 or "
-             "later)")
+        help="with torchrun: each process holds a part of the frozen LLM (FSDP2; torch 2.7 or later)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
-    files = parser.add_argument_group("files")
-    add = files.add_argument
+    add = parser.add_argument_group("files").add_argument
     add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
-    add("--log-every", type=int, default=100, help="steps between lines of progress and of metrics.jsonl (default: 100)")
-    add("--save-every", type=int, default=500, help="steps between validations and checkpoints (default: 500)")
+    add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
+    add("--save-every", type=int, default=500, help="steps between validations and checkpoints")
+    add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
+    add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
+
+
+def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
+    """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one,
+    or an option there has a value that the command line couldn't give it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    path = folder / "config.json"
+    saved, options = read_json(path).get("training"), {action.dest: action for action in parser._actions}
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: not the folder of a run")
+    for name, value in saved.items():
+        if option := options.get(name):
+            kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
+            fits = isinstance(value, kinds) and (not option.choices or value in option.choices)
+        if not option or not fits and not (value is option.default is None):
+            raise InputError(f"{path}: {name} can't be {value!r}")
+    return saved
+
+
+def make_absolute(args: argparse.Namespace) -> None:
+    """Has the run's files found again from any working directory."""
+    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
+        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
+            setattr(args, name, str(Path(value).resolve()))
+        elif value and is_shards(value):
+            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
 
 
 def read_options() -> argparse.Namespace:
@@ -162,15 +184,14 @@ def read_options() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if args.resume:
-        path = find_checkpoint(args.resume) / "config.json"
-        saved = read_json(path).get("training")
-        if not isinstance(saved, dict):
-            raise InputError(f"{path}: not the folder of a run")
+        saved = saved_options(Path(args.resume), parser)
         parser.set_defaults(**saved)
         args = parser.parse_args()
-        for name, value in saved.items():
-            if name not in FREE and getattr(args, name, value) != value:
-                raise InputError(f"--{name.replace('_', '-')} can't change on --resume: the run has {value}")
+        make_absolute(args)
+        for option in parser._actions:
+            name, flag = option.dest, option.option_strings[0]
+            if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
+                raise InputError(f"{flag} can't change on --resume: the run has {saved[name]}")
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
@@ -180,23 +201,20 @@ def read_options() -> argparse.Namespace:
                 raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
                                  f"{args.origin} has its own")
     layout_weights(args.layout)
-    whole = args.train.split(",")
-    if not {*whole} <= {"adapter", "llm", "vit"}:
-        raise InputError(f"--train {args.train}: a list of adapter, llm and vit")
+    whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     if "adapter" not in whole and not args.origin:
         raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if args.spell is None:
         args.spell = float(args.data == "shapes" and not args.origin)
-    if not {*args.lora_on.split(",")} <= {"llm", "vit"}:
-        raise InputError(f"--lora-on {args.lora_on}: choose from llm, vit and llm,vit")
+    for part in args.lora_on.split(","):
+        one_of(("llm", "vit"), "part", part)
     if (args.lora or args.lora_from) and (both := {*whole} & {*args.lora_on.split(",")}):
         raise InputError(f"--train {args.train}: {both.pop()} can't be trained whole and get a LoRA")
     if args.shard and "llm" in whole:
         raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
-    if args.adapter not in ADAPTERS:
-        raise InputError(f"unknown adapter '{args.adapter}': choose from {', '.join(ADAPTERS)}")
+    one_of(ADAPTERS, "adapter", args.adapter)
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
                  "save_every"):
         if getattr(args, name) < 1:
@@ -329,7 +347,8 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str],
             total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
         bad.update(united(bad))
-        print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
+        if not args.quiet:
+            print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
 
     if not args.features:
         features = one.new_zeros(shape)
@@ -354,31 +373,113 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str],
     return [i for i in range(len(captions)) if i not in bad], features
 
 
-def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler) -> None:
-    """adapter.safetensors for whoever uses the run; state.safetensors, complete in itself, for --resume."""
-    vlm.save(folder)
+def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
+    """state.safetensors for --resume, complete in itself, with the `losses` since the last line of
+    metrics.jsonl; then what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
     state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
              for key, value in {"weight": p, **optimizer.state[p]}.items()}
-    state["scale"] = torch.tensor(scaler.get_scale())
+    state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
+    state["losses"] = torch.tensor([loss.item() for loss in losses])
     write_file(folder / "state.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+    vlm.save(folder, step)
 
 
-def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> int:
-    """Takes up what `save_checkpoint` left; returns the number of steps done."""
+def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
+    """Takes up what `save_checkpoint` left; returns the number of steps done, and the losses since the last
+    line. A run that came to no checkpoint starts anew."""
     path = folder / "state.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: the run was stopped before its first checkpoint, start it anew")
-    try:
-        with safe_open(path, framework="pt") as file:
-            step, state = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-        weights = {name[7:]: value for name, value in state.items() if name.startswith("weight.")}
-        take_over(vlm.trained, weights, path)
+    if not path.is_file() and not (folder / "adapter.safetensors").is_file():
+        return 0, []
+    with guard(path, "not a whole checkpoint"):
+        step, state = int(read_metadata(path)["step"]), read_tensors(path)
+        take_over(vlm.trained, read_tensors(path, "weight."), path)
         for name, p in vlm.trained.items():
-            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-        scaler.load_state_dict({**scaler.state_dict(), "scale": state["scale"].item()} if scaler.is_enabled() else {})
-        return step
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a whole checkpoint ({error})") from None
+            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+        scaler.load_state_dict({key: state[f"scaler.{key}"].item() for key in scaler.state_dict()})
+        if not RANK:
+            vlm.save(folder, step)  # which may be of an earlier one, see `VLM.catch_up`
+        return step, list(state["losses"])
+
+
+def take_folder(folder: Path):
+    """Makes a run's folder, and keeps every other process from training in it for as long as this one lives.
+    Returns its metrics.jsonl; all but the first of torchrun's processes get none. Raises InputError."""
+    path = folder / "metrics.jsonl"
+    if RANK:
+        return open(os.devnull, "ab")
+    with guard(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = path.open("ab+", buffering=0)
+        try:
+            if os.name == "nt":
+                import msvcrt
+                metrics.seek(1 << 30)  # where no one reads
+                msvcrt.locking(metrics.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{folder}: another process is training in it") from None
+        for left in folder.rglob(".*tmp*"):  # by a process that was killed
+            left.unlink()
+    return metrics
+
+
+def cut_metrics(metrics, step: int) -> None:
+    """Takes off metrics.jsonl what came after `step`, and the scores."""
+    def stays(line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["step"] <= step and "scores" not in entry
+        except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
+            return False
+
+    with guard(metrics.name):
+        metrics.seek(0)
+        metrics.truncate(sum(map(len, itertools.takewhile(stays, metrics.read().splitlines(keepends=True)))))
+
+
+def log(metrics, entry: dict) -> None:
+    """Adds a line to metrics.jsonl, on the disk when this returns. What isn't finite becomes null."""
+    entry = {key: None if value != value else value for key, value in entry.items()}
+    line = json.dumps(entry).encode() + b"\n"
+    with guard(metrics.name):
+        if metrics.write(line) != len(line):
+            raise InputError(f"{metrics.name}: no space left for a line")
+        os.fsync(metrics.fileno())
+
+
+class Signals:
+    """Ctrl-C, or a cluster's SIGTERM: ends the process at once where no step would be lost, or the second
+    time; else `asked` is the signal, for the loop to see once the step is done."""
+
+    def __init__(self):
+        self.unsaved, self.asked = False, 0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.asked or not self.unsaved:
+            raise SystemExit(128 + number)
+        self.asked = number
+
+    def agreed(self, step: int, device: torch.device) -> int:
+        """What was asked of any process of torchrun's, 0 if nothing. So as not to wait for each other in every
+        step, several look every tenth alone."""
+        if WORLD == 1:
+            return self.asked
+        if step % 10 < 9:
+            return 0
+        asked = torch.tensor(self.asked, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item()
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -386,11 +487,11 @@ class Progress:
     a second; in a log it appears every `--log-every` steps."""
 
     def __init__(self, args: argparse.Namespace):
-        self.steps, self.terminal, self.drawn = args.steps, sys.stdout.isatty(), 0.0
+        self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
         self.begin()
 
-    def begin(self) -> None:
-        self.start, self.losses, self.images, self.tokens = time.time(), [], 0, 0
+    def begin(self, losses: list[torch.Tensor] = ()) -> None:
+        self.start, self.losses, self.images, self.tokens = time.time(), [*losses], 0, 0
 
     def add(self, step: int, loss: torch.Tensor, images: int, tokens: int) -> None:
         self.losses.append(loss)
@@ -399,21 +500,110 @@ class Progress:
             self.show(self.line(step), "\r")
 
     def line(self, step: int) -> dict:
-        seconds = time.time() - self.start
-        return {"step": step + 1, "loss": torch.stack(self.losses).mean().item(), "images_per_s": self.images / seconds,
+        seconds, losses = time.time() - self.start, torch.stack(self.losses)
+        skipped = losses.isnan().sum().item()
+        return {"step": step + 1, "loss": losses.nanmean().item(),
+                **({"skipped": skipped} if skipped else {}),
+                "images_per_s": self.images / seconds,
                 "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
     def show(self, line: dict, end: str = "\n") -> None:
+        if self.quiet:
+            return
         self.drawn = time.time()
         minutes, seconds = divmod(round(line["s_left"]), 60)
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
-              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line) +
+              + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line)
+              + (f"{line['skipped']} steps skipped: not finite  " if "skipped" in line else "") +
               f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
               + " " * 8 * self.terminal, end=end, flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Pictures of results
+
+# Okabe and Ito's colours, which colour-blind readers tell apart
+PANELS = ({"loss": ("training loss", BLUE), "val": ("validation loss", "#d55e00")},
+          {"matching": ("image-text matching, share that is right", "#009e73")})
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers, evenly spaced, from `low` or below to `high` or above; about `most`."""
+    rough = (high - low or abs(high) or 1) / most
+    step = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
+                if m * 10 ** math.floor(math.log10(rough)) >= rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
+
+
+def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
+    """What metrics.jsonl says over the steps: the losses in a panel, and accuracy in another if there is any.
+    The training loss is a line, what is measured now and then has dots too."""
+    series = {name: [*{line["step"]: line[name] for line in lines
+                       if line.get(name) is not None and math.isfinite(line[name])}.items()]
+              for panel in PANELS for name in panel}
+    panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
+    last = max((step for points in series.values() for step, _ in points), default=1)
+    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # so large, then reduced
+    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
+    for row, panel in enumerate(panels):
+        values = [value for name in panel for _, value in series[name]] or [0, 1]
+        scale = ticks(min(values), max(values))
+        left, top, right, bottom = 76, 84, width - 32, height - 60
+
+        def place(step, value):
+            return (left + (right - left) * step / last,
+                    bottom - (bottom - top) * (value - scale[0]) / (scale[-1] - scale[0]))
+
+        plot = Image.new("RGB", (width * smooth, height * smooth), "white")
+        draw = ImageDraw.Draw(plot)
+        for value in scale:
+            draw.line([c * smooth for step in (0, last) for c in place(step, value)],
+                      GREY if value == scale[0] else "#dddddd", smooth)
+        for name, (_, colour) in panel.items():
+            points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
+            if len(points) > 1:
+                draw.line(points, colour, (3 if name == "loss" else 2) * smooth, "curve")
+            for x, y in points if name != "loss" or len(points) == 1 else ():
+                draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
+        image.paste(plot.reduce(smooth), (0, row * height))
+        draw = ImageDraw.Draw(image)
+
+        def write(x, y, text, anchor, colour=GREY, font=small):
+            draw.text((x, y + row * height), text, colour, font, anchor)
+
+        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
+        for value in scale:
+            write(left - 10, place(0, value)[1], f"{value:.{digits}f}", "rm")
+        for step in ticks(0, last, 8):
+            if step <= last:
+                write(place(step, 0)[0], bottom + 10, f"{step:g}", "mt")
+        write(right, bottom + 34, "steps", "rt")
+        write(left, 18, title * (row == 0), "lt", INK, large)
+        x = left
+        for name, (label, colour) in panel.items():
+            if series[name]:
+                draw.line((x, row * height + 60, x + 28, row * height + 60), colour, 3)
+                if name != "loss":
+                    draw.circle((x + 14, row * height + 60), 4.5, colour)
+                write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
+                x += 76 + small.getlength(label + ", nats per token")
+    return image
+
+
+def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
+                   most: int = 4) -> list[tuple[str, list]]:
+    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, with references."""
+    order = sorted(texts, key=lambda i: -ratings[i][0])
+    return [(f"{name}: the {which} of {len(order)}", [
+        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
+                               (ratings[i][1], GREY)]) for i in some])
+            for which, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
+
+
 def main() -> None:
     args = read_options()
+    say = functools.partial(print, flush=True) if not args.quiet else lambda text: None
 
     # Captions
     if args.data == "shapes":
@@ -443,12 +633,8 @@ def main() -> None:
     dtype = pick_precision(args.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.manual_seed(args.seed)
-    # so that the run is found again from any working directory
-    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
-        if (value := getattr(args, name)) and Path(value).exists() and not value.startswith("assets/"):
-            setattr(args, name, str(Path(value).resolve()))
-        elif value and is_shards(value):
-            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+    make_absolute(args)
+    args.precision = str(dtype).removeprefix("torch.")  # wherever it is resumed
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
@@ -468,30 +654,33 @@ def main() -> None:
                "the encoder is trained, so that its features change")
         raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
     trained = vlm.trained
-    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=device.type != "mps")
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
     if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
         forward = nn.parallel.DistributedDataParallel(forward, init_sync=False)
 
     # The run's folder
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard needs its package: pip install tensorboard") from None
     folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
-    first = 0
+    metrics, first, losses = take_folder(folder), 0, []
     if args.resume:
-        first = load_checkpoint(folder, vlm, optimizer, scaler)
+        first, losses = load_checkpoint(folder, vlm, optimizer, scaler)
     elif RANK:
         pass
     elif (folder / "config.json").exists():
         raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}") from None
-        write_json(folder / "config.json", vlm.config)
-    print(f"{folder}: {vlm.config['adapter']} adapter, "
-          f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
-          f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
+    if not RANK:
+        cut_metrics(metrics, first)
+    say(f"{folder}: {vlm.config['adapter']} adapter, "
+        f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
+        f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
+    board = SummaryWriter(folder, purge_step=first) if args.tensorboard and not RANK else None
 
     # Pictures, encoded once or step by step
     unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
@@ -520,6 +709,9 @@ def main() -> None:
         fits = args.features or len(train) * val_features[0].nbytes < free_memory(device) / 2
         cache = fixed and not streamed and fits and args.steps * args.batch >= len(train)
         cache = bool(total(torch.tensor(int(bool(cache)), device=device)) == WORLD)  # all do the same
+    if not args.resume and not RANK:
+        args.cache_features = cache  # for good: kept features differ from others in the last bits
+        write_json(folder / "config.json", vlm.config)
 
     layouts = layout_weights(args.layout)
 
@@ -583,12 +775,12 @@ def main() -> None:
         return right / len(kept)
 
     # Training
-    source, progress = pictures(), Progress(args)
-    with (Path(os.devnull) if RANK else folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    source, progress, in_a_row = pictures(), Progress(args), torch.zeros((), device=device)
+    with metrics, Signals() as signals:
         for step in range(first, args.steps):
             indices, inputs = next(source)
             if step == first:
-                progress.begin()
+                progress.begin([loss.to(device) for loss in losses])
             # of dropout: a resumed run draws what an unbroken one draws
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
             for group in optimizer.param_groups:
@@ -613,16 +805,25 @@ def main() -> None:
                 part_loss += spell / letters * F.cross_entropy(images.float(), words, reduction="sum")
                 scaler.scale(WORLD * part_loss).backward()  # DDP takes the mean over the processes
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trained.values(), args.clip)
-            scaler.step(optimizer)
+            broken = ~nn.utils.clip_grad_norm_(trained.values(), args.clip).isfinite()
+            optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
+            if fused or not broken:
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            in_a_row = (in_a_row + 1) * broken
             tokens_read = sum(batch[0].numel() for batch in batches)
-            progress.add(step, total(loss), WORLD * len(indices), WORLD * tokens_read)
+            progress.add(step, total(loss).masked_fill(broken, torch.nan), WORLD * len(indices),
+                         WORLD * tokens_read)
+            signals.unsaved = True
 
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
+                if in_a_row >= PATIENCE:
+                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not "
+                                     "finite: start anew with a lower --lr, a longer --warmup or --precision "
+                                     "float32 (the last checkpoint, if there is one, is as it was)")
                 if save:
                     vlm.eval()
                     line["val"] = validate()
@@ -631,12 +832,24 @@ def main() -> None:
                     vlm.train()
                     found = [united(unreadable[0]), *unreadable[1:]]
                     if not RANK:
-                        save_checkpoint(folder, step + 1, vlm, optimizer, scaler)
                         list_unreadable(folder, found)
                 progress.show(line)
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
+                if not RANK:
+                    log(metrics, line)
+                for name, value in line.items() if board else ():
+                    board.add_scalar(name, value, step + 1)
+                if save and not RANK:
+                    metrics.seek(0)  # through this handle: to close another one would give up the lock
+                    image = curves([json.loads(text) for text in metrics.read().splitlines()], folder.name)
+                    write_file(folder / "curves.png", lambda path: image.save(path, "PNG"))
                 progress.begin()
+            if (asked := signals.agreed(step, device)) or save:
+                if not RANK:
+                    save_checkpoint(folder, step + 1, vlm, optimizer, scaler, progress.losses)
+                signals.unsaved = False
+            if asked:
+                print(f"stopped after step {step + 1}: python train.py --resume {folder} goes on", flush=True)
+                sys.exit(128 + asked)
         source.close()
 
         # What it learned, as sample.py will read it
@@ -648,7 +861,7 @@ def main() -> None:
         sets = {"test" if unseen else "val": (val, val_kept, val_features)}
         if unseen:
             sets["unseen"] = (unseen, *encode_all(vlm, unseen, unreadable[2], args))
-        scores = {}
+        scores, sections = {}, []
         shots = [(val_features[i].to(device), draw_caption(val.captions(i), args.seed, 0, i))
                  for i in val_kept[:args.shots]]
         for label, (captions, kept, features) in sets.items():
@@ -656,24 +869,33 @@ def main() -> None:
                 return caption_set(vlm, captions, kept_batches(kept[first:], features, 64), {}, shots)
 
             texts = captioned(0)
-            scores[f"{label} ({len(kept)})"] = row = score(captions, texts)
+            row, ratings = rate(captions, texts)
+            scores[f"{label} ({len(kept)})"] = row
             first = len(shots) * (captions is val)  # no picture comes before itself
             if shots and first < len(kept):
                 after = captioned(first, shots)
-                scores[f"{label}, {len(shots)} shots ({len(after)})"] = score(captions, after)
+                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(captions, after)[0]
             if "text-image" in layouts:
                 row["matching"] = matching(captions, kept, features)
             if RANK:
                 continue
             lines = as_lines(captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-            sheet = contact_sheet(captions, texts)
-            write_file(folder / f"captions-{label}.png", lambda path: sheet.save(path, "PNG"))
-        metrics.write(json.dumps({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores}) + "\n")
+            sections += best_and_worst(label, captions, texts, ratings)
+        if not RANK:
+            log(metrics, {"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
+            sheet = contact_sheet(sections)
+            write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
+    if board:
+        for label, row in scores.items():
+            for name, value in row.items():
+                board.add_scalar(f"{label}/{name}", value, args.steps)
+        board.close()
+    say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")
     print(table(scores))
     if WORLD > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "a higher --accumulate, or a smaller --batch, --max-tokens or --precision")

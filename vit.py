@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, load_weights, rgb
+from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, guard, load_weights, named, rgb
 
 
 @dataclass
@@ -40,7 +40,9 @@ class ViTConfig:
     def __post_init__(self):
         if self.image_size < self.patch_size or self.width % self.heads:
             raise ValueError("image_size must be at least patch_size, hidden_size a multiple of num_attention_heads")
-        ACTIVATIONS[self.activation]
+        if self.window > self.grid:
+            raise ValueError(f"windows of {self.window} × {self.window} patches are larger than the picture")
+        ACTIVATIONS[self.activation], depth(self.layers)
 
     @property
     def grid(self) -> int:
@@ -136,12 +138,17 @@ class Preprocessor:
 
     S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
     scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
-    to 224, S = 448 resizes to 512 and crops to 448. Raises ValueError where the settings don't make squares.
-    Where a family has tiles (`max_image_size`), these are the squares; see `tiles`.
+    to 224, S = 448 resizes to 512 and crops to 448. Where a family has tiles (`max_image_size`), these are the
+    squares; see `tiles`. Raises ValueError where the settings don't make squares, or a length is above MOST.
     """
+    MOST = 8192  # pixels
 
     def __init__(self, settings: dict, default: int, image_size: int | None = None):
         self.settings, square = settings, ("height", "width")
+        self.mean, self.std = (torch.tensor(settings.get(key, [0.5] * 3), dtype=torch.float32).view(3, 1, 1)
+                               for key in ("image_mean", "image_std"))
+        self.factor = float(settings.get("rescale_factor", 1 / 255))
+        self.resample = Image.Resampling(settings.get("resample", 2))
         size, crop, pad = (dict.fromkeys(edges, value) if isinstance(value, int) else value  # a number in old files
                            for edges, value in ((settings.get("edges", square), settings.get("size", default)),
                                                 (square, settings.get("crop_size", default)),
@@ -153,6 +160,12 @@ class Preprocessor:
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
+        if self.size.keys().isdisjoint(("longest_edge",
+                                        "shortest_edge")) and not self.size.keys() >= {*square}:
+            raise ValueError(f"{size} is no size")
+        for length in (self.image_size, *self.size.values()):
+            if not 0 < length <= self.MOST:
+                raise ValueError(f"{length} px is not within 1 and {self.MOST}")
 
     def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
         """Pixels (T,3,S,S) of the views that a family has of a picture, in the order of its prompt, and the
@@ -166,7 +179,7 @@ class Preprocessor:
         p, side = self.settings, self.image_size
         if "max_image_size" not in p:
             return self(picture)[None], 0, 0
-        picture, resample = rgb(picture), Image.Resampling(p["resample"])
+        picture, resample = rgb(picture), self.resample
         longest, (w, h) = self.size["longest_edge"], picture.size
 
         def oriented(longer: int, shorter: int) -> tuple[int, int]:
@@ -179,7 +192,7 @@ class Preprocessor:
             shorter = int(longest / (w / h) if w >= h else longest * (w / h))
             picture = picture.resize(oriented(longest, max(1, shorter + shorter % 2)), resample)
             w, h = picture.size
-        if not split or not p["do_image_splitting"]:
+        if not split or not p.get("do_image_splitting"):
             return self.pixels(picture.resize((side, side), resample))[None], 0, 0
         if "upscale" in p:
             longer = longest if p["upscale"] else min(longest, tiled(max(w, h)))
@@ -205,11 +218,9 @@ class Preprocessor:
         p = self.settings
         x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
         if p.get("do_rescale", True):
-            x = x * p.get("rescale_factor", 1 / 255)
+            x = x * self.factor
         if p.get("do_normalize", True):
-            mean, std = (torch.tensor(p.get(key, [0.5] * 3)).view(3, 1, 1)
-                         for key in ("image_mean", "image_std"))
-            x = (x - mean) / std
+            x = (x - self.mean) / self.std
         return x
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
@@ -224,7 +235,9 @@ class Preprocessor:
                 w, h = (self.size["shortest_edge"] * edge // min(picture.size) for edge in picture.size)
             else:
                 w, h = self.size["width"], self.size["height"]
-            picture = picture.resize((w, h), Image.Resampling(p.get("resample", 2)))
+            if w * h > self.MOST ** 2:  # for the sake of the square in its middle
+                raise InputError(f"a picture of {picture.width} × {picture.height} px is too long and narrow")
+            picture = picture.resize((w, h), self.resample)
         if p.get("do_center_crop"):  # outside the picture is black
             left, top = (picture.width - side) // 2, (picture.height - side) // 2
             picture = picture.crop((left, top, left + side, top + side))
@@ -296,9 +309,9 @@ class ViT(nn.Module):
         """
         checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
-        with torch.device("meta"):
+        with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             vit = cls(config)
-        vit.name, vit.family = name, family
+        vit.name, vit.family = checkpoint.name, family
         load_weights(vit, checkpoint, family, dtype)
         path = checkpoint.folder / "preprocessor_config.json"
         settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
@@ -307,11 +320,10 @@ class ViT(nn.Module):
         kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
         if kind not in PROCESSORS:
             raise InputError(f"{path}: image processor {kind!r} is not one of {', '.join(PROCESSORS)}")
-        try:
+        with guard(path):
             vit.preprocess = Preprocessor(PROCESSORS[kind] | settings, config.image_size, image_size)
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(f"{path}: can't be read ({error})") from None
-        vit.resize(vit.preprocess.image_size)
+        with named(path):
+            vit.resize(vit.preprocess.image_size)
         return vit.eval()
 
 

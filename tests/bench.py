@@ -1,52 +1,408 @@
-"""Measures this project, `load` against what a user would otherwise pick, which needs transformers.
+"""Measures this project against what a user would otherwise run: transformers and, given --nanovlm, nanoVLM's own code.
 
-    python tests/bench.py load [NAME ...]     # time and memory of loading checkpoints of real sizes, random weights
-    python tests/bench.py stream              # speed and memory of reading pairs from tar shards
+    python tests/bench.py all                                  # every row, one Markdown table
+    python tests/bench.py train decode --sizes small --nanovlm nanoVLM
+
+Models have real sizes and random weights, saved once in the public layout. Ours and the others take turns in one
+process on the same inputs; the figures are medians. Needs transformers beside our own packages. nanoVLM has its weights
+in float32 and computes in float32 or, as its training script does, under bfloat16 autocast; with weights in bfloat16 its
+language model doesn't run.
 """
 import argparse
+import gc
 import io
 import json
+import os
+import pydoc_data.topics
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+TEXT, NEW, PROMPT = 32, 48, 512  # tokens: of a caption to train on, to decode, to prefill
+SIGLIP = "SiglipVisionModel", "SiglipVisionConfig", dict(hidden_size=768, intermediate_size=3072)
+CLIP_L = "CLIPVisionModel", "CLIPVisionConfig", dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+
+
+def qwen(width: int, mlp: int, layers: int, heads: int, kv_heads: int, tied: bool = True) -> tuple:
+    return "Qwen2ForCausalLM", "Qwen2Config", dict(
+        vocab_size=151936 if tied else 152064, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+SMOLLM2 = "LlamaForCausalLM", "LlamaConfig", dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)
+SIZES = {  # name -> vision model, language model: (transformers' class, its config class, config)
+    "small": (SIGLIP, SMOLLM2),  # SigLIP-B/16-224, SmolLM2-135M
+    "medium": (CLIP_L, qwen(896, 4864, 24, 14, 2)),  # CLIP-L/14-224, Qwen2.5-0.5B
+    "1.5b": (CLIP_L, qwen(1536, 8960, 28, 12, 2)),
+    "7b": (CLIP_L, qwen(3584, 18944, 28, 28, 4, tied=False)),
+}
 
 # ---------------------------------------------------------------------------------------------------------
-# Loading
+# What is compared: each has encode, loss, prefill, decode and caption
 
-LOADS = {  # name -> (transformers' model class, its config class, config, our class)
-    "CLIP ViT-L/14": ("CLIPModel", "CLIPConfig", dict(projection_dim=768, vision_config=dict(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
-        text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)), "ViT"),
-    "SmolLM2-360M": ("LlamaForCausalLM", "LlamaConfig", dict(
-        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
-        num_key_value_heads=5, tie_word_embeddings=True), "LLM"),
-    "Qwen2.5-1.5B": ("Qwen2ForCausalLM", "Qwen2Config", dict(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True), "LLM"),
-}
-MAKE = """
-import json, sys, torch, transformers
-model, config, folder = json.loads(sys.argv[1])
-torch.set_default_dtype(torch.bfloat16)
-model = getattr(transformers, model)(getattr(transformers, config)(**json.loads(sys.argv[2])))
-for p in model.parameters():
-    torch.nn.init.normal_(p, std=0.02)
-model.save_pretrained(folder)
-"""
+
+class Ours:
+    def __init__(self, folder: Path, args, packed: bool = False):
+        from adapters import build
+        self.vlm = build(dict(vit=str(folder / "vit"), llm=str(folder / "llm"), adapter="pixelshuffle",
+                              adapter_sizes={}), args.dtype).to(args.device)
+        self.vlm.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
+        if packed:
+            self.vlm.pack()
+        self.preprocess = self.vlm.vit.preprocess
+
+    def encode(self, pixels):
+        return self.vlm.features(pixels)
+
+    def loss(self, tokens, pixels=None, features=None):
+        (B, T), Q = tokens.shape, self.vlm.adapter.queries
+        features = self.encode(pixels) if features is None else features
+        ids = F.pad(tokens, (Q, 0), value=self.vlm.placeholder)
+        where = torch.arange(B * (Q + T), device=ids.device).view(B, -1)[:, Q - 1:-1].flatten()
+        logits = self.vlm(ids, features, where)
+        return F.cross_entropy(logits.float(), tokens.flatten(), reduction="sum") / tokens.numel()
+
+    def prefill(self, tokens):
+        self.llm.generate(tokens, max_tokens=1, end_tokens=())
+
+    def decode(self, tokens):
+        self.llm.generate(tokens, max_tokens=NEW, end_tokens=())
+
+    def caption(self, picture):
+        return self.vlm.caption([picture], max_tokens=20)
+
+
+class Transformers:
+    def __init__(self, folder: Path, args, static: bool = False):
+        import transformers as tf
+        self.dtype, self.static, self.device = args.dtype, static, args.device
+        (vision, _, _), (language, _, _) = SIZES[folder.name]
+        self.vit, self.llm = (getattr(tf, name).from_pretrained(folder / part, dtype=args.dtype).to(args.device).eval()
+                              for name, part in ((vision, "vit"), (language, "llm")))
+        self.vit.requires_grad_(False), self.llm.requires_grad_(False)
+        c = self.vit.config
+        self.grid = c.image_size // c.patch_size
+        self.adapter = torch.nn.Linear(4 * c.hidden_size, self.llm.config.hidden_size, bias=False).to(args.device)
+        self.trained = list(self.adapter.parameters())
+        processor = tf.SiglipImageProcessor if "Siglip" in vision else tf.CLIPImageProcessor
+        processor = processor()  # with torchvision, where there is one
+        self.preprocess = lambda picture: processor(picture, return_tensors="pt").pixel_values[0]
+
+    @torch.no_grad()
+    def encode(self, pixels):
+        return self.vit(pixel_values=pixels.to(self.dtype)).last_hidden_state
+
+    def embed(self, tokens, features):
+        g = self.grid // 2
+        x = features[:, -4 * g * g:].unflatten(1, (g, 2, g, 2)).transpose(2, 3).flatten(3).flatten(1, 2)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            x = self.adapter(x.float())
+        return torch.cat([x.to(self.dtype), self.llm.get_input_embeddings()(tokens)], 1)
+
+    def loss(self, tokens, pixels=None, features=None):
+        x = self.embed(tokens, self.encode(pixels) if features is None else features)
+        labels = F.pad(tokens, (x.shape[1] - tokens.shape[1], 0), value=-100)
+        return self.llm(inputs_embeds=x, labels=labels, use_cache=False).loss
+
+    def prefill(self, tokens):
+        self.llm(tokens, use_cache=True, logits_to_keep=1)
+
+    def decode(self, tokens, new: int = NEW, **inputs):
+        cache = dict(cache_implementation="static") if self.static else {}
+        mask = torch.ones((inputs["inputs_embeds"] if tokens is None else tokens).shape[:2], dtype=torch.long,
+                          device=self.device)
+        return self.llm.generate(tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                 pad_token_id=0, **cache, **inputs)
+
+    def caption(self, picture):
+        features = self.encode(self.preprocess(picture)[None].to(self.device))
+        start = torch.zeros(1, 0, dtype=torch.long, device=self.device)
+        return self.decode(None, 20, inputs_embeds=self.embed(start, features))
+
+
+class NanoVLM:
+    def __init__(self, folder: Path, args, autocast: bool = False):
+        if str(args.nanovlm) not in sys.path:
+            sys.path.insert(0, str(args.nanovlm))
+        # its image processor, which isn't measured, wants torchvision; its tokenizer, the network
+        sys.modules["data.processors"] = SimpleNamespace(get_tokenizer=lambda *_: SimpleNamespace(
+            image_token_id=1, eos_token_id=None))
+        from models.config import VLMConfig
+        from models.vision_language_model import VisionLanguageModel
+        v, c = (SIZES[folder.name][i][2] for i in (0, 1))
+        self.model = VisionLanguageModel(VLMConfig(
+            vit_hidden_dim=v["hidden_size"], vit_inter_dim=v["intermediate_size"], vit_img_size=224,
+            lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"], lm_n_heads=c["num_attention_heads"],
+            lm_n_kv_heads=c["num_key_value_heads"], lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
+            mp_pixel_shuffle_factor=2, mp_image_token_length=49), load_backbone=False).to(args.device).eval()
+        self.model.requires_grad_(False)
+        self.trained = list(self.model.MP.requires_grad_(True).parameters())
+        self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=autocast)
+
+    def encode(self, pixels):
+        with self.autocast:
+            return self.model.vision_encoder(pixels)
+
+    def loss(self, tokens, pixels):
+        ids = F.pad(tokens, (49, 0), value=1)
+        targets = F.pad(tokens, (48, 1), value=-100)  # its labels are shifted by the collator
+        with self.autocast:
+            return self.model(ids, pixels, targets=targets)[1]
+
+    def prefill(self, tokens):
+        with self.autocast:
+            decoder = self.model.decoder
+            decoder.head(decoder(decoder.token_embedding(tokens))[0][:, -1])
+
+    def decode(self, tokens):
+        with self.autocast:
+            self.model.generate(tokens, None, max_new_tokens=NEW, greedy=True)
+
+
+def peers(size: str, args, kind: str) -> dict:
+    """What runs a row: {name: function that makes it}."""
+    folder = args.folder / size
+    found = {"ours": lambda: Ours(folder, args, packed=kind != "train"), "transformers": lambda: Transformers(folder, args)}
+    if kind == "decode":
+        found["transformers, static cache"] = lambda: Transformers(folder, args, static=True)
+    if args.nanovlm and size == "small":
+        found["nanoVLM, float32"] = lambda: NanoVLM(folder, args)
+        found["nanoVLM, autocast"] = lambda: NanoVLM(folder, args, autocast=True)
+    return {name: make for name, make in found.items() if not args.peers or any(p in name for p in args.peers)}
+
+
+def prepare(size: str, args) -> None:
+    """Random checkpoints of a size in the public layout, unless they are there."""
+    import transformers as tf
+    for part, (model, config, values) in zip(("vit", "llm"), SIZES[size]):
+        if not (args.folder / size / part / "config.json").exists():
+            torch.manual_seed(0)
+            torch.set_default_dtype(torch.bfloat16)
+            with torch.device(args.device):
+                model = getattr(tf, model)(getattr(tf, config)(**values))
+            torch.set_default_dtype(torch.float32)
+            model.save_pretrained(args.folder / size / part)
+    tokenizer = ROOT / "assets/llm/tokenizer.json"
+    (args.folder / size / "llm/tokenizer.json").write_bytes(tokenizer.read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measuring
+
+def seconds(run, args) -> float:
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    run()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def race(runs: dict, args) -> dict[str, float]:
+    """Median seconds of functions that take turns, after a turn that isn't counted."""
+    turns = [{name: seconds(run, args) for name, run in runs.items()} for _ in range(args.repeats + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
+
+
+def limits(args) -> dict[str, float]:
+    """What the machine can do: operations a second in products of 2048² matrices, bytes read a second."""
+    def best(run):
+        return min(seconds(run, args) for _ in range(8))
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, device=args.device).to(dtype)
+        rates[str(dtype)[6:]] = 2 * 2048 ** 3 / best(lambda: a @ a)
+    x = torch.ones(1 << 28, device=args.device)
+    rates["memory"] = x.nbytes / best(x.sum)
+    return rates
+
+
+def table(row: str, unit: str, work: float, times: dict[str, float], limit: str = "", share: float = 0.0) -> None:
+    """Prints a Markdown line for each that ran: `work` a second, its ratio to ours, ours' share of the limit."""
+    for name, time in times.items():
+        value = time * 1e3 if unit == "ms" else work / time
+        part = f"{share / time:.0%} of {limit}" if share and name == "ours" else ""
+        print(f"| {row} | {name} | {value:,.4g} {unit} | {time / times['ours']:.2f} | {part} |", flush=True)
+
+
+def linear_size(folder: Path) -> int:
+    """Numbers in the matrices of a checkpoint's blocks."""
+    from data import Checkpoint
+    checkpoint = Checkpoint(str(folder))
+    return sum(checkpoint.tensor(name).numel() for name in checkpoint.where if ".layers." in name)
+
+
+def child(code: str, *arguments) -> str:
+    return subprocess.run([sys.executable, "-c", code, *map(json.dumps, arguments)], cwd=ROOT, check=True, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows
+
+def made(size: str, args, kind: str) -> dict:
+    prepare(size, args)
+    return {name: make() for name, make in peers(size, args, kind).items()}
+
+
+@torch.inference_mode()
+def encode(size: str, args) -> None:
+    models, B = made(size, args, "encode"), 8
+    pixels = torch.randn(B, 3, 224, 224, device=args.device)
+    times = race({name: lambda model=model: model.encode(pixels) for name, model in models.items()}, args)
+    config = models["ours"].vlm.vit.config
+    N = config.grid ** 2 + config.class_tokens
+    work = 2 * B * N * (linear_size(args.folder / size / "vit") + 2 * N * config.width * config.layers)
+    table(f"{size}: encode images, batch {B}", "images/s", B, times, "products", work / args.rates[str(args.dtype)[6:]])
+
+
+def train(size: str, args) -> None:
+    models = made(size, args, "train")
+    vit, llm = models["ours"].vlm.vit.config, models["ours"].vlm.llm.config
+    N, T = vit.grid ** 2 + vit.class_tokens, vit.grid ** 2 // 4 + TEXT
+    eye = 2 * N * (linear_size(args.folder / size / "vit") + 2 * N * vit.width * vit.layers)
+    words = 4 * (T * (linear_size(args.folder / size / "llm") + 2 * T * llm.heads * llm.head_size * llm.layers)
+                 + TEXT * llm.hidden * llm.vocabulary)  # forward, and to the inputs backward
+    optimizers = {name: torch.optim.AdamW(model.trained, fused=True) for name, model in models.items()}
+
+    def step(name: str, inputs: dict) -> None:
+        models[name].loss(**inputs).backward()
+        torch.nn.utils.clip_grad_norm_(models[name].trained, 1.0)
+        optimizers[name].step()
+        optimizers[name].zero_grad(set_to_none=True)
+
+    for B in args.batches:
+        tokens, pixels = torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)
+        inputs = dict(tokens=tokens.to(args.device), pixels=pixels.to(args.device))
+        times = race({name: lambda name=name: step(name, inputs) for name in models}, args)
+        kept = dict(tokens=inputs["tokens"], features=models["ours"].encode(inputs["pixels"]))
+        times |= {f"{name}, cached features": time for name, time in race(
+            {name: lambda name=name: step(name, kept) for name in models if "nano" not in name}, args).items()}
+        rate = args.rates[str(args.dtype)[6:]]
+        table(f"{size}: train step, batch {B}", "images/s", B, times, "products", B * (eye + words) / rate)
+    del models, optimizers
+    for B in args.batches if args.device == "cpu" else ():
+        peaks = {}
+        for name in peers(size, args, "train"):
+            code = "import sys, json; sys.path.insert(0, 'tests'); import bench; bench.peak(*map(json.loads, sys.argv[1:]))"
+            settings = [size, str(args.folder), str(args.nanovlm or ""), args.device, str(args.dtype)[6:]]
+            peaks[name] = float(child(code, name, B, *settings).splitlines()[-1])
+        for name, bytes in peaks.items():
+            print(f"| {size}: train step, batch {B}, peak memory | {name} | {bytes / 2 ** 20:,.0f} MiB | "
+                  f"{bytes / peaks['ours']:.2f} | |", flush=True)
+
+
+def peak(name: str, B: int, size: str, folder: str, nanovlm: str, device: str, dtype: str) -> None:
+    """In a process of its own: prints the bytes that loading and two training steps add at their peak."""
+    import resource
+    import transformers  # noqa: F401  its code is no part of the figure
+    args = SimpleNamespace(folder=Path(folder), nanovlm=nanovlm, device=device, dtype=getattr(torch, dtype), peers=None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = peers(size, args, "train")[name]()
+    optimizer = torch.optim.AdamW(model.trained, fused=True)
+    for _ in range(2):
+        model.loss(torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+@torch.inference_mode()
+def prefill(size: str, args) -> None:
+    models = made(size, args, "prefill")
+    tokens = torch.randint(9, 40000, (1, PROMPT), device=args.device)
+    times = race({name: lambda model=model: model.prefill(tokens) for name, model in models.items()}, args)
+    work = 2 * PROMPT * linear_size(args.folder / size / "llm") / args.rates[str(args.dtype)[6:]]
+    table(f"{size}: prefill, {PROMPT} tokens", "tokens/s", PROMPT, times, "products", work)
+
+
+@torch.inference_mode()
+def decode(size: str, args) -> None:
+    models, config = made(size, args, "decode"), SIZES[size][1][2]
+    weights = linear_size(args.folder / size / "llm") + config["vocab_size"] * config["hidden_size"]
+    for B in (1, 16):
+        tokens = torch.randint(9, 40000, (B, 16), device=args.device)
+        times = race({name: lambda model=model: model.decode(tokens) for name, model in models.items()}, args)
+        table(f"{size}: decode, batch {B}", "tokens/s", B * NEW, times, "memory bandwidth",
+              NEW * weights * args.dtype.itemsize / args.rates["memory"])
+
+
+def caption(size: str, args) -> None:
+    picture, models = Image.open(io.BytesIO(photo(0))), made(size, args, "caption")
+    models = {name: model for name, model in models.items() if hasattr(model, "caption")}
+    with torch.inference_mode():
+        warm = race({name: lambda model=model: model.caption(picture) for name, model in models.items()}, args)
+        cold = race({name: lambda make=make: make().caption(picture)
+                     for name, make in peers(size, args, "caption").items() if name in models}, args)
+    table(f"{size}: picture to 20 tokens, warm", "ms", 1, warm)
+    table(f"{size}: picture to 20 tokens, loading included", "ms", 1, cold)
+
+
+def photo(seed: int) -> bytes:
+    """A JPEG of 500×375 px with the detail of a photograph: noise of several scales."""
+    torch.manual_seed(seed)
+    layers = [F.interpolate(torch.rand(1, 3, side, side), (375, 500), mode="bicubic") for side in (4, 16, 64, 256)]
+    x = sum(layer / 1.5 ** i for i, layer in enumerate(layers)) / 2.4
+    file = io.BytesIO()
+    Image.fromarray((x[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def data(size: str, args) -> None:
+    from data import open_picture
+    models = {name: model for name, model in made(size, args, "data").items() if hasattr(model, "preprocess")}
+    files = [args.folder / f"{i}.jpg" for i in range(16)]
+    for i, file in enumerate(files):
+        file.write_bytes(photo(i))
+
+    def opened(file):
+        return Image.open(file).convert("RGB")
+
+    times = race({name: lambda model=model, read=open_picture if name == "ours" else opened: [
+        model.preprocess(read(file)) for file in files] for name, model in models.items()}, args)
+    table(f"{size}: JPEG to pixels", "images/s", len(files), times)
+
+
+def tokenizer(size: str, args) -> None:
+    """Of both a new one for each turn, so that no turn finds its words in a cache."""
+    import tokenizers
+    from llm import Tokenizer
+    text, path = "\n".join(pydoc_data.topics.topics.values()), str(ROOT / "assets/llm")
+    times = {"ours": [], "tokenizers": []}
+    for _ in range(args.repeats):
+        ours, theirs = Tokenizer.from_pretrained(path), tokenizers.Tokenizer.from_file(f"{path}/tokenizer.json")
+        times["ours"].append(seconds(lambda: ours.encode(text), args))
+        times["tokenizers"].append(seconds(lambda: theirs.encode(text), args))
+    table("tokenizer", "MB/s", len(text.encode()) / 1e6, {name: statistics.median(t) for name, t in times.items()})
+
+
 LOAD = """
 import json, resource, sys, time, torch
 who, model, folder, dtype = json.loads(sys.argv[1])
 if who == "ours":
     import llm, vit
-    load = {"ViT": vit.ViT, "LLM": llm.LLM}[model].from_pretrained
+    load = (llm.LLM if "Causal" in model else vit.ViT).from_pretrained
 else:
     import transformers
-    load = getattr(transformers, {"CLIPModel": "CLIPVisionModel"}.get(model, model)).from_pretrained
+    load = getattr(transformers, model).from_pretrained
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, start = peak(), time.time()
 loaded = load(folder, dtype=getattr(torch, dtype))
@@ -56,29 +412,18 @@ print(json.dumps([seconds, peak() - before, sum(p.nbytes for p in loaded.paramet
 """
 
 
-def child(code: str, *arguments) -> str:
-    return subprocess.run([sys.executable, "-c", code, *map(json.dumps, arguments)], cwd=ROOT, check=True, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout
+def load(size: str, args) -> None:
+    prepare(size, args)
+    for part, (model, _, _) in zip(("vit", "llm"), SIZES[size]):
+        for dtype in ("bfloat16", "float32"):
+            turns = [[json.loads(child(LOAD, [who, model, str(args.folder / size / part), dtype]).splitlines()[-1])
+                      for who in ("ours", "transformers")] for _ in range(args.repeats)]
+            for who, column in zip(("ours", "transformers"), zip(*turns)):
+                time, peak, weights = map(statistics.median, zip(*column))
+                ratio = statistics.median(turn[who != "ours"][0] / turn[0][0] for turn in turns)
+                print(f"| {size}: load {part} from bfloat16 as {dtype} | {who} | {time:.2f} s | {ratio:.2f} | "
+                      f"peak memory {peak / weights:.2f} × weights |", flush=True)
 
-
-def load(names: list[str], runs: int = 5) -> None:
-    print("| checkpoint, stored in bfloat16 | read as | ours, s | transformers, s | ratio | peak memory / weights | transformers' |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in names or LOADS:
-        model, config, values, ours = LOADS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            child(MAKE, [model, config, folder], values)
-            for dtype in ("bfloat16", "float32"):
-                rows = [[json.loads(child(LOAD, [who, kind, folder, dtype]).splitlines()[-1])
-                         for who, kind in (("ours", ours), ("theirs", model))] for _ in range(runs)]
-                mine, theirs = ([statistics.median(values) for values in zip(*column)] for column in zip(*rows))
-                ratio = statistics.median(a[0] / b[0] for a, b in rows)
-                print(f"| {name} | {dtype} | {mine[0]:.2f} | {theirs[0]:.2f} | {ratio:.2f} | {mine[1] / mine[2]:.2f} | "
-                      f"{theirs[1] / theirs[2]:.2f} |", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Streaming
 
 STREAM = """
 import itertools, json, resource, sys, time, torch
@@ -98,10 +443,9 @@ print(json.dumps([pairs / read, pairs / (time.time() - start), len(seen), peak()
 """
 
 
-def stream(_) -> None:
+def stream(_, args) -> None:
     """Reads an epoch of small JPEGs, alone and with their decoding, in a process of its own."""
-    from PIL import Image
-    print("| pairs | read, pairs/s | and decoded, 96 px, pairs/s | different pairs | peak memory, GiB |")
+    print("\n| pairs | read, pairs/s | and decoded, 96 px, pairs/s | different pairs | peak memory, GiB |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         for pairs in (10_000, 100_000):
@@ -119,9 +463,33 @@ def stream(_) -> None:
             print(f"| {pairs:,} | {read:,.0f} | {decoded:,.0f} | {seen:,} | {peak:.3f} |", flush=True)
 
 
+ROWS = dict(load=load, encode=encode, train=train, prefill=prefill, decode=decode, caption=caption, data=data,
+            tokenizer=tokenizer, stream=stream)
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "stream"))
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("rows", nargs="+", choices=("all", *ROWS))
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, help="default: small, medium; on a GPU all")
+    parser.add_argument("--nanovlm", type=Path, metavar="FOLDER", help="a clone of nanoVLM")
+    parser.add_argument("--folder", type=Path, help="where the random checkpoints are kept (default: a temporary folder)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", type=lambda name: getattr(torch, name))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the training steps")
+    parser.add_argument("--peers", nargs="*", help="only those with one of these in their names")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: for a machine that others use too, with one thread")
     args = parser.parse_args()
-    {"load": load, "stream": stream}[args.what](args.names)
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = (args.folder or Path(temporary)).resolve()
+        args.nanovlm = args.nanovlm and args.nanovlm.resolve()
+        (args.folder).mkdir(parents=True, exist_ok=True)
+        args.rates = limits(args)
+        print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}: "
+              + ", ".join(f"{name} {rate / 1e9:,.0f} {'GB/s' if name == 'memory' else 'GFLOP/s'}"
+                          for name, rate in args.rates.items()))
+        print("\n| row | who | measured | time, ours = 1 | ours' share of the limit |\n| --- | --- | ---: | ---: | --- |")
+        for row in ROWS if "all" in args.rows else args.rows:
+            for size in args.sizes or (SIZES if args.device == "cuda" else ("small", "medium")):
+                if row not in ("tokenizer", "stream") or size == (args.sizes or ["small"])[0]:
+                    ROWS[row](size, args)
+                    gc.collect()

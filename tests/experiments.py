@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from adapters import ADAPTERS, IMAGE_POSITIONS  # noqa: E402
+from fixtures import start  # noqa: E402
 
+LORA = ["--lora", "16", "--lora-targets", "all"]
+VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
+PUBLIC = "out/public"  # where fixtures/start.py's models go
 COUNTS = ("trained parameters", "embeddings a picture", "ms a step")
 FINE = ("val loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D")  # three digits after the point
 COMPARISONS = {
@@ -37,16 +41,22 @@ COMPARISONS = {
         "image-text:0.6,text-image-text:0.2,text-image:0.2")},
     "positions": {position: ["--image-position", position] for position in IMAGE_POSITIONS
                   if position != "rope-xy"},
-    "grid-positions": {position: ["--adapter", "mlp", "--lora", "16", "--lora-targets", "all",
-                                  "--image-position", position] for position in IMAGE_POSITIONS},
+    "grid-positions": {position: ["--adapter", "mlp", *LORA, "--image-position", position]
+                       for position in IMAGE_POSITIONS},
     "shots": {f"--shots {shots}": ["--shots", shots] for shots in "0124"},
     "queries": {f"{n} queries": ["--queries", str(n)] for n in (24, 32, 48, 64)},
     "spell": {f"--spell {weight}": ["--spell", weight] for weight in ("0", "0.3", "1", "3")},
     "lora": {f"{adapter}, {label}": ["--adapter", adapter, *options]
              for adapter in ("qformer", "mlp") for label, options in {
                  "adapter alone": [], "LoRA 4": ["--lora", "4", "--lora-targets", "all"],
-                 "LoRA 16": ["--lora", "16", "--lora-targets", "all"],
+                 "LoRA 16": LORA,
                  "whole LLM": ["--train", "adapter,llm"]}.items()},
+    "from": {"Q-Former, from the parts": [],
+             "Q-Former, from BLIP-2's layout": ["--from", f"{PUBLIC}/blip2", "--spell", "1"],
+             "MLP and LoRA, from the parts": ["--adapter", "mlp", "--layer", "-1", *LORA],
+             "MLP and LoRA, from the parts, LLaVA's prompt": [  # which the built-in LLM has never read
+                 "--adapter", "mlp", "--layer", "-1", *LORA, "--prompt", VICUNA],
+             "MLP and LoRA, from LLaVA's layout": ["--from", f"{PUBLIC}/llava", *LORA]},
 }
 
 
@@ -88,6 +98,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     args, common = parser.parse_known_args()
+    if args.comparison == "from":
+        start.make(ROOT / PUBLIC)
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
 
     def run(options: list[str], seed: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 10 GB of memory for the
-largest.
+prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 16 GB of memory, and
+of disk for the while, for the largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
@@ -21,9 +21,13 @@ import transformers as tf
 from PIL import Image
 from safetensors.torch import save_file
 
-from adapters import VLM
+import llm as language
+import vit as vision
+from adapters import PUBLIC, PixelShuffle, VLM
+from data import Family
 from llm import LLM
 from make import randomise
+from start import disk
 from vit import ViT
 
 # ---------------------------------------------------------------------------------------------------------
@@ -195,6 +199,21 @@ def smolvlm(text: dict) -> tuple:
         scale_factor=4)
 
 
+class NanoVLM:
+    """Stands where a class of the reference does: the names of nanoVLM's files are those that we read."""
+
+    def __init__(self, config: dict):
+        vit, llm, row = vision.FAMILIES["nanovlm"], language.FAMILIES["nanovlm"], PUBLIC["nanovlm"]
+        self.vit, self.llm = ViT(vit.config(config)), LLM(llm.config(config))
+        adapter = PixelShuffle(self.vit.config.width, self.llm.config.width, self.vit.config.grid)
+        self.state = {"vision_encoder.patch_embedding.position_embedding": self.vit.positions[None],
+                      **disk(self.vit, vit, "vision_encoder."), **disk(self.llm, llm, "decoder."),
+                      **disk(adapter, Family(row.config, row.names, ""), "MP.")}
+
+    def state_dict(self) -> dict:
+        return self.state
+
+
 # name -> (class, config), the fixture whose tokenizer it takes, what preprocessor_config.json says
 VLMS = {
     "SmolVLM-256M": (smolvlm(SMOLLM2), "smolvlm", TILES),
@@ -211,6 +230,17 @@ VLMS = {
     "blip2-opt-2.7b": ((tf.Blip2ForConditionalGeneration, tf.Blip2Config(text_config=dict(
         model_type="opt", hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32,
         word_embed_proj_dim=2560))), "blip2_opt", dict(size=dict(height=224, width=224))),
+    "nanoVLM-222M": ((NanoVLM, dict(
+        vit_hidden_dim=768, vit_inter_dim=3072, vit_patch_size=16, vit_img_size=224, vit_n_heads=12,
+        vit_n_blocks=12, vit_ln_eps=1e-6, lm_hidden_dim=576, lm_inter_dim=1536, lm_rms_eps=1e-5,
+        lm_re_base=100000,
+        lm_max_position_embeddings=8192, lm_vocab_size=49152, lm_n_heads=9, lm_n_kv_heads=3, lm_n_blocks=30,
+        lm_tie_weights=True, lm_tokenizer="", mp_pixel_shuffle_factor=2)), "nanovlm_first", {}),
+    "llava-1.5-7b": ((tf.LlavaForConditionalGeneration, tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                                          num_attention_heads=16, image_size=336, patch_size=14),
+        text_config=dict(model_type="llama", vocab_size=32064), tie_word_embeddings=False)),
+        "llava", dict(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))),
 }
 
 
@@ -235,9 +265,10 @@ def write_random(folder: Path, name: str) -> None:
     source = HERE / "fixtures" / fixture
     small = json.loads((source / "config.json").read_text())
     image = {key: small[key] for key in ("image_token_id", "image_token_index") if key in small}
-    (folder / "config.json").write_text(json.dumps(config.to_dict() | image))
-    processor = json.loads((source / "processor_config.json").read_text())["image_processor"]
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+    (folder / "config.json").write_text(json.dumps((config if kind is NanoVLM else config.to_dict()) | image))
+    if settings:
+        processor = json.loads((source / "processor_config.json").read_text())["image_processor"]
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
     (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, draw_caption, find_checkpoint, judge,
-                  open_picture, shuffled, skip, stack, write_file)
+from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint,
+                  judge, open_picture, references, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
 from vit import ViT
@@ -47,6 +47,18 @@ def test_caption_formats(name, tmp_path):
     captions = Captions(tmp_path / name)
     assert {path.name: captions.captions(i) for i, path in enumerate(captions.paths)} == EXPECTED
     assert captions.paths[0] == tmp_path / "a.jpg"
+
+
+def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
+    turns = ["<image>\nWhat is it?", "A dog", "Is it\nbig?", "No", "What is it?", "A pup"]
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    (tmp_path / "qa.json").write_text(json.dumps([dict(image="a.jpg", conversations=conversations)]))
+    captions = Captions(tmp_path / "qa.json")
+    assert captions.questions(0) == ["What is it?", "Is it big?", "What is it?"]
+    assert captions.captions(0) == ["A dog", "No", "A pup"]
+    assert references(captions, 0) == ["A dog", "A pup"]
+    drawn = {arrange("image-text", captions, 0, 0, epoch, str.lower) for epoch in range(20)}
+    assert drawn == {("what is it?", "A dog"), ("is it big?", "No"), ("what is it?", "A pup")}
 
 
 def test_one_json_line(tmp_path):

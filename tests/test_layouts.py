@@ -72,7 +72,7 @@ def test_frozen_parts_have_no_gradient_and_no_state(tmp_path, monkeypatch, capsy
     assert not Path("run/vit.safetensors").exists()
     capsys.readouterr()
     for arguments, message in (
-            (["--train", "adapter,eyes"], "--train adapter,eyes: a list of adapter, llm and vit"),
+            (["--train", "adapter,eyes"], "unknown part 'eyes': choose from adapter, llm, vit"),
             (["--train", "llm"], "a new adapter must be trained too"),
             (["--train", "adapter,llm", "--lora", "2"], "llm can't be trained whole and get a LoRA"),
             (["--train", "adapter,vit", "--cache-features"], "its features change")):
@@ -142,7 +142,7 @@ def test_layouts_are_drawn_by_weight():
     drawn = [draw_layout(weights, 0, epoch, i) for epoch in range(2) for i in range(2000)]
     assert 2900 < drawn.count("image-text") < 3100 and drawn[:2000] != drawn[2000:]
     for mix in ("", "text", "image-text:0", "image-text:-1", "image-text:nan", "image-text:1,text:1"):
-        with pytest.raises(InputError, match="is not one of image-text, text-image-text, text-image"):
+        with pytest.raises(InputError, match="unknown layout|no weight above 0"):
             layout_weights(mix)
 
 
@@ -172,14 +172,14 @@ def test_a_mix_of_layouts_is_resumed_and_reports_matching(tmp_path, monkeypatch,
     whole, parts = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert command(monkeypatch, train, *SMALL, *QUICK, "--layout", "text", "--out", "other") == 2
-    assert "--layout text: 'text' is not one of" in capsys.readouterr().err
+    assert "unknown layout 'text': choose from image-text" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Shots
 
 def test_shots_come_solved_before_the_last():
-    examples = [("", "a cat"), (f"It is {IMAGE}:", f"a{IMAGE} dog"), (f"of a{IMAGE}", "bird")]
+    examples = [("", "a cat"), (f"It is {IMAGE}:", "a dog"), (f"of a{IMAGE}", "bird")]
     text, answer = few_shot(examples)
     assert text == f"{IMAGE}a cat\nIt is {IMAGE}: a dog\nof a{IMAGE}" and answer == "bird"
     batch = [7, 5, 9, 5, 2]

@@ -52,6 +52,18 @@ def test_family_equals_reference(name, fixtures):
     assert (half - golden["logits"]).abs().mean() < 0.2 * golden["logits"].abs().mean()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("gpt2", "qwen2"))  # tied, with biases; grouped keys
+@torch.no_grad()
+def test_packed_weights_say_the_same(name, dtype, fixtures):
+    llm, packed = (LLM.from_pretrained(str(fixtures / name), dtype) for _ in range(2))
+    packed.pack()
+    tokens = load_file(fixtures / name / "golden.safetensors")["tokens"][:, :20]
+    assert not any(type(part) is torch.nn.Linear for part in packed.modules())
+    assert torch.allclose(packed(tokens), llm(tokens), atol=1e-4 if dtype == torch.float32 else 0.02)
+    assert packed.generate(tokens, max_tokens=8) == llm.generate(tokens, max_tokens=8)
+
+
 def old_rope(c, **names):
     """config.json before `rope_parameters`: `rope_scaling`, and keys of config.json itself."""
     r = c.pop("rope_parameters")

@@ -365,7 +365,7 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, train, *options, "--lora-from", "run/lora", "--out", "next") == 0
     capsys.readouterr()
     for arguments, message in (
-            (["--lora", "2", "--lora-on", "adapter"], "--lora-on adapter: choose from llm, vit"),
+            (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
             (["--lora", "0"], "must be at least 1, not 0"),
             (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),

@@ -10,13 +10,18 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from adapters import VLM
-from data import InputError
+from data import InputError, Scene
+from fixtures import start
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
+from llm import LLM
+from lora import lora_layers
 from test_vlm import QUICK, command
+from vit import ViT
 
-FAMILIES = ("llava", "llava_qwen", "llava_llama3", "blip2_opt", "idefics3", "smolvlm", "nanovlm",
-            "nanovlm_first", "instructblip_vicuna")
+FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
+            "nanovlm", "nanovlm_tiles", "nanovlm_chat", "nanovlm_question", "nanovlm_first",
+            "instructblip_vicuna")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
@@ -153,6 +158,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
         picture(20 + i, 30).save(f"{i}.png")
     Path("qa.json").write_text(json.dumps([dict(image=f"{i}.png", conversations=[
         {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": f"It is {i % 3}."}, {"from": "human", "value": "Sure?"},
         {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
     before = VLM.from_pretrained(str(fixtures / name))
     options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
@@ -164,6 +170,8 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     assert changed and all(key.startswith("adapter.") for key in changed)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[3]["loss"] < lines[0]["loss"]
+    scored = json.loads(Path("run/captions-val.jsonl").read_text().splitlines()[0])
+    assert len(scored["references"]) == 1 and scored["references"][0].startswith("It is")
     capsys.readouterr()
     asking = ["--model", "run", "0.png", "--show-prompt", "--prompt", "What is it?"]
     assert command(monkeypatch, sample, *asking) == 0
@@ -171,3 +179,37 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
     assert command(monkeypatch, train, *options, "--out", "other", "--adapter", "linear") == 2
     assert "--adapter means nothing with --from" in capsys.readouterr().err
+
+
+def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
+    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32"]
+    options += ["--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    vlm = VLM.from_pretrained("run")
+    for part in ("llm", "vit"):
+        said = json.loads(Path(f"run/lora/{part}/adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(fixtures / "llava")
+        assert any(layer.B.any() for layer in lora_layers(getattr(vlm, part)).values())
+
+
+@torch.no_grad()
+def test_the_built_in_backbones_as_public_models(tmp_path):
+    """Nothing is lost where LLaVA's layout wants a CLIP, normed before its blocks, and BLIP-2's an EVA."""
+    start.make(tmp_path)
+    vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
+    scenes = [Scene.draw_from(f"{i}").picture() for i in range(4)]
+    pixels, tokens = torch.stack([vit.preprocess(scene) for scene in scenes]), torch.arange(300)[None]
+    for name in ("llava", "blip2"):
+        vlm = VLM.from_pretrained(str(tmp_path / name))
+        assert all(torch.equal(vlm.vit.preprocess(scene), x) for scene, x in zip(scenes, pixels))
+        wanted, features = vit(pixels, vlm.config.get("layer")), vlm.features(pixels)
+        if name == "llava":  # a mean that no norm sees, and channels that hold nothing
+            assert not features[..., vit.config.width:].any()
+            wanted, features = wanted - wanted.mean(-1, keepdim=True), features[..., :vit.config.width]
+        close(features, wanted, 2e-3)
+        close(vlm.llm(tokens)[..., :-1], llm(tokens))
+        assert len(vlm.caption(scenes, max_tokens=3)) == 4

@@ -133,7 +133,7 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, *options, "--out", tmp_path / "parts")
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, train, "--resume", "parts") == 0
-    assert losses("whole")[4:8] == losses("parts")[3:7] and len(losses("whole")) == 10
+    assert losses("whole") == losses("parts") and len(losses("whole")) == 10
     lines = [json.loads(line) for line in Path("whole/captions-val.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"00.tar/a/{i:03}" for i in range(8)]  # the first shard's
     assert all(line["references"] == SCENES.captions(i)[:4 if i % 2 else 1] for i, line in enumerate(lines))

@@ -1,0 +1,354 @@
+"""What a person sees: pictures of results, where words looked, and the manners of the command lines."""
+import ast
+import io
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageFont
+
+import data
+import sample
+import train
+from adapters import ADAPTERS, Attention, build
+from data import Pixels, Shapes, attend, watch
+from fixtures.pictures import picture
+from llm import LLM
+from test_vlm import QUICK, SMALL, command
+
+FILES = ("data", "lora", "vit", "llm", "adapters", "sample", "train")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attention
+
+@torch.no_grad()
+def test_watched_attention_is_softmax_and_changes_nothing(fixtures):
+    torch.manual_seed(0)
+    attention, q, k = Attention(16, 12, 2), torch.randn(2, 5, 16), torch.randn(2, 7, 12)
+    mask = torch.rand(2, 1, 5, 7) < 0.7
+    plain = attention(q, k, k, mask)
+    with watch([attention]) as seen:
+        assert torch.equal(attention(q, k, k, mask), plain)
+    heads = [attention.q(q)[..., h] @ attention.k(k)[..., h].mT / 8 ** 0.5 for h in (slice(8), slice(8, 16))]
+    expected = sum(scores.masked_fill(~mask[:, 0], -math.inf).softmax(-1) for scores in heads) / 2
+    assert torch.allclose(seen[attention], expected, atol=1e-6)
+    attention(q, k, k)  # unwatched
+    assert torch.allclose(seen[attention], expected, atol=1e-6) and data.WATCHED is None
+
+    llm = LLM.from_pretrained(str(fixtures / "llama"))  # grouped heads, rotary
+    tokens, (first, *_) = torch.randint(50, (2, 9)), [block.attention for block in llm.blocks]
+    inputs = {}
+    hook = first.v.register_forward_hook(lambda module, _, out: inputs.update(v=out))
+    plain = llm(tokens)
+    with watch([first]) as seen:
+        assert torch.equal(llm(tokens), plain)
+    hook.remove()
+    weights = seen[first]
+    assert weights.shape == (2, 9, 9) and torch.allclose(weights.sum(-1), torch.ones(2, 9), atol=1e-6)
+    assert weights.triu(1).abs().max() == 0 and weights.tril().gt(0).sum() == 2 * 45
+
+
+class Planted(torch.nn.Module):
+    """An attention in which query i looks at key `target(i, number of keys)` alone."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def forward(self, q, k, *_):
+        S = (k if isinstance(k, torch.Tensor) else q).shape[1]
+        keys, at = torch.eye(S), [self.target(i, S) for i in range(q.shape[1])]
+        keys = keys.expand(len(q), 1, S, S)
+        attend(1000 * keys[:, :, at], keys, keys)
+        return torch.zeros_like(q)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_words_look_where_attention_is_planted(adapter):
+    sizes = dict(queries=5, layers=2, width=16, heads=2) if adapter in (
+        "qformer", "resampler", "twoway", "flamingo") else {}
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter=adapter, adapter_sizes=sizes)).eval()
+    prompt, text, grid, P = "a<image>b<image>", "a large red circle", 8, 2
+    ids, Q = vlm.encode(prompt)[0], vlm.adapter.queries
+    places = [i for i, id in enumerate(ids) if id == vlm.placeholder]
+    side = vlm.adapter.side or grid
+
+    def patch(query):
+        return (7 * query + 3) % grid ** 2 if sizes else query
+
+    def query(t):  # of both pictures', in turns
+        return t % P * Q + (3 * t + 1) % Q
+
+    readers = {"qformer": "cross", "resampler": "attention", "twoway": "to_image", "flamingo": "attention"}
+    for name, module in list(vlm.adapter.named_modules()):
+        for child, attention in list(module.named_children()):
+            if adapter == "flamingo" and name.startswith("blocks.") and child == "attention":
+                module.attention = Planted(lambda t, S: query(t))
+            elif isinstance(attention, Attention):  # other attentions, to queries, tell nothing of patches
+                setattr(module, child, Planted((lambda i, S: S - grid ** 2 + patch(i))
+                                               if child == readers[adapter] else lambda i, S: 0))
+    for block in vlm.llm.blocks:
+        block.attention = Planted(lambda t, S: 0 if adapter == "flamingo" else places[query(t)])
+    found = sample.look(vlm, torch.randn(P, 64, 128), prompt, text)
+    assert [word for word, _ in found] == text.split()
+    tokens = vlm.encode(prompt, text)[0]
+    assert len(tokens) == len(ids) + len(text.split()) + 1, "a token a word"
+    for t, (word, at) in enumerate(found, len(ids) - 1):
+        expected = torch.zeros(P, side ** 2)
+        expected[query(t) // Q, patch(query(t) % Q)] = 1
+        assert at.shape == (P, side, side) and torch.allclose(at.flatten(1), expected, atol=1e-6), word
+
+
+def test_spotlights_show_what_the_encoder_sees():
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={}))
+    shown = picture(96, 96)
+    usual = torch.full((1, 8, 8), 0.01)
+    usual[0, 7, 7] = 1  # where all words look
+    at = usual.clone()
+    at[0, 2, 5] = 0.05
+    pixels = vlm.vit.preprocess(shown)[None]
+    (whole, _), (lit, lines), _ = sample.spotlights(vlm, pixels, [("circle", at), ("a", usual)], 96)
+    assert lines == [("circle", sample.INK)]
+    assert np.abs(np.array(whole).astype(int) - np.array(shown)).max() <= 1
+    light = (np.array(lit).astype(float) + 1) / (np.array(whole).astype(float) + 1)
+    assert light[24:36, 60:72].mean() > 0.7 and light[:, :48].mean() < 0.2 and light[84:, 84:].mean() < 0.2
+    sample.spotlights(vlm, pixels, [("one", at)])  # of one word, where it looked
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures of results
+
+def near(image: Image.Image, colour: str) -> np.ndarray:
+    """(y, x) of the pixels of a colour, "#rrggbb"."""
+    wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    return np.argwhere(np.abs(np.array(image).astype(int) - wanted).max(-1) < 24)
+
+
+def test_curves_lie_where_the_metrics_say():
+    lines = [dict(step=10 * i, loss=4 - 0.4 * i) for i in range(11)]  # 4 to 0, a straight line
+    lines[5]["val"], lines[10]["val"], lines[3]["loss"] = 3.0, 1.0, math.nan
+    image = train.curves(lines + [{"step": 100, "scores": {}}], "a run")
+    blue, orange = "#0072b2", "#d55e00"
+    curve = np.array([(y, x) for y, x in near(image, blue) if y > 70])
+    (top, left), (bottom, right) = curve.min(0), curve.max(0)
+    assert right - left > 700 and bottom - top > 200
+    assert right < image.width - 20 and bottom < image.height - 30
+    expected = top + (curve[:, 1] - left) / (right - left) * (bottom - top)
+    assert np.abs(curve[:, 0] - expected).max() < 4 and len({*curve[:, 1].tolist()}) > 0.98 * (right - left)
+    dots = np.array([(y, x) for y, x in near(image, orange) if y > 70])
+    xs = dots[:, 1]
+    first, last = dots[xs < xs.min() + 6].mean(0), dots[xs > xs.max() - 6].mean(0)
+    for (y, x), (step, value) in ((first, (50, 3)), (last, (100, 1))):
+        assert abs(x - (left + (right - left) * step / 100)) < 5
+        assert abs(y - (bottom + (top - bottom) * value / 4)) < 5
+    labels = np.array(image.crop((0, 70, left - 4, image.height)).convert("L"))
+    assert (labels < 160).sum() > 100, "tick labels stand left of the axis"
+
+    lines[10]["matching"] = 0.9
+    both = train.curves(lines, "a run")
+    assert both.height == 2 * image.height and (near(both, "#009e73")[:, 0] > image.height).all()
+    assert near(both, "#009e73").size and not near(image, "#009e73").size
+
+
+def test_curves_of_little():
+    assert train.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
+    assert train.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
+
+
+@pytest.mark.parametrize("low, high, expected", (
+    (0, 4, [0, 1, 2, 3, 4]), (0.25, 1.36, [0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4]), (1, 1, [1, 1.2]),
+    (0, 700, [0, 200, 400, 600, 800])))
+def test_ticks(low, high, expected):
+    assert train.ticks(low, high) == expected
+
+
+def test_contact_sheet_cuts_no_text():
+    long = "a very long caption, with_a_word_that_is_much_too_long_for_its_column, that goes on and on and on"
+    cells = [(picture(300, 200), [(long, "#d62828")]), (picture(20, 60), [("short", "#d62828")])]
+    sheet = sample.contact_sheet([("heading " * 20, cells), ("other", cells[:1])], columns=2, side=120)
+    red = near(sheet, "#d62828")
+    margin = 12
+    assert sheet.width == 2 * 140 + 20 and red.min() >= margin and red[:, 1].max() < sheet.width - margin
+    assert red[:, 0].max() < sheet.height - margin
+    font = ImageFont.load_default(15)
+    lines = sample.wrap(long, font, 120).split("\n")
+    assert max(map(font.getlength, lines)) <= 120 and "".join(lines).replace(" ", "") == long.replace(" ", "")
+
+
+def test_best_and_worst_are_by_score():
+    captions = Shapes(9, "test")
+    texts = {i: captions.captions(i)[0] for i in range(9)}
+    texts[4] = "a large red cow"
+    rated = sample.rate(captions, texts)[1]
+    assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
+    (best, first), (worst, last) = train.best_and_worst("test", captions, texts, rated, 2)
+    assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
+    said, reference, _ = last[0][1]
+    assert said == ("a large red cow", sample.INK) and reference[0] == f"reference: {captions.captions(4)[0]}"
+    assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
+    assert len(train.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Manners
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run, and a picture beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command(patch, train, "--adapter", "qformer", *SMALL, *QUICK, "--out", "run", "--quiet") == 0
+    picture(120, 80).save(folder / "a.png")
+    return folder
+
+
+def test_pictures_come_as_folders_patterns_and_from_stdin(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("some photos").mkdir()
+    for name in ("b.jpg", "a.png", "[1].PNG"):
+        picture(40, 40).save(f"some photos/{name}")
+    Path("some photos/notes.txt").write_text("no picture")
+    ask = ("--model", trained / "run", "--max-tokens", "4")
+    folder = [str(Path("some photos") / name) for name in ("[1].PNG", "a.png", "b.jpg")]
+    for arguments, expected in ((["some photos"], folder), (["some photos/*.png"], folder[1:2]),
+                                (["some photos/[1].PNG", "**/*.jpg"], [folder[0], folder[2]])):
+        assert command(monkeypatch, sample, "--json", *arguments, *ask) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [Path(line["image"]) for line in lines] == [Path(name) for name in expected]
+        assert all(line.keys() == {"image", "caption"} for line in lines)
+    stdin = types.SimpleNamespace(buffer=io.BytesIO((trained / "a.png").read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert command(monkeypatch, sample, "-", *ask) == 0
+    piped = capsys.readouterr().out
+    assert command(monkeypatch, sample, trained / "a.png", *ask, "What is it?") == 0
+    assert capsys.readouterr().out and piped.strip()
+    assert command(monkeypatch, sample, "-", *ask) == 2
+    assert "sample.py: error: -: not a picture" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert command(monkeypatch, sample, "empty", *ask) == 2
+    assert "empty: no pictures in this folder" in capsys.readouterr().err
+
+
+def test_json_of_a_set_and_quiet(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    Path("c.csv").write_text("image,caption\n" + "a.png,a thing\n" * 3)
+    assert command(monkeypatch, sample, "--model", "run", "--data", "c.csv", "--json", "--workers", "0") == 0
+    captured = capsys.readouterr()
+    line, = map(json.loads, captured.out.splitlines())
+    assert line["image"] == "a.png" and line["references"] == ["a thing"] * 3 and "CIDEr-D" in captured.err
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--out", "quiet", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("| ") and captured.out.count("\n") == 4 and not captured.err
+
+
+def test_attention_is_drawn(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    options = ("--model", "run", "--attention", "seen.png", "--max-tokens", "6")
+    assert command(monkeypatch, sample, "a.png", *options) == 0
+    words, sheet = capsys.readouterr().out.split(), Image.open("seen.png")
+    assert words and sheet.width == 7 * 170 + 20 and sheet.height > 200
+    cells = [np.array(sheet.crop((x, 60, x + 150, 190)).convert("L")).mean() for x in (20, 190)]
+    assert cells[1] < 0.9 * cells[0], "the first is as it is, the others are dark somewhere"
+    assert command(monkeypatch, sample, "--data", "shapes", "--model", "run", "--attention", "x.png") == 2
+
+
+@pytest.mark.parametrize("module, arguments, hint", (
+    (train, ["--adaptr", "mlp"], "unrecognized arguments: --adaptr mlp; did you mean --adapter?"),
+    (train, ["--adapter", "qfromer"], "did you mean qformer?"),
+    (train, ["--image-position", "rope-yx"], "did you mean rope-xy?"),
+    (train, ["--layout", "imagetext:1"], "did you mean image-text?"),
+    (train, ["--train", "adapter,lm"], "did you mean llm?"),
+    (train, ["--lora-on", "vitt"], "did you mean vit?"),
+    (train, ["--precision", "bloat16"], "did you mean bfloat16?"),
+    (train, ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (sample, ["a.png", "--modle", "run"], "did you mean --model?"),
+    (sample, ["a.png", "--zzz"], "unrecognized arguments: --zzz\n")))
+def test_errors_name_the_nearest(module, arguments, hint, monkeypatch, capsys):
+    assert command(monkeypatch, module, *arguments) == 2
+    error = capsys.readouterr().err
+    assert hint in error and error.count("\n") == 1 and "\33" not in error
+
+
+@pytest.mark.parametrize("no_colour, coloured", (("", True), ("1", False)))
+def test_colours_are_for_terminals(no_colour, coloured, monkeypatch, capsys):
+    for name, value in dict(TERM="xterm", WT_SESSION="1", NO_COLOR=no_colour).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert command(monkeypatch, train, "--steps", "0") == 2
+    assert ("\33[31m" in capsys.readouterr().err) == coloured
+
+
+@pytest.mark.parametrize("module", (train, sample))
+def test_help_is_readable(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command(monkeypatch, module, "--help") == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100 and "exit codes: 0 " in text
+    groups = text.split("\n\n")
+    assert max(group.count("\n") for group in groups) < 30
+    if module is train:
+        assert "default: 700" in text and "default: 0.001" in text
+
+
+def test_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = ["--adapter", "linear", *QUICK, "--tensorboard", "--out", "run"]
+    assert command(monkeypatch, train, *options) == 2
+    assert "--tensorboard needs its package: pip install tensorboard" in capsys.readouterr().err
+    assert not Path("run").exists()
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert Path(folder).is_dir() and purge_step == 0
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    assert command(monkeypatch, train, *options) == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "val", "lr"):
+        logged = [(line[name], line["step"]) for line in lines if name in line]
+        assert [scalar[1:] for scalar in written if scalar[0] == name] == logged
+    assert ("test (8)/exact", lines[-1]["scores"]["test (8)"]["exact"], 8) in written
+    assert written[-1] == "closed"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Elsewhere
+
+def test_workers_may_be_spawned():
+    """As on macOS and Windows, where a worker gets the pictures by pickle."""
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={}))
+    captions = Shapes(3, "test")
+    loader = torch.utils.data.DataLoader(Pixels(captions, vlm.vit.preprocess), batch_size=3, num_workers=1,
+                                         collate_fn=Pixels.collate, multiprocessing_context="spawn")
+    (indices, pixels, bad), = loader
+    assert indices == [0, 1, 2] and not bad
+    assert torch.equal(pixels[2], vlm.vit.preprocess(captions.picture(2)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_syntax_is_that_of_python_3_10(name):
+    ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_file_names_of_any_bytes_are_printed(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import data; data.run(lambda: print('\\udcff: …'))"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path,
+                          env={"PYTHONIOENCODING": "ascii", "PATH": ""})
+    assert done.stdout.decode() .strip() == "\\udcff: …" and not done.returncode, done.stderr
