@@ -325,13 +325,12 @@ def total(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def share(bad: dict[int, str]) -> None:
-    """Tells every process what pictures the others couldn't read."""
+def united(bad: dict[int, str]) -> dict[int, str]:
+    """The pictures that this and the other processes couldn't read."""
+    found = [bad] * WORLD
     if WORLD > 1:
-        found = [None] * WORLD
         dist.all_gather_object(found, bad)
-        for others in found:
-            bad.update(others)
+    return {i: reason for part in found for i, reason in part.items()}
 
 
 def feature_key(vlm: VLM, captions) -> str:
@@ -363,7 +362,7 @@ def encode_all(vlm: VLM, captions, bad: dict[int, str],
                 rows[[i - chunk[0] for i in indices]] = features
             total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
-        share(bad)
+        bad.update(united(bad))
         if not args.quiet:
             print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
 
@@ -751,9 +750,9 @@ def main() -> None:
                     if "text-image" in layouts:
                         line["matching"] = matching(val, val_kept, val_features)
                     vlm.train()
-                    share(unreadable[0])
+                    found = [united(unreadable[0]), *unreadable[1:]]
                     if not RANK:
-                        list_unreadable(folder, unreadable)
+                        list_unreadable(folder, found)
                 progress.show(line)
                 if not RANK:
                     log(metrics, line)
