@@ -633,6 +633,8 @@ class VLM(nn.Module):
         head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
         prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
         ids = self.tokenizer.encode(prompt, plain=plain)
+        if ids.count(self.placeholder) != prompt.count(IMAGE):
+            raise InputError(f"token {self.placeholder} stands for a picture, and for a word of the prompt too")
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
         ids = ids[:first] + self.start + ids[first:]
         pictures = iter(tiles or itertools.repeat((0, 0)))

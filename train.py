@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
@@ -37,7 +36,7 @@ from data import (InputError, Shapes, Shards, arrange, caption_data, draw_captio
                   read_json, read_metadata, read_tensors, run, shuffled, skip, stack, write_file, write_json,
                   write_rows)
 from lora import add_lora, load_lora
-from sample import (BLUE, GREY, INK, Parser, as_lines, caption_set, contact_sheet, machine_options,
+from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
 
 # of an adapter, as options of the command line
@@ -225,6 +224,23 @@ def read_options() -> argparse.Namespace:
     if not 0 <= args.shots < args.batch // WORLD // args.accumulate:
         raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
+
+
+def caption_sets(args: argparse.Namespace) -> tuple:
+    """What to train on, to validate on and, of the shapes world, the scenes with unseen pairs; None of others.
+    Raises InputError."""
+    if args.data == "shapes":
+        return (Shapes(args.scenes, "train", args.seed), Shapes(args.val_size, "test"),
+                Shapes(args.val_size, "unseen"))
+    train = caption_data(args.data, args.images, args.buffer)
+    if args.val:
+        val = caption_data(args.val, args.images or Path(args.data).parent)
+        return train, val.held_out(args.val_size, args.seed)[1], None
+    train, val = train.held_out(args.val_size, args.seed, 20)
+    if not train.paths:
+        one = "shard" if is_shards(args.data) else "picture"
+        raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")
+    return train, val, None
 
 
 def adapter_sizes(args: argparse.Namespace) -> dict:
@@ -520,107 +536,11 @@ class Progress:
               + " " * 8 * self.terminal, end=end, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures of results
-
-# Okabe and Ito's colours, which colour-blind readers tell apart
-PANELS = ({"loss": ("training loss", BLUE), "val": ("validation loss", "#d55e00")},
-          {"matching": ("image-text matching, share that is right", "#009e73")})
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers, evenly spaced, from `low` or below to `high` or above; about `most`."""
-    rough = (high - low or abs(high) or 1) / most
-    step = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
-                if m * 10 ** math.floor(math.log10(rough)) >= rough)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
-
-
-def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -> Image.Image:
-    """What metrics.jsonl says over the steps: the losses in a panel, and accuracy in another if there is any.
-    The training loss is a line, what is measured now and then has dots too."""
-    series = {name: [*{line["step"]: line[name] for line in lines
-                       if line.get(name) is not None and math.isfinite(line[name])}.items()]
-              for panel in PANELS for name in panel}
-    panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
-    last = max((step for points in series.values() for step, _ in points), default=1)
-    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # so large, then reduced
-    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
-    for row, panel in enumerate(panels):
-        values = [value for name in panel for _, value in series[name]] or [0, 1]
-        scale = ticks(min(values), max(values))
-        left, top, right, bottom = 76, 84, width - 32, height - 60
-
-        def place(step, value):
-            return (left + (right - left) * step / last,
-                    bottom - (bottom - top) * (value - scale[0]) / (scale[-1] - scale[0]))
-
-        plot = Image.new("RGB", (width * smooth, height * smooth), "white")
-        draw = ImageDraw.Draw(plot)
-        for value in scale:
-            draw.line([c * smooth for step in (0, last) for c in place(step, value)],
-                      GREY if value == scale[0] else "#dddddd", smooth)
-        for name, (_, colour) in panel.items():
-            points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
-            if len(points) > 1:
-                draw.line(points, colour, (3 if name == "loss" else 2) * smooth, "curve")
-            for x, y in points if name != "loss" or len(points) == 1 else ():
-                draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
-        image.paste(plot.reduce(smooth), (0, row * height))
-        draw = ImageDraw.Draw(image)
-
-        def write(x, y, text, anchor, colour=GREY, font=small):
-            draw.text((x, y + row * height), text, colour, font, anchor)
-
-        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
-        for value in scale:
-            write(left - 10, place(0, value)[1], f"{value:.{digits}f}", "rm")
-        for step in ticks(0, last, 8):
-            if step <= last:
-                write(place(step, 0)[0], bottom + 10, f"{step:g}", "mt")
-        write(right, bottom + 34, "steps", "rt")
-        write(left, 18, title * (row == 0), "lt", INK, large)
-        x = left
-        for name, (label, colour) in panel.items():
-            if series[name]:
-                draw.line((x, row * height + 60, x + 28, row * height + 60), colour, 3)
-                if name != "loss":
-                    draw.circle((x + 14, row * height + 60), 4.5, colour)
-                write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
-                x += 76 + small.getlength(label + ", nats per token")
-    return image
-
-
-def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
-                   most: int = 4) -> list[tuple[str, list]]:
-    """Sections for `contact_sheet`: the best and the worst of a set's generated captions, with references."""
-    order = sorted(texts, key=lambda i: -ratings[i][0])
-    return [(f"{name}: the {which} of {len(order)}", [
-        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
-                               (ratings[i][1], GREY)]) for i in some])
-            for which, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
-
-
 def main() -> None:
     args = read_options()
     say = functools.partial(print, flush=True) if not args.quiet else lambda text: None
 
-    # Captions
-    if args.data == "shapes":
-        train = Shapes(args.scenes, "train", args.seed)
-        val, unseen = Shapes(args.val_size, "test"), Shapes(args.val_size, "unseen")
-    else:
-        train, unseen = caption_data(args.data, args.images, args.buffer), None
-        if args.val:
-            val = caption_data(args.val, args.images or Path(args.data).parent)
-            _, val = val.held_out(args.val_size, args.seed)
-        else:
-            train, val = train.held_out(args.val_size, args.seed, 20)
-            if not train.paths:
-                one = "shard" if is_shards(args.data) else "picture"
-                raise InputError(f"{args.data}: one {one} can't be parted in training and validation: "
-                                 "give --val")
+    train, val, unseen = caption_sets(args)
     streamed = isinstance(train, Shards)
 
     # Model

@@ -135,7 +135,7 @@ def near(image: Image.Image, colour: str) -> np.ndarray:
 def test_curves_lie_where_the_metrics_say():
     lines = [dict(step=10 * i, loss=4 - 0.4 * i) for i in range(11)]  # 4 to 0, a straight line
     lines[5]["val"], lines[10]["val"], lines[3]["loss"] = 3.0, 1.0, math.nan
-    image = train.curves(lines + [{"step": 100, "scores": {}}], "a run")
+    image = sample.curves(lines + [{"step": 100, "scores": {}}], "a run")
     blue, orange = "#0072b2", "#d55e00"
     curve = np.array([(y, x) for y, x in near(image, blue) if y > 70])
     (top, left), (bottom, right) = curve.min(0), curve.max(0)
@@ -153,21 +153,21 @@ def test_curves_lie_where_the_metrics_say():
     assert (labels < 160).sum() > 100, "tick labels stand left of the axis"
 
     lines[10]["matching"] = 0.9
-    both = train.curves(lines, "a run")
+    both = sample.curves(lines, "a run")
     assert both.height == 2 * image.height and (near(both, "#009e73")[:, 0] > image.height).all()
     assert near(both, "#009e73").size and not near(image, "#009e73").size
 
 
 def test_curves_of_little():
-    assert train.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
-    assert train.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
+    assert sample.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
+    assert sample.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
 
 
 @pytest.mark.parametrize("low, high, expected", (
     (0, 4, [0, 1, 2, 3, 4]), (0.25, 1.36, [0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4]), (1, 1, [1, 1.2]),
     (0, 700, [0, 200, 400, 600, 800])))
 def test_ticks(low, high, expected):
-    assert train.ticks(low, high) == expected
+    assert sample.ticks(low, high) == expected
 
 
 def test_contact_sheet_cuts_no_text():
@@ -189,12 +189,12 @@ def test_best_and_worst_are_by_score():
     texts[4] = "a large red cow"
     rated = sample.rate(captions, texts)[1]
     assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
-    (best, first), (worst, last) = train.best_and_worst("test", captions, texts, rated, 2)
+    (best, first), (worst, last) = sample.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
     said, reference, _ = last[0][1]
     assert said == ("a large red cow", sample.INK) and reference[0] == f"reference: {captions.captions(4)[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
-    assert len(train.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
+    assert len(sample.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
