@@ -250,6 +250,11 @@ def linear_size(folder: Path) -> int:
     return sum(checkpoint.tensor(name).numel() for name in checkpoint.where if ".layers." in name)
 
 
+def high_water() -> int:
+    """Most bytes of memory this process has held; ru_maxrss would count those of the one that started it."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
 def child(code: str, *arguments) -> str:
     return subprocess.run([sys.executable, "-c", code, *map(json.dumps, arguments)], cwd=ROOT, check=True, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout
@@ -312,17 +317,16 @@ def train(size: str, args) -> None:
 
 def peak(name: str, B: int, size: str, folder: str, nanovlm: str, device: str, dtype: str) -> None:
     """In a process of its own: prints the bytes that loading and two training steps add at their peak."""
-    import resource
     import transformers  # noqa: F401  its code is no part of the figure
     args = SimpleNamespace(folder=Path(folder), nanovlm=nanovlm, device=device, dtype=getattr(torch, dtype), peers=None)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     model = peers(size, args, "train")[name]()
     optimizer = torch.optim.AdamW(model.trained, fused=True)
     for _ in range(2):
         model.loss(torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(high_water() - before)
 
 
 @torch.inference_mode()
@@ -395,7 +399,9 @@ def tokenizer(size: str, args) -> None:
 
 
 LOAD = """
-import json, resource, sys, time, torch
+import json, sys, time, torch
+sys.path.insert(0, "tests")
+from bench import high_water as peak
 who, model, folder, dtype = json.loads(sys.argv[1])
 if who == "ours":
     import llm, vit
@@ -403,7 +409,6 @@ if who == "ours":
 else:
     import transformers
     load = getattr(transformers, model).from_pretrained
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, start = peak(), time.time()
 loaded = load(folder, dtype=getattr(torch, dtype))
 sum(p.sum().item() for p in loaded.parameters())  # every weight has been read
@@ -426,12 +431,14 @@ def load(size: str, args) -> None:
 
 
 STREAM = """
-import itertools, json, resource, sys, time, torch
+import itertools, json, sys, time, torch
+sys.path.insert(0, "tests")
+from bench import high_water
 from data import Pixels, Shards
 from vit import ViT
 names, pairs = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+peak = lambda: high_water() / 2 ** 30
 shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()
 for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
     pass
