@@ -29,6 +29,7 @@ from fixtures import start  # noqa: E402
 LORA = ["--lora", "16", "--lora-targets", "all"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
 PUBLIC = "out/public"  # where fixtures/start.py's models go
+USUAL = "adapter_qformer|layout_image-text|image-position_sequence|shots_0"  # what train.py does unasked
 COUNTS = ("trained parameters", "embeddings a picture", "ms a step")
 FINE = ("val loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D")  # three digits after the point
 COMPARISONS = {
@@ -104,7 +105,7 @@ def main() -> None:
 
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]
-        name = "_".join(option.removeprefix("--") for option in options)
+        name = re.sub(rf"\b({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{re.sub(r'[^a-z0-9_.,-]+', '-', name)[:60]}-{digest}"
         return train(options, ROOT / "out" / "experiments" / name, threads)
