@@ -469,8 +469,7 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
 def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
     """The untrained adapter that the config of a run (see `VLM`) names. Raises InputError."""
     kind, sizes, layer = config["adapter"], config["adapter_sizes"], config.get("layer")
-    if kind not in ADAPTERS:
-        raise InputError(f"unknown adapter {kind!r}: choose from {', '.join(ADAPTERS)}")
+    one_of(ADAPTERS, "adapter", kind)
     if layer is not None and not -len(vit.blocks) - 1 <= layer <= len(vit.blocks):
         raise InputError(f"layer {layer} of an encoder with {len(vit.blocks)} blocks")
     try:

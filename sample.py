@@ -429,8 +429,8 @@ def main() -> None:
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",
         help="text before the caption; the picture stands where it says <image>, or before it all; with "
-                         "several <image>s, as many pictures go into each caption (default: the run's own "
-                         "prompt). A public VLM gets it as a question, in its own prompt format")
+             "several <image>s, as many pictures go into each caption (default: the run's own prompt). A "
+             "public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
         help="a solved example, to come before each picture; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")

@@ -591,9 +591,7 @@ def main() -> None:
     metrics, first, losses = take_folder(folder), 0, []
     if args.resume:
         first, losses = load_checkpoint(folder, vlm, optimizer, scaler)
-    elif RANK:
-        pass
-    elif (folder / "config.json").exists():
+    elif not RANK and (folder / "config.json").exists():
         raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
     if not RANK:
         cut_metrics(metrics, first)
