@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -241,6 +242,9 @@ VLMS = {
                                           num_attention_heads=16, image_size=336, patch_size=14),
         text_config=dict(model_type="llama", vocab_size=32064), tie_word_embeddings=False)),
         "llava", dict(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))),
+    "instructblip-vicuna-7b": ((tf.InstructBlipForConditionalGeneration, tf.InstructBlipConfig(text_config=dict(
+        model_type="llama", vocab_size=32001, tie_word_embeddings=False))), "instructblip_vicuna",
+        dict(size=dict(height=224, width=224))),
 }
 
 
@@ -269,7 +273,9 @@ def write_random(folder: Path, name: str) -> None:
     if settings:
         processor = json.loads((source / "processor_config.json").read_text())["image_processor"]
         (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
-    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    for tokenizer in source.rglob("tokenizer.json"):  # InstructBLIP has two
+        (folder / tokenizer.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copy(tokenizer, folder / tokenizer.relative_to(source))
 
 
 def whole(name: str) -> str:
