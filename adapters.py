@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, write_file)
-from llm import LLM, Tokenizer
+                  read_metadata, read_tensors, stack, write_file)
+from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
 
@@ -730,18 +730,11 @@ class VLM(nn.Module):
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
         return inputs | dict(between=self.adapter.between(images, begins))
 
-    def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
-                spelled: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids (B,T).
-        With places `spelled` (K,) among the embeddings of all pictures also scores (K,V) of each of these as
-        a word itself."""
-        with self.autocast(self.llm.dtype):
-            images = self.images(features, self.prompt(tokens, where))
-            hidden = self.llm.hidden(**self.read(tokens, images))
-            logits = self.llm.logits(hidden.flatten(0, 1)[where])
-            if spelled is None:
-                return logits
-            return logits, images.flatten(0, 1)[spelled] @ self.llm.embedding.weight.T
+    def batch(self, examples: list[tuple[str, str]], max_tokens: int = 128,
+              prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(text, answer) pairs to what `forward` takes: see `encode` and `data.stack`."""
+        rows = [self.encode(text, answer, max_tokens, prefix=prefix) for text, answer in examples]
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in stack(rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What P pictures are to spell, a caption each: the places (K,) of their first embeddings among those
@@ -750,7 +743,26 @@ class VLM(nn.Module):
         Q = self.adapter.queries if self.adapter.side is None else 0
         ids = [self.tokenizer.encode(caption, special=False)[:Q] for caption in captions]
         places = [place for i, row in enumerate(ids) for place in range(i * Q, i * Q + len(row))]
-        return torch.tensor(places, dtype=torch.long), torch.tensor(sum(ids, []), dtype=torch.long)
+        return tuple(torch.tensor(x, dtype=torch.long).to(self.device, non_blocking=True)
+                     for x in (places, sum(ids, [])))
+
+    def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
+                targets: torch.Tensor | None = None,
+                spelling: tuple[torch.Tensor, torch.Tensor] | None = None):
+        """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
+        (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places (K,)
+        among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of these."""
+        V, words = self.llm.config.vocabulary, self.llm.embedding.weight
+        with self.autocast(self.llm.dtype):
+            images = self.images(features, self.prompt(tokens, where))
+            hidden = self.llm.hidden(**self.read(tokens, images)).flatten(0, 1)[where]
+            if targets is None:
+                return self.llm.logits(hidden)
+            lost = nats(hidden, targets, self.llm.logits, V)
+            if spelling is None:
+                return lost
+            places, letters = spelling
+            return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
 
     def read_pictures(self, captions, batches, workers: int = 0):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could

@@ -13,6 +13,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
                   load_weights, pack, read_json, whole)
@@ -335,6 +336,21 @@ class LLM(nn.Module):
         unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
         load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
         return llm.eval()
+
+
+def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
+         vocabulary: int, most: int = 1 << 26) -> torch.Tensor:
+    """Cross entropy (M,) of targets (M,) by the scores logits(states) (M,V) of states (M,D). No more than
+    `most` scores exist at a time (256 MiB): those of more are computed part by part, and once more in the
+    backward pass."""
+    def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits(states).float(), targets, reduction="none")
+
+    rows = max(1, most // vocabulary)
+    if len(targets) <= rows:
+        return part(states, targets)
+    return torch.cat([recompute(part, *both, use_reentrant=False)
+                      for both in zip(states.split(rows), targets.split(rows))])
 
 
 def narrow(mask: torch.Tensor | None, window: int | None, start: int, T: int, device) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ Several GPUs share each batch: torchrun --nproc_per_node 8 train.py …
 """
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -27,14 +28,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
                   few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
-                  read_json, read_metadata, read_tensors, run, shuffled, skip, stack, write_file, write_json,
-                  write_rows)
+                  read_json, read_metadata, read_tensors, run, shuffled, skip, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
@@ -187,6 +186,9 @@ def read_options() -> argparse.Namespace:
         parser.set_defaults(**saved)
         args = parser.parse_args()
         make_absolute(args)
+        processes = read_json(Path(args.resume, "config.json")).get("processes", WORLD)
+        if processes != WORLD:
+            raise InputError(f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: start as many")
         for option in parser._actions:
             name, flag = option.dest, option.option_strings[0]
             if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
@@ -333,60 +335,75 @@ def united(bad: dict[int, str]) -> dict[int, str]:
     return {i: reason for part in found for i, reason in part.items()}
 
 
-def feature_key(vlm: VLM, captions) -> str:
-    """A digest of what features depend on: the encoder, weights and all, how it sees, and what."""
-    vit = vlm.vit
-    settings = (vit.config, vars(vit.preprocess), vlm.config.get("layer"), vlm.dtype, captions.stamp())
-    digest = hashlib.sha256(repr(settings).encode())
-    for p in vit.parameters():
-        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+class Encoded:
+    """A caption set with the features (P,N,Dv) of its pictures, zeros for those in `bad` {index: reason}, which
+    can't be read; `readable` are the indices of the others. Each process encodes its share."""
 
+    def __init__(self, vlm: VLM, captions, args: argparse.Namespace):
+        self.vlm, self.captions, self.args = vlm, captions, args
+        self.encode()
 
-@torch.no_grad()
-def encode_all(vlm: VLM, captions, bad: dict[int, str],
-               args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
-    """Indices of the pictures that can be read, and the features (P,N,Dv) of all, zeros for the others: in
-    memory, or with --features in a mapped file. Each process encodes its share."""
-    start, side = time.time(), vlm.vit.config.image_size
-    one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
-    shape = (len(captions), *one.shape[1:])
+    def encode(self) -> None:
+        """Computes the features, or with --features takes them from a mapped file, which may be there already."""
+        vlm, captions, args, self.bad = self.vlm, self.captions, self.args, {}
+        side = vlm.vit.config.image_size
+        with torch.no_grad():
+            one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
+        shape = (len(captions), *one.shape[1:])
+        if not args.features:
+            self.features = one.new_zeros(shape)
+            for chunk, rows in self.encoded(one):
+                self.features[chunk[0]:chunk[-1] + 1] = rows
+        else:
+            path = Path(args.features, f"{self.key()}.safetensors")
+            if total(torch.tensor(path.is_file(), device=vlm.device, dtype=torch.int)) < WORLD:
+                def write(file: Path) -> None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_rows(file, shape, one.dtype, (rows for _, rows in self.encoded(one)),
+                               lambda: [i not in self.bad for i in range(len(captions))])
 
-    def encoded():
+                if LOCAL:  # one process on each machine writes
+                    collections.deque(self.encoded(one), 0)
+                else:
+                    write_file(path, write)
+                total(torch.zeros(1, device=vlm.device))  # the file is there
+            self.features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
+            for i in (~marks).nonzero().flatten().tolist():
+                self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
+        self.readable = [i for i in range(len(captions)) if i not in self.bad]
+
+    @torch.no_grad()
+    def encoded(self, one: torch.Tensor):
+        """Yields indices and their features, chunk by chunk; `one`: features (1,N,Dv) of the same kind."""
+        vlm, captions, args, start = self.vlm, self.captions, self.args, time.time()
         chunks = in_order(len(captions), 64 * WORLD)
         mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], args.workers)
         for chunk, (indices, features, found) in zip(chunks, mine):
-            skip(bad, found, captions)
-            rows = one.new_zeros(len(chunk), *shape[1:])
+            skip(self.bad, found, captions)
+            rows = one.new_zeros(len(chunk), *one.shape[1:])
             if indices:
                 rows[[i - chunk[0] for i in indices]] = features
             total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
-        bad.update(united(bad))
+        self.bad.update(united(self.bad))
         if not args.quiet:
-            print(f"encoded {len(captions) - len(bad)} pictures in {time.time() - start:.0f} s", flush=True)
+            print(f"encoded {len(captions) - len(self.bad)} pictures in {time.time() - start:.0f} s", flush=True)
 
-    if not args.features:
-        features = one.new_zeros(shape)
-        for chunk, rows in encoded():
-            features[chunk[0]:chunk[-1] + 1] = rows
-    else:
-        path = Path(args.features, f"{feature_key(vlm, captions)}.safetensors")
-        if total(torch.tensor(path.is_file(), device=vlm.device, dtype=torch.int)) < WORLD:
-            def write(file: Path) -> None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_rows(file, shape, one.dtype, (rows for _, rows in encoded()),
-                           lambda: [i not in bad for i in range(len(captions))])
+    def key(self) -> str:
+        """A digest of what the features depend on: the encoder, weights and all, how it sees, and what."""
+        vit = self.vlm.vit
+        settings = (vit.config, vars(vit.preprocess), self.vlm.config.get("layer"), self.vlm.dtype,
+                    self.captions.stamp())
+        digest = hashlib.sha256(repr(settings).encode())
+        for p in vit.parameters():
+            digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
-            if LOCAL:  # one process on each machine writes
-                collections.deque(encoded(), 0)
-            else:
-                write_file(path, write)
-            total(torch.zeros(1, device=vlm.device))  # the file is there
-        features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
-        for i in (~marks).nonzero().flatten().tolist():
-            bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
-    return [i for i in range(len(captions)) if i not in bad], features
+    def batches(self, size: int, first: int = 0):
+        """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
+        for i in range(first, len(self.readable), size):
+            indices = self.readable[i:i + size]
+            yield indices, self.features[indices].to(self.vlm.device)
 
 
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
@@ -418,52 +435,82 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
         return step, list(state["losses"])
 
 
-def take_folder(folder: Path):
-    """Makes a run's folder, and keeps every other process from training in it for as long as this one lives.
-    Returns its metrics.jsonl; all but the first of torchrun's processes get none. Raises InputError."""
-    path = folder / "metrics.jsonl"
-    if RANK:
-        return open(os.devnull, "ab")
-    with guard(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        metrics = path.open("ab+", buffering=0)
-        try:
-            if os.name == "nt":
-                import msvcrt
-                metrics.seek(1 << 30)  # where no one reads
-                msvcrt.locking(metrics.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{folder}: another process is training in it") from None
-        for left in folder.rglob(".*tmp*"):  # by a process that was killed
-            left.unlink()
-    return metrics
+def summary_writer() -> type:
+    """TensorBoard's writer. Raises InputError where its package isn't there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter
 
 
-def cut_metrics(metrics, step: int) -> None:
-    """Takes off metrics.jsonl what came after `step`, and the scores."""
-    def stays(line: bytes) -> bool:
-        try:
-            entry = json.loads(line)
-            return entry["step"] <= step and "scores" not in entry
-        except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
-            return False
+class Log:
+    """A run's metrics.jsonl, a line of JSON an entry, and TensorBoard's, if asked for. Makes the folder, and keeps
+    every other process from training in it until it is closed. Of torchrun's processes the first alone
+    writes. Raises InputError."""
 
-    with guard(metrics.name):
-        metrics.seek(0)
-        metrics.truncate(sum(map(len, itertools.takewhile(stays, metrics.read().splitlines(keepends=True)))))
+    def __init__(self, folder: Path):
+        self.file = self.board = None
+        if RANK:
+            return
+        path = folder / "metrics.jsonl"
+        with guard(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab+", buffering=0)  # to close another handle of it would give up the lock
+            try:
+                if os.name == "nt":
+                    import msvcrt
+                    self.file.seek(1 << 30)  # where no one reads
+                    msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
+            except (BlockingIOError, PermissionError):
+                raise InputError(f"{folder}: another process is training in it") from None
+            for left in folder.rglob(".*tmp*"):  # by a process that was killed
+                left.unlink()
 
+    def begin(self, step: int, tensorboard: bool) -> None:
+        """Takes off what came after `step`, and the scores."""
+        if RANK:
+            return
 
-def log(metrics, entry: dict) -> None:
-    """Adds a line to metrics.jsonl, on the disk when this returns. What isn't finite becomes null."""
-    entry = {key: None if value != value else value for key, value in entry.items()}
-    line = json.dumps(entry).encode() + b"\n"
-    with guard(metrics.name):
-        if metrics.write(line) != len(line):
-            raise InputError(f"{metrics.name}: no space left for a line")
-        os.fsync(metrics.fileno())
+        def stays(line: bytes) -> bool:
+            try:
+                entry = json.loads(line)
+                return entry["step"] <= step and "scores" not in entry
+            except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
+                return False
+
+        with guard(self.file.name):
+            self.file.seek(0)
+            lines = self.file.read().splitlines(keepends=True)
+            self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
+        if tensorboard:
+            self.board = summary_writer()(Path(self.file.name).parent, purge_step=step)
+
+    def add(self, entry: dict) -> None:
+        """Adds a line, on the disk when this returns. What isn't finite becomes null."""
+        if RANK:
+            return
+        entry = {key: None if value != value else value for key, value in entry.items()}
+        line = json.dumps(entry).encode() + b"\n"
+        with guard(self.file.name):
+            if self.file.write(line) != len(line):
+                raise InputError(f"{self.file.name}: no space left for a line")
+            os.fsync(self.file.fileno())
+        for label, row in {"": entry, **entry.get("scores", {})}.items() if self.board else ():
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{label}/{name}".lstrip("/"), value, entry["step"])
+
+    def entries(self) -> list[dict]:
+        self.file.seek(0)
+        return [json.loads(line) for line in self.file.read().splitlines()]
+
+    def close(self) -> None:
+        for one in filter(None, (self.file, self.board)):
+            one.close()
 
 
 class Signals:
@@ -535,281 +582,287 @@ class Progress:
               + " " * 8 * self.terminal, end=end, flush=True)
 
 
-def main() -> None:
-    args = read_options()
-    say = functools.partial(print, flush=True) if not args.quiet else lambda text: None
+# ---------------------------------------------------------------------------------------------------------
+# A run
 
-    train, val, unseen = caption_sets(args)
-    streamed = isinstance(train, Shards)
-
-    # Model
-    if WORLD > 1 and torch.cuda.is_available() and args.device != "cpu":
+def start_processes(name: str) -> torch.device:
+    """Meets torchrun's other processes, if this isn't alone; of all the first prints. Returns the device of this
+    one, for the --device `name`."""
+    if WORLD > 1 and torch.cuda.is_available() and name != "cpu":
         torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
-    device = pick_device(args.device)
+    device = pick_device(name)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK:  # the first process prints and writes
+    if RANK:
         sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
+    """The VLM that the options describe, with gradients where they ask for them."""
     dtype = pick_precision(args.precision, device)
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    torch.manual_seed(args.seed)
-    make_absolute(args)
     args.precision = str(dtype).removeprefix("torch.")  # wherever it is resumed
+    make_absolute(args)
     parts = {"from": args.origin} if args.origin else dict(
         vit=args.vit, llm=args.llm, image_size=args.image_size, layer=args.layer, adapter=args.adapter,
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
-    whole = tuple(args.train.split(","))
-    config = dict(**parts, prompt=args.prompt, train=whole, layout=args.layout, training=vars(args),
-                  versions=dict(
-                      python=platform.python_version(), **{name: importlib.metadata.version(name) for name in (
-                          "torch", "numpy", "tiktoken", "safetensors", "pillow")}))
+    versions = {name: importlib.metadata.version(name) for name in (
+        "torch", "numpy", "tiktoken", "safetensors", "pillow")}
+    whole = args.train.split(",")
+    config = dict(**parts, prompt=args.prompt, train=whole, layout=args.layout, processes=WORLD,
+                  training=vars(args), versions=dict(python=platform.python_version(), **versions))
     vlm = build(config, dtype, whole)
     choose_trained(vlm, args)
     if args.shard and WORLD > 1:
         spread(vlm, device)
-    vlm.to(device).train()
-    fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # a picture's features stay the same
-    if (args.cache_features or args.features) and (streamed or not fixed):
-        why = ("shards are streamed, more than can be kept" if streamed else
-               "the encoder is trained, so that its features change")
-        raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
-    trained = vlm.trained
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=fused)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward = torch.compile(vlm) if (device.type == "cuda" if args.compile is None else args.compile) else vlm
-    if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
-        forward = nn.parallel.DistributedDataParallel(forward, init_sync=False)
+    return vlm.to(device).train()
 
-    # The run's folder
-    if args.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard needs its package: pip install tensorboard") from None
-    folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
-    metrics, first, losses = take_folder(folder), 0, []
-    if args.resume:
-        first, losses = load_checkpoint(folder, vlm, optimizer, scaler)
-    elif not RANK and (folder / "config.json").exists():
-        raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
-    if not RANK:
-        cut_metrics(metrics, first)
-    say(f"{folder}: {vlm.config['adapter']} adapter, "
-        f"{sum(p.numel() for p in trained.values()):,} trained parameters, "
-        f"{vlm.adapter.queries} embeddings a picture; {device}, {str(dtype).removeprefix('torch.')}")
-    board = SummaryWriter(folder, purge_step=first) if args.tensorboard and not RANK else None
 
-    # Pictures, encoded once or step by step
-    unreadable = [{}, {}, {}]  # of train, val, unseen: {index: reason}
-    size = args.batch // WORLD  # of this process's share of a batch
+class Run:
+    """A training run: what learns, from what, and the folder where it is kept."""
 
-    def pictures():
-        """This process's share of each step's batch, from step `first` on: indices, and features or, where
-        these aren't kept, pixels."""
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.train, val, unseen = caption_sets(args)
+        self.streamed, self.device = isinstance(self.train, Shards), start_processes(args.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+        torch.manual_seed(args.seed)
+        self.vlm = vlm = make_vlm(args, self.device)
+        self.fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # features stay the same
+        if (args.cache_features or args.features) and (self.streamed or not self.fixed):
+            why = ("shards are streamed, more than can be kept" if self.streamed else
+                   "the encoder is trained, so that its features change")
+            raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
+        self.fused, self.layouts = self.device.type != "mps", layout_weights(args.layout)
+        self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
+        compiled = self.device.type == "cuda" if args.compile is None else args.compile
+        self.forward = torch.compile(vlm) if compiled else vlm
+        if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
+            self.forward = nn.parallel.DistributedDataParallel(self.forward, init_sync=False)
+        self.size = args.batch // WORLD  # of this process's share of a batch
+
+        if args.tensorboard:
+            summary_writer()
+        self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
+        self.log, self.first, self.losses = Log(self.folder), 0, []
+        if args.resume:
+            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler)
+        elif not RANK and (self.folder / "config.json").exists():
+            raise InputError(f"{self.folder}: there is a run already: --resume it, or give another --out")
+        self.log.begin(self.first, args.tensorboard)
+        self.say(f"{self.folder}: {vlm.config['adapter']} adapter, "
+                 f"{sum(p.numel() for p in vlm.trained.values()):,} trained parameters, "
+                 f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
+
+        self.val, self.unseen = Encoded(vlm, val, args), unseen
+        cache = self.cache_features()
+        if not args.resume and not RANK:
+            args.cache_features = cache  # for good: kept features differ from others in the last bits
+            write_json(self.folder / "config.json", vlm.config)
+        self.kept = Encoded(vlm, self.train, args) if cache else None
+        self.bad = self.kept.bad if self.kept else {}  # pictures to train on that can't be read {index: reason}
+
+    def say(self, text: str) -> None:
+        if not self.args.quiet:
+            print(text, flush=True)
+
+    def cache_features(self) -> bool:
+        """Whether the features of the pictures to train on are kept: in all processes, or in none."""
+        args, cache = self.args, self.args.cache_features
+        if cache is None:
+            size = len(self.train) * self.val.features[0].nbytes
+            cache = (self.fixed and not self.streamed and args.steps * args.batch >= len(self.train)
+                     and bool(args.features or size < free_memory(self.device) / 2))
+            cache = bool(total(torch.tensor(int(cache), device=self.device)) == WORLD)
+        return cache
+
+    def pictures(self):
+        """Yields this process's share of each step's batch, from step `first` on: indices, and features or,
+        where these aren't kept, pixels."""
+        args, size = self.args, self.size
         mine = slice(RANK * size, RANK * size + size)
-        if cache:
-            kept, features = encode_all(vlm, train, unreadable[0], args)
-            for batch in shuffled(len(kept), args.batch, args.seed, first):
-                indices = [kept[i] for i in batch[mine]]
-                yield indices, features[indices].to(device)
-        else:
-            batches = (train.batches(size, args.seed, first, RANK, WORLD) if streamed else
-                       (batch[mine] for batch in shuffled(len(train), args.batch, args.seed, first)))
-            for indices, pixels, found in vlm.read_pictures(train, batches, args.workers):
-                skip(unreadable[0], found, train)
-                if indices:
-                    yield indices, pixels
+        if self.kept:
+            readable = self.kept.readable
+            for batch in shuffled(len(readable), args.batch, args.seed, self.first):
+                indices = [readable[i] for i in batch[mine]]
+                yield indices, self.kept.features[indices].to(self.device)
+        batches = (self.train.batches(size, args.seed, self.first, RANK, WORLD) if self.streamed else
+                   (batch[mine] for batch in shuffled(len(self.train), args.batch, args.seed, self.first)))
+        for indices, pixels, found in self.vlm.read_pictures(self.train, batches, args.workers):
+            skip(self.bad, found, self.train)
+            if indices:
+                yield indices, pixels
 
-    val_kept, val_features = encode_all(vlm, val, unreadable[1], args)
-    cache = args.cache_features
-    if cache is None:
-        fits = args.features or len(train) * val_features[0].nbytes < free_memory(device) / 2
-        cache = fixed and not streamed and fits and args.steps * args.batch >= len(train)
-        cache = bool(total(torch.tensor(int(bool(cache)), device=device)) == WORLD)  # all do the same
-    if not args.resume and not RANK:
-        args.cache_features = cache  # for good: kept features differ from others in the last bits
-        write_json(folder / "config.json", vlm.config)
-
-    layouts = layout_weights(args.layout)
-
-    def batch_of(examples: list[tuple[str, str]], prefix: bool = False,
-                 captions: list[str] | None = None) -> list[torch.Tensor]:
-        """Texts and answers as `stack` joins them and, where there are `captions`, as many as pictures or none,
-        what is to be spelled."""
-        tokens, where, targets = stack([
-            vlm.encode(text, answer, args.max_tokens, prefix=prefix) for text, answer in examples])
-        spelling = () if captions is None else vlm.spelling(captions)
-        return [tensor.to(device, non_blocking=True) for tensor in (tokens, where, targets, *spelling)]
-
-    def draw(indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
+    def draw(self, indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
         """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
         the pictures of all texts, in their order, where they are in `indices`, and what they are to spell."""
-        examples, order = [], []
+        args, examples, order = self.args, [], []
         for at, i in enumerate(indices):
-            layout = draw_layout(layouts, args.seed, epoch, i)
+            layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
             examples.append(few_shot([
-                arrange(layout, train, indices[j], args.seed, epoch, vlm.prompt_for, indices * streamed)
-                for j in shown]))
+                arrange(layout, self.train, indices[j], args.seed, epoch, self.vlm.prompt_for,
+                        indices * self.streamed) for j in shown]))
             order += shown
-        return examples, order, [train.captions(indices[j])[0] for j in order]
+        return examples, order, [self.train.captions(indices[j])[0] for j in order]
 
-    def kept_batches(kept: list[int], features: torch.Tensor, size: int = size):
-        for i in range(0, len(kept), size):
-            yield kept[i:i + size], features[kept[i:i + size]].to(device)
+    def step(self, step: int, indices: list[int], inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Trains on this process's share of a batch. Returns the loss of the whole, NaN where its gradients
+        weren't finite and changed nothing, and how many tokens were read here."""
+        args, vlm = self.args, self.vlm
+        # of dropout: a resumed run draws what an unbroken one draws
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, args)
+        part_size = self.size // args.accumulate
+        parts = [slice(i, i + part_size) for i in range(0, len(indices), part_size)]
+        epoch = step if self.streamed else step * args.batch // len(self.train)
+        spell = args.spell * (step < 0.6 * args.steps)
+        drawn = [self.draw(indices[part], epoch) for part in parts]
+        batches = [(vlm.batch(examples, args.max_tokens, args.prefix_loss), order,
+                    vlm.spelling(captions if spell else [])) for examples, order, captions in drawn]
+        counts = torch.tensor([sum(len(targets) for (_, _, targets), _, _ in batches),
+                               sum(len(letters) for *_, (_, letters) in batches)], device=self.device)
+        count, letters = total(counts).clamp(min=1)  # targets of the whole batch; tokens to be spelled
+        loss = torch.zeros((), device=self.device)
+        for part, ((tokens, where, targets), order, spelling) in zip(parts, batches):
+            if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
+                self.forward.require_backward_grad_sync = part is parts[-1]
+            features = inputs[part] if self.kept else vlm.features(inputs[part])
+            nats, spelled = self.forward(tokens, features[order], where, targets, spelling)
+            nats = nats.sum() / count
+            loss += nats.detach()
+            # DDP takes the mean over the processes
+            self.scaler.scale(WORLD * (nats + spell / letters * spelled.sum())).backward()
+        self.scaler.unscale_(self.optimizer)
+        broken = ~nn.utils.clip_grad_norm_(vlm.trained.values(), args.clip).isfinite()
+        self.optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
+        if self.fused or not broken:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total(loss).masked_fill(broken, torch.nan), sum(batch[0].numel() for batch, _, _ in batches)
 
     # All processes validate alike: for one of them the others would have to wait.
+    def validate(self) -> dict[str, float]:
+        """Nats a token on the validation set, one caption a picture, whatever layouts are trained; and how
+        often it is right about which captions match, where it learns that."""
+        if not self.fixed:
+            self.val.encode()
+        self.vlm.eval()
+        found = {"val": self.loss(self.val)}
+        if "text-image" in self.layouts:
+            found["matching"] = self.matching(self.val)
+        self.vlm.train()
+        return found
+
     @torch.no_grad()
-    def validate() -> float:
-        """Nats per token on the validation set, one caption a picture, whatever layouts are trained."""
-        nonlocal val_features
-        if not fixed:
-            val_features = encode_all(vlm, val, unreadable[1], args)[1]
+    def loss(self, data: Encoded) -> float:
         nats = count = 0
-        for indices, features in kept_batches(val_kept, val_features):
-            tokens, where, targets = batch_of([arrange("image-text", val, i, args.seed, 0, vlm.prompt_for)
-                                               for i in indices])
-            logits = forward(tokens, features, where)
-            nats += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        for indices, features in data.batches(self.size):
+            tokens, where, targets = self.vlm.batch(
+                [arrange("image-text", data.captions, i, self.args.seed, 0, self.vlm.prompt_for) for i in indices],
+                self.args.max_tokens)
+            nats += self.forward(tokens, features, where, targets).sum().item()
             count += len(targets)
         return nats / count
 
     @torch.no_grad()
-    def matching(captions, kept: list[int], features: torch.Tensor) -> float:
+    def matching(self, data: Encoded) -> float:
         """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
         right = 0
-        for indices, shown in kept_batches(kept, features):
-            asked = [arrange("text-image", captions, i, args.seed, 0, vlm.prompt_for) for i in indices]
+        for indices, features in data.batches(self.size):
+            asked = [arrange("text-image", data.captions, i, self.args.seed, 0, self.vlm.prompt_for)
+                     for i in indices]
             losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
-                tokens, where, targets = batch_of([(text, answer) for text, _ in asked])
-                logits = forward(tokens, shown, where)
-                loss = F.cross_entropy(logits.float(), targets, reduction="none")
-                row = where // tokens.shape[1]
-                losses.append(torch.zeros(len(asked), device=device).index_add(0, row, loss))
+                tokens, where, targets = self.vlm.batch([(text, answer) for text, _ in asked])
+                nats = self.forward(tokens, features, where, targets)
+                losses.append(nats.new_zeros(len(asked)).index_add(0, where // tokens.shape[1], nats))
             yes = (losses[0] < losses[1]).tolist()
             right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
-        return right / len(kept)
+        return right / len(data.readable)
 
-    # Training
-    source, progress, in_a_row = pictures(), Progress(args), torch.zeros((), device=device)
-    with metrics, Signals() as signals:
-        for step in range(first, args.steps):
+    def learn(self, signals: Signals) -> None:
+        """The steps that are left, with lines of progress, validations and checkpoints."""
+        args, folder, source, progress, in_a_row = self.args, self.folder, self.pictures(), Progress(self.args), 0
+        for step in range(self.first, args.steps):
             indices, inputs = next(source)
-            if step == first:
-                progress.begin([loss.to(device) for loss in losses])
-            # of dropout: a resumed run draws what an unbroken one draws
-            torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, args)
-            part_size = size // args.accumulate
-            parts = [slice(i, i + part_size) for i in range(0, len(indices), part_size)]
-            epoch = step if streamed else step * args.batch // len(train)
-            drawn = [draw(indices[part], epoch) for part in parts]
-            spell = args.spell * (step < 0.6 * args.steps)
-            batches = [batch_of(examples, args.prefix_loss, captions if spell else [])
-                       for examples, _, captions in drawn]
-            counts = torch.tensor([sum(len(batch[i]) for batch in batches) for i in (2, 4)], device=device)
-            count, letters = total(counts).clamp(min=1)  # targets of the whole batch; tokens to be spelled
-            loss = torch.zeros((), device=device)
-            for part, (_, order, _), (tokens, where, targets, spelled, words) in zip(parts, drawn, batches):
-                if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
-                    forward.require_backward_grad_sync = part is parts[-1]
-                features = inputs[part] if cache else vlm.features(inputs[part])
-                logits, images = forward(tokens, features[order], where, spelled)
-                part_loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
-                loss += part_loss.detach()
-                part_loss += spell / letters * F.cross_entropy(images.float(), words, reduction="sum")
-                scaler.scale(WORLD * part_loss).backward()  # DDP takes the mean over the processes
-            scaler.unscale_(optimizer)
-            broken = ~nn.utils.clip_grad_norm_(trained.values(), args.clip).isfinite()
-            optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
-            if fused or not broken:
-                scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            in_a_row = (in_a_row + 1) * broken
-            tokens_read = sum(batch[0].numel() for batch in batches)
-            progress.add(step, total(loss).masked_fill(broken, torch.nan), WORLD * len(indices),
-                         WORLD * tokens_read)
+            if step == self.first:
+                progress.begin([loss.to(self.device) for loss in self.losses])
+            loss, tokens = self.step(step, indices, inputs)
+            in_a_row = (in_a_row + 1) * loss.isnan()
+            progress.add(step, loss, WORLD * len(indices), WORLD * tokens)
             signals.unsaved = True
-
             save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
-                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not "
-                                     "finite: start anew with a lower --lr, a longer --warmup or --precision "
-                                     "float32 (the last checkpoint, if there is one, is as it was)")
+                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start "
+                                     "anew with a lower --lr, a longer --warmup or --precision float32 (the last "
+                                     "checkpoint, if there is one, is as it was)")
                 if save:
-                    vlm.eval()
-                    line["val"] = validate()
-                    if "text-image" in layouts:
-                        line["matching"] = matching(val, val_kept, val_features)
-                    vlm.train()
-                    found = [united(unreadable[0]), *unreadable[1:]]
-                    if not RANK:
-                        list_unreadable(folder, found)
+                    line |= self.validate()
+                    found = [united(self.bad), self.val.bad]
                 progress.show(line)
-                if not RANK:
-                    log(metrics, line)
-                for name, value in line.items() if board else ():
-                    board.add_scalar(name, value, step + 1)
+                self.log.add(line)
                 if save and not RANK:
-                    metrics.seek(0)  # through this handle: to close another one would give up the lock
-                    image = curves([json.loads(text) for text in metrics.read().splitlines()], folder.name)
+                    list_unreadable(folder, found)
+                    image = curves(self.log.entries(), folder.name)
                     write_file(folder / "curves.png", lambda path: image.save(path, "PNG"))
                 progress.begin()
-            if (asked := signals.agreed(step, device)) or save:
+            if (asked := signals.agreed(step, self.device)) or save:
                 if not RANK:
-                    save_checkpoint(folder, step + 1, vlm, optimizer, scaler, progress.losses)
+                    save_checkpoint(folder, step + 1, self.vlm, self.optimizer, self.scaler, progress.losses)
                 signals.unsaved = False
             if asked:
                 print(f"stopped after step {step + 1}: python train.py --resume {folder} goes on", flush=True)
                 sys.exit(128 + asked)
         source.close()
 
-        # What it learned, as sample.py will read it
+    def score(self) -> dict[str, dict[str, float]]:
+        """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""
+        args, vlm, folder = self.args, self.vlm, self.folder
         vlm.eval()
-        for part in {"llm", "vit"} & {*whole}:
-            getattr(vlm, part).to(dtype)
-        if "vit" in whole:
-            val_features = encode_all(vlm, val, unreadable[1], args)[1]
-        sets = {"test" if unseen else "val": (val, val_kept, val_features)}
-        if unseen:
-            sets["unseen"] = (unseen, *encode_all(vlm, unseen, unreadable[2], args))
+        for part in {"llm", "vit"} & {*args.train.split(",")}:
+            getattr(vlm, part).to(vlm.dtype)
+        if "vit" in args.train.split(","):
+            self.val.encode()
+        sets = {"val": self.val} if self.unseen is None else {
+            "test": self.val, "unseen": Encoded(vlm, self.unseen, args)}
+        shots = [(self.val.features[i].to(self.device), draw_caption(self.val.captions.captions(i), args.seed, 0, i))
+                 for i in self.val.readable[:args.shots]]
         scores, sections = {}, []
-        shots = [(val_features[i].to(device), draw_caption(val.captions(i), args.seed, 0, i))
-                 for i in val_kept[:args.shots]]
-        for label, (captions, kept, features) in sets.items():
-            def captioned(first: int, shots: list = ()) -> dict[int, str]:
-                return caption_set(vlm, captions, kept_batches(kept[first:], features, 64), {}, shots)
-
-            texts = captioned(0)
-            row, ratings = rate(captions, texts)
-            scores[f"{label} ({len(kept)})"] = row
-            first = len(shots) * (captions is val)  # no picture comes before itself
-            if shots and first < len(kept):
-                after = captioned(first, shots)
-                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(captions, after)[0]
-            if "text-image" in layouts:
-                row["matching"] = matching(captions, kept, features)
+        for label, data in sets.items():
+            texts = caption_set(vlm, data.captions, data.batches(64), {})
+            row, ratings = rate(data.captions, texts)
+            scores[f"{label} ({len(texts)})"] = row
+            first = len(shots) * (data is self.val)  # no picture comes before itself
+            if shots and first < len(data.readable):
+                after = caption_set(vlm, data.captions, data.batches(64, first), {}, shots)
+                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(data.captions, after)[0]
+            if "text-image" in self.layouts:
+                row["matching"] = self.matching(data)
             if RANK:
                 continue
-            lines = as_lines(captions, texts)
+            lines = as_lines(data.captions, texts)
             write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-            sections += best_and_worst(label, captions, texts, ratings)
+            sections += best_and_worst(label, data.captions, texts, ratings)
+        self.log.add({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
         if not RANK:
-            log(metrics, {"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
             sheet = contact_sheet(sections)
             write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
-    if board:
-        for label, row in scores.items():
-            for name, value in row.items():
-                board.add_scalar(f"{label}/{name}", value, args.steps)
-        board.close()
-    say(f"{folder}: see curves.png and samples.png; try it: python sample.py photo.jpg --model {folder}")
+        return scores
+
+
+def main() -> None:
+    this = Run(read_options())
+    with contextlib.closing(this.log), Signals() as signals:
+        this.learn(signals)
+        scores = this.score()
+    this.say(f"{this.folder}: see curves.png and samples.png; "
+             f"try it: python sample.py photo.jpg --model {this.folder}")
     print(table(scores))
     if WORLD > 1:
         dist.destroy_process_group()

@@ -75,8 +75,7 @@ class Ours:
         features = self.encode(pixels) if features is None else features
         ids = F.pad(tokens, (Q, 0), value=self.vlm.placeholder)
         where = torch.arange(B * (Q + T), device=ids.device).view(B, -1)[:, Q - 1:-1].flatten()
-        logits = self.vlm(ids, features, where)
-        return F.cross_entropy(logits.float(), tokens.flatten(), reduction="sum") / tokens.numel()
+        return self.vlm(ids, features, where, tokens.flatten()).mean()
 
     def prefill(self, tokens):
         self.llm.generate(tokens, max_tokens=1, end_tokens=())

@@ -242,9 +242,9 @@ VLMS = {
                                           num_attention_heads=16, image_size=336, patch_size=14),
         text_config=dict(model_type="llama", vocab_size=32064), tie_word_embeddings=False)),
         "llava", dict(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))),
-    "instructblip-vicuna-7b": ((tf.InstructBlipForConditionalGeneration, tf.InstructBlipConfig(text_config=dict(
-        model_type="llama", vocab_size=32001, tie_word_embeddings=False))), "instructblip_vicuna",
-        dict(size=dict(height=224, width=224))),
+    "instructblip-vicuna-7b": ((tf.InstructBlipForConditionalGeneration, tf.InstructBlipConfig(
+        text_config=dict(model_type="llama", vocab_size=32001), tie_word_embeddings=False)),
+        "instructblip_vicuna", dict(size=dict(height=224, width=224))),
 }
 
 

@@ -50,14 +50,13 @@ def test_adapters_learn(adapter):
                      adapter_sizes=SMALL.get(adapter, {}))).train()
     captions = ["a small red circle", "a large blue star", "a big pink cross", "a little green square"]
     features, optimizer = torch.randn(4, 65, 128), torch.optim.Adam(vlm.trained.values(), 5e-3)
-    tokens, where, targets = stack([vlm.encode("", caption) for caption in captions])
-    spelled, words = vlm.spelling(captions)
+    tokens, where, targets = vlm.batch([("", caption) for caption in captions])
     losses = []
     for _ in range(40):
-        logits, images = vlm(tokens, features, where, spelled)
-        losses.append(F.cross_entropy(logits, targets).item())
+        nats, spelled = vlm(tokens, features, where, targets, vlm.spelling(captions))
+        losses.append(nats.mean().item())
         optimizer.zero_grad()
-        (F.cross_entropy(logits, targets) + F.cross_entropy(images, words, reduction="sum") / 16).backward()
+        (nats.mean() + spelled.sum() / 16).backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
 

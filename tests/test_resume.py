@@ -81,8 +81,8 @@ def moments(act) -> None:
             return result
         setattr(owner, name, hooked)
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (torch.optim.AdamW, "step"), (train, "log"),
-                        (train, "cut_metrics")):
+    for owner, name in ((os, "replace"), (os, "fsync"), (torch.optim.AdamW, "step"),
+                        (train.Log, "add"), (train.Log, "begin")):
         hook(owner, name)
     for module in (train, adapters, lora):
         hook(module, "save_file", half=True)
@@ -226,9 +226,9 @@ def test_a_checkpoint_too_many_for_the_disk(unbroken):
 
     def fill():
         full(1000)()
-        with train.take_folder(Path("other")) as metrics:
-            for step in range(100):
-                train.log(metrics, {"step": step})
+        log = train.Log(Path("other"))
+        for step in range(100):
+            log.add({"step": step})
 
     assert finish(*RUN, "--out", "run", before=kill_at(60)) == -signal.SIGKILL
     files = {path: path.read_bytes() for path in Path("run").rglob("*.safetensors")}

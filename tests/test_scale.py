@@ -33,7 +33,7 @@ def losses(run: str) -> list[float]:
       "--layout", "image-text:0.4,text-image-text:0.3,text-image:0.3"], ["--accumulate", "4"]),
     (["--shard", "--lora", "2", "--features", "features"], []),
 ), ids=("replicated", "sharded"))
-def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatch):
+def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*SMALL, *QUICK, "--steps", "4", "--save-every", "2", "--log-every", "1",
                "--precision", "float32", *options]
@@ -47,6 +47,9 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
     one, two = (load_file(f"{run}/adapter.safetensors") for run in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     assert {path.name for path in Path("one").iterdir()} == {path.name for path in Path("two").iterdir()}
+    capsys.readouterr()
+    assert command(monkeypatch, train, "--resume", "two") == 2
+    assert "two: a run of 2 processes can't go on with 1: start as many" in capsys.readouterr().err
 
 
 def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):

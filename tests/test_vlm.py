@@ -17,7 +17,7 @@ import train
 from adapters import ADAPTERS, VLM
 from data import InputError, Shapes, run, stack
 from fixtures.pictures import picture
-from llm import LLM
+from llm import LLM, nats
 from vit import ViT
 
 
@@ -93,14 +93,34 @@ def test_forward_scores_the_targets_alone(fixtures):
 @torch.no_grad()
 def test_images_are_to_spell_captions(fixtures):
     vlm = small(fixtures)
-    tokens, where, _ = stack([vlm.encode("a<image>b<image>"), vlm.encode("", "cc")])
+    tokens, where, targets = vlm.batch([("a<image>b<image>", None), ("", "cc")])
     spelled, words = vlm.spelling(["ab", "abcabcabc", "c"])
     features = vlm.features(torch.randn(3, 3, 30, 30))
     images = vlm.adapter(features)
     assert words.tolist() == [20, 21, 20, 21, 22, 20, 21, 22]  # no more than the five queries
     expected = torch.cat([images[0, :2], images[1, :5], images[2, :1]]) @ vlm.llm.embedding.weight.T
-    logits, scores = vlm(tokens, features, where, spelled)
-    assert torch.allclose(scores, expected, atol=1e-5) and torch.equal(logits, vlm(tokens, features, where))
+    lost, letters = vlm(tokens, features, where, targets, (spelled, words))
+    assert torch.allclose(letters, F.cross_entropy(expected, words, reduction="none"), atol=1e-5)
+    assert torch.equal(lost, vlm(tokens, features, where, targets))
+
+
+def test_a_loss_in_parts_is_the_same():
+    """However few scores exist at a time, the losses and their gradients are those of all at once."""
+    torch.manual_seed(0)
+    states, head = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    targets, most_seen = torch.randint(11, (7,)), []
+
+    def logits(x):
+        most_seen.append(len(x) * 11)
+        return x @ head.T
+
+    expected = F.cross_entropy(logits(states), targets, reduction="none")
+    wanted = torch.autograd.grad(expected.square().sum(), (states, head))
+    most_seen.clear()
+    lost = nats(states, targets, logits, 11, most=33)
+    found = torch.autograd.grad(lost.square().sum(), (states, head))
+    assert torch.allclose(lost, expected) and max(most_seen) == 33
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted))
 
 
 def test_captions_do_not_depend_on_the_batch(fixtures):
@@ -118,7 +138,7 @@ def test_only_the_adapter_is_trained(fixtures):
     vlm = small(fixtures).train()
     assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
     tokens, where, targets = stack([vlm.encode("", "abc")])
-    F.cross_entropy(vlm(tokens, vlm.features(torch.randn(1, 3, 30, 30)), where), targets).backward()
+    vlm(tokens, vlm.features(torch.randn(1, 3, 30, 30)), where, targets).mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items() if not name.endswith("k.bias"))
     assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm) for p in part.parameters())
     assert set(vlm.trained) == {name for name, p in vlm.named_parameters() if p.requires_grad}
