@@ -108,10 +108,15 @@ class Attention(nn.Module):
         self.k, self.v = (nn.Linear(source_width, inner, bias) for _ in "kv")
         self.out = nn.Linear(inner, width, bias)
 
-    def forward(self, q, k, v, mask=None):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj, x in ((self.q, q), (self.k, k), (self.v, v)))  # (P,H,…,hd)
-        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (P,H,…,hd)
+
+    def keys(self, k, v):
+        return self.split(self.k(k)), self.split(self.v(v))
+
+    def forward(self, q, k=None, v=None, mask=None, kv=None):  # kv: what `keys` made of k and v
+        k, v = kv or self.keys(k, v)
+        return self.out(attend(self.split(self.q(q)), k, v, mask).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -408,9 +413,9 @@ class GatedBlock(nn.Module):
         self.mlp = FeedForward(width, mlp, "silu", bias=False, gated=True)
         self.alpha1, self.alpha2 = (nn.Parameter(torch.zeros(1)) for _ in "12")
 
-    def forward(self, x, images, seen):  # (B,T,W), (B,S,D), (B,T,S)
+    def forward(self, x, kv, seen):  # (B,T,W), 2 × (B,H,S,hd), (B,T,S)
         blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
-        y = self.attention(self.norm1(x), images, images, (seen | blind)[:, None])
+        y = self.attention(self.norm1(x), mask=(seen | blind)[:, None], kv=kv)
         x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
         return x + self.alpha2.tanh() * self.mlp(self.norm2(x))
 
@@ -449,15 +454,19 @@ class Flamingo(Adapter):
         which = torch.arange(begins.shape[1], device=images.device)  # (M,)
         place = count.cumsum(0) - count + which  # (B,M)
         Q, images = images.shape[1], images[place.clamp(max=len(images) - 1)].flatten(1, 2)  # (B,M·Q,D)
+        kept = {}  # keys and values of each gated block, which are the same for every word
 
         def apply(layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             if layer % self.every:
                 return x
-            mine, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (images, begins))  # of beams
-            last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
-            seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
+            block = self.blocks[layer // self.every]
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-                return self.blocks[layer // self.every](x.float(), mine, seen).to(x.dtype)
+                if layer not in kept:
+                    kept[layer] = block.attention.keys(images, images)
+                *kv, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (*kept[layer], begins))  # of beams
+                last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
+                seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
+                return block(x.float(), kv, seen).to(x.dtype)
 
         return apply
 
@@ -594,9 +603,10 @@ class VLM(nn.Module):
         return self
 
     def pack(self) -> None:
-        """Makes the backbones faster on a CPU and fit for inference alone: see `data.pack`."""
+        """Makes it faster on a CPU and fit for inference alone: see `data.pack`."""
         self.llm.pack()
-        pack(self.vit)
+        for part in (self.vit, self.adapter):
+            pack(part, self.dtype)
 
     @property
     def device(self) -> torch.device:

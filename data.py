@@ -456,26 +456,28 @@ def watch(modules: list[torch.nn.Module]):
 
 
 class PackedLinear(torch.nn.Module):
-    """An nn.Linear for inference alone, whose weight lies as oneDNN's kernels on a CPU read it. nn.Linear lays
-    it out anew in every call, which takes as long as the product with one token."""
+    """An nn.Linear for inference alone, computing in `dtype`, whose weight lies as oneDNN's kernels on a CPU read it.
+    nn.Linear lays it out anew in every call, which takes as long as the product with one token."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
+        self.bias, self.dtype = None if layer.bias is None else layer.bias.detach().to(dtype), dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
 
-def pack(module: torch.nn.Module) -> None:
-    """Packs the nn.Linear layers of a model on a CPU: to be called last, since no gradients pass, nothing is
-    saved, and it can't be moved. Decoding takes half the time in bfloat16; the results are the same."""
+def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Packs the nn.Linear layers of a model on a CPU, which computes in `dtype`: to be called last, since no
+    gradients pass, nothing is saved, and it can't be moved. Decoding takes half the time in bfloat16; the
+    results are the same."""
     if not torch.backends.mkldnn.is_available():
         return
     fast = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, layer in list(module.named_modules()):
-        if type(layer) is torch.nn.Linear and layer.weight.is_cpu and layer.weight.dtype in fast:
-            module.set_submodule(name, PackedLinear(layer.weight, layer.bias))
+        if type(layer) is torch.nn.Linear and layer.weight.is_cpu and dtype in fast:
+            module.set_submodule(name, PackedLinear(layer, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------

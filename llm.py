@@ -251,7 +251,7 @@ class LLM(nn.Module):
         if self.head is None:
             self.head = nn.Linear(1, 1, bias=False)
             self.head.weight = self.embedding.weight
-        pack(self)
+        pack(self, self.dtype)
 
     def forward(self, tokens: torch.Tensor | None = None, *, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""
