@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, stack, write_file)
+                  read_metadata, read_tensors, stack, Views, write_file)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -115,8 +115,8 @@ class Attention(nn.Module):
         return self.split(self.k(k)), self.split(self.v(v))
 
     def forward(self, q, k=None, v=None, mask=None, kv=None):  # kv: what `keys` made of k and v
-        k, v = kv or self.keys(k, v)
-        return self.out(attend(self.split(self.q(q)), k, v, mask).transpose(1, 2).flatten(2))
+        q, (k, v) = self.split(self.q(q)), kv or self.keys(k, v)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -513,6 +513,7 @@ class Format(NamedTuple):
 BEGIN, END = "<image begin>", "<image end>"
 OURS = Format(lambda images, text: IMAGE * images + text,
               lambda queries, rows, columns: BEGIN + IMAGE * queries + END, question="")
+WHOLE = itertools.repeat((0, 0))  # rows and columns of tiles of pictures that are seen as a whole
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
@@ -525,7 +526,7 @@ class VLM(nn.Module):
     their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
     (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
-    "prompt", "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
+    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
     config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
     the LLM's weights; parts that are trained whole are held in float32 meanwhile. `file` holds the tensors
     that the adapter is to take: where they aren't of the sizes in `config`, that is an InputError before any
@@ -546,6 +547,7 @@ class VLM(nn.Module):
         self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
+        self.split = config.get("split", True)
         self.image_position = config.get("image_position", "sequence")
         one_of(IMAGE_POSITIONS, "image position", self.image_position)
         self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
@@ -622,22 +624,21 @@ class VLM(nn.Module):
         return self.tokenizer.encode(self.format.image(self.slots, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128,
-               tiles: list[tuple[int, int]] | None = None, raw: bool = False,
+               images: int = 1, tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False,
                prefix: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
-        `<image>` (before it, where it doesn't), and the caption, at most `max_tokens` long, with the newline
-        or token that ends it. Also returns which of the ids are targets: those of the caption, with `prefix`
-        those of the text's words too.
+        `<image>` (before it as many as `images`, where it doesn't), and the caption, at most `max_tokens` long,
+        with the newline or token that ends it. Also returns which of the ids are targets: those of the caption,
+        with `prefix` those of the text's words too.
 
-        `tiles`: rows and columns of each picture (unless given, all are seen as a whole, and a text that
-        names none has one). Text is data: a special token that it spells is read as plain text. With `raw` it
-        is the whole prompt, special tokens are read, and there is no format.
+        `tiles` yields rows and columns of each picture (unless given, all are seen as a whole). Text is data: a
+        special token that it spells is read as plain text. With `raw` it is the whole prompt, special tokens
+        are read, and there is no format.
         """
         format = OURS if raw else self.format
-        images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
-        text = text[images * len(IMAGE):]
-        if not images and IMAGE not in text:
-            images = 1 if tiles is None else len(tiles)
+        if IMAGE in text:
+            images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
+            text = text[images * len(IMAGE):]
         text = text or format.question
         head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
         prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
@@ -646,9 +647,8 @@ class VLM(nn.Module):
             raise InputError(f"token {self.placeholder} stands for a picture, and for a word of the prompt too")
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
         ids = ids[:first] + self.start + ids[first:]
-        pictures = iter(tiles or itertools.repeat((0, 0)))
         ids = [i for id in ids
-               for i in (self.image_tokens(*next(pictures)) if id == self.placeholder else (id,))]
+               for i in (self.image_tokens(*next(tiles)) if id == self.placeholder else (id,))]
         target = []
         if caption is not None:
             space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
@@ -741,9 +741,11 @@ class VLM(nn.Module):
         return inputs | dict(between=self.adapter.between(images, begins))
 
     def batch(self, examples: list[tuple[str, str]], max_tokens: int = 128,
+              tiles: Iterator[tuple[int, int]] = WHOLE,
               prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(text, answer) pairs to what `forward` takes: see `encode` and `data.stack`."""
-        rows = [self.encode(text, answer, max_tokens, prefix=prefix) for text, answer in examples]
+        """(text, answer) pairs, with pictures of these `tiles`, to what `forward` takes: see `encode` and
+        `data.stack`."""
+        rows = [self.encode(text, answer, max_tokens, tiles=tiles, prefix=prefix) for text, answer in examples]
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in stack(rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -774,53 +776,56 @@ class VLM(nn.Module):
             places, letters = spelling
             return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
 
-    def read_pictures(self, captions, batches, workers: int = 0):
+    def read_pictures(self, captions, batches, workers: int = 0, split: bool | None = None):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
-        be read, their pixels (P,3,H,W) (None if P is 0), and {index: reason} of the others."""
+        be read, their pixels as Views (None if there are none), and {index: reason} of the others. `split`: as
+        for `caption`."""
         cuda = self.device.type == "cuda"
-        for indices, pixels, bad in torch.utils.data.DataLoader(
-                Pixels(captions, self.vit.preprocess), batch_sampler=batches, collate_fn=Pixels.collate,
-                num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals):
-            yield indices, None if pixels is None else pixels.to(self.device, non_blocking=cuda), bad
+        pictures = Pixels(captions, self.vit.preprocess, self.split if split is None else split)
+        for indices, views, bad in torch.utils.data.DataLoader(
+                pictures, batch_sampler=batches, collate_fn=Pixels.collate, num_workers=workers, pin_memory=cuda,
+                worker_init_fn=ignore_signals):
+            yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda)), bad
 
-    def encode_pictures(self, captions, batches, workers: int = 0):
-        """As `read_pictures`, but yields features (P,N,Dv) in place of the pixels."""
-        for indices, pixels, bad in self.read_pictures(captions, batches, workers):
-            yield indices, None if pixels is None else self.features(pixels), bad
+    def encode_pictures(self, captions, batches, workers: int = 0, split: bool | None = None):
+        """As `read_pictures`, but yields features in place of the pixels."""
+        for indices, views, bad in self.read_pictures(captions, batches, workers, split):
+            yield indices, views and views._replace(x=self.features(views.x)), bad
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
-            split: bool = True) -> tuple[list[list[int]], torch.Tensor | None]:
+            split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:
         """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see
         `caption`."""
         prompt = self.config.get("prompt", "") if prompt is None else prompt
+        split = self.split if split is None else split
         groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
         if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
             raise InputError(f"the prompt has room for {prompt.count(IMAGE)} pictures, "
                              f"not {max(map(len, groups))}")
         cut = [[self.vit.preprocess.tiles(picture, split) for picture in group] for group in groups]
         pixels = [pixels for group in cut for pixels, *_ in group]
-        rows = [self.encode(prompt, tiles=[tiles for _, *tiles in group], raw=raw)[0] for group in cut]
+        rows = [self.encode(prompt, images=len(group), tiles=(tiles for _, *tiles in group), raw=raw)[0]
+                for group in cut]
         return rows, torch.cat(pixels) if pixels else None
 
     @torch.inference_mode()
     def caption(self, pictures: list = (), prompt: str | list[str] | None = None,
-                features: torch.Tensor | None = None, max_tokens: int = 60, raw: bool = False,
-                split: bool = True, **decoding) -> list[str]:
+                features: Views | None = None, max_tokens: int = 60, raw: bool = False,
+                split: bool | None = None, **decoding) -> list[str]:
         """One caption for each picture; a VLM of ours gives one line of text, without its newline.
 
         An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's
-        own prompt unless given) says `<image>`, or, where it says none, all before it. `features` (P,N,Dv),
-        one picture a caption, save the encoder's work where they are known; with them, `prompt` may be a
-        list. `raw`: see `encode`. `split`: in tiles, where the family does so. `decoding` goes to
-        `LLM.generate`.
+        own prompt unless given) says `<image>`, or, where it says none, all before it. `features` of all
+        pictures save the encoder's work where they are known; with them, `prompt` is a list. `raw`: see
+        `encode`. `split`: in tiles, where the family does so (unless given, as the run was trained).
+        `decoding` goes to `LLM.generate`.
         """
         if features is None:
             rows, pixels = self.ask(pictures, prompt, raw, split)
             features = None if pixels is None else self.features(pixels.to(self.device))
         else:
-            prompt = self.config.get("prompt", "") if prompt is None else prompt
-            prompts = prompt if isinstance(prompt, list) else [prompt] * len(features)
-            rows = [self.encode(prompt, raw=raw)[0] for prompt in prompts]
+            tiles, features = iter(features.tiles), features.x
+            rows = [self.encode(text, raw=raw, tiles=tiles)[0] for text in prompt]
         tokens = [torch.tensor(row, device=self.device) for row in rows]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
@@ -887,7 +892,7 @@ class VLM(nn.Module):
 
 # What config.json of a run may hold, beside what train.py adds
 KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,
-         "prompt": str, "train": list, "layer": int, "image_size": int, "placeholder": int}
+         "prompt": str, "train": list, "layer": int, "image_size": int, "placeholder": int, "split": bool}
 
 
 def check_run(config: dict) -> None:

@@ -898,29 +898,51 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 # ---------------------------------------------------------------------------------------------------------
 # Batches
 
-class Pixels(torch.utils.data.Dataset):
-    """The pictures of a caption set, preprocessed: item i is (i, pixels), or (i, the reason why it can't be read)."""
+class Views(NamedTuple):
+    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one picture's
+    after the other's; and how many views each picture has, and what rows and columns of tiles are among them
+    (0 and 0: it is seen as a whole alone)."""
+    x: torch.Tensor
+    counts: list[int]
+    tiles: list[tuple[int, int]]
 
-    def __init__(self, captions, preprocess: Callable[[Image.Image], torch.Tensor]):
-        self.captions, self.preprocess = captions, preprocess
+    @staticmethod
+    def whole(x: torch.Tensor) -> "Views":
+        """Of pictures that have a view each."""
+        return Views(x, [1] * len(x), [(0, 0)] * len(x))
+
+    def pick(self, order) -> "Views":
+        """The views of these of the pictures."""
+        ends = [*itertools.accumulate(self.counts, initial=0)]
+        return Views(self.x[[i for p in order for i in range(ends[p], ends[p + 1])]],
+                     [self.counts[p] for p in order], [self.tiles[p] for p in order])
+
+
+class Pixels(torch.utils.data.Dataset):
+    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or (i, the
+    reason why it can't be read)."""
+
+    def __init__(self, captions, preprocess, split: bool = False):
+        self.captions, self.preprocess, self.split = captions, preprocess, split
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, i: int) -> tuple[int, torch.Tensor | str]:
+    def __getitem__(self, i: int) -> tuple[int, tuple[torch.Tensor, int, int] | str]:
         try:
             picture = self.captions.picture(i)
             with named(self.captions.name(i)):
-                return i, self.preprocess(picture)
+                return i, self.preprocess.tiles(picture, self.split)
         except InputError as error:
             return i, str(error)
 
     @staticmethod
-    def collate(items: list) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
-        """Indices of the readable pictures, their pixels (P,3,H,W) (None if P is 0), and what's wrong with the others."""
-        good = [(i, pixels) for i, pixels in items if not isinstance(pixels, str)]
-        pixels = torch.stack([pixels for _, pixels in good]) if good else None
-        return [i for i, _ in good], pixels, {i: reason for i, reason in items if isinstance(reason, str)}
+    def collate(items: list) -> tuple[list[int], Views | None, dict[int, str]]:
+        """Indices of the readable pictures, their pixels (None if there are none), and what's wrong with the others."""
+        good = [(i, seen) for i, seen in items if not isinstance(seen, str)]
+        views = Views(torch.cat([x for _, (x, *_) in good]), [len(x) for _, (x, *_) in good],
+                      [tuple(tiles) for _, (_, *tiles) in good]) if good else None
+        return [i for i, _ in good], views, {i: reason for i, reason in items if isinstance(reason, str)}
 
 
 def ignore_signals(worker: int) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, clean, complain, few_shot, in_order, judge,
+from data import (IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot, in_order, judge,
                   nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
 from lora import merge_lora
 
@@ -262,7 +262,7 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
     """
     adapter, P = vlm.adapter, len(features)
-    ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), tiles=[(0, 0)] * P, raw=raw)
+    ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
     tokens, where, targets = stack([(ids, wanted)])
     readers = [module for name, module in adapter.named_modules() if re.fullmatch(adapter.readers, name)]
     writers = [block.attention for block in (vlm.llm if vlm.slots else adapter).blocks]
@@ -392,14 +392,16 @@ def pictures_of(name: str) -> list[str]:
 
 def caption_set(vlm: VLM, captions, batches, decoding: dict,
                 shots: list[tuple[torch.Tensor, str]] = ()) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features) pairs, each after the same `shots`: features
-    (N,Dv) of a picture and its caption. Returns {index: caption}."""
-    texts = {}
+    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`: features
+    (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
+    texts, K = {}, len(shots)
     for indices, features in batches:
         prompt = decoding.get("prompt")
         asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
         asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
-        shown = torch.stack([picture for last in features for picture in (*(shot for shot, _ in shots), last)])
+        shown = Views(torch.cat([*(shot[None] for shot, _ in shots), features.x]),
+                      [1] * K + features.counts, [(0, 0)] * K + features.tiles)
+        shown = shown.pick([p for i in range(len(indices)) for p in (*range(K), K + i)])
         texts.update(zip(indices, vlm.caption(features=shown, **decoding | {"prompt": asked})))
     return texts
 
@@ -435,7 +437,8 @@ def main() -> None:
         help="a solved example, to come before each picture; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
-    add("--no-split", action="store_true", help="see a picture as a whole only, not in tiles too")
+    add("--split", action=argparse.BooleanOptionalAction,
+        help="see a picture in tiles too, where the model can (default: as it was trained)")
     add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
 
     add = parser.add_argument_group("caption sets").add_argument
@@ -482,7 +485,7 @@ def main() -> None:
     if args.merge_lora:
         merge_lora(vlm)
     vlm.pack()
-    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=not (args.no_split or args.attention))
+    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=False if args.attention else args.split)
     decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
@@ -529,7 +532,8 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, s
         bad = {}
 
         def read():
-            for indices, features, found in vlm.encode_pictures(captions, in_order(len(captions), args.batch), args.workers):
+            for indices, features, found in vlm.encode_pictures(
+                    captions, in_order(len(captions), args.batch), args.workers, decoding["split"]):
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features

@@ -31,7 +31,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (InputError, Shapes, Shards, arrange, caption_data, draw_caption, draw_layout, draw_shots,
+from data import (InputError, Shapes, Shards, Views, arrange, caption_data, draw_caption, draw_layout, draw_shots,
                   few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
                   read_json, read_metadata, read_tensors, run, shuffled, skip, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--from", dest="origin", metavar="NAME", help="start from a public VLM: a folder or a hub name")
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
+    add("--split", action="store_true",
+        help="see a picture in tiles too, as the family of --from does, which takes more time and memory")
     add("--image-size", type=int, metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
     add("--layer", type=int, metavar="I",
@@ -336,16 +338,18 @@ def united(bad: dict[int, str]) -> dict[int, str]:
 
 
 class Encoded:
-    """A caption set with the features (P,N,Dv) of its pictures, zeros for those in `bad` {index: reason}, which
-    can't be read; `readable` are the indices of the others. Each process encodes its share."""
+    """A caption set whose pictures are encoded; those in `bad` {index: reason} can't be read. With `keep` that is
+    done once, each process its share, and `features` (P,N,Dv) are those of all, zeros of the bad ones; else
+    whenever they are asked for."""
 
-    def __init__(self, vlm: VLM, captions, args: argparse.Namespace):
-        self.vlm, self.captions, self.args = vlm, captions, args
-        self.encode()
+    def __init__(self, vlm: VLM, captions, args: argparse.Namespace, keep: bool = True):
+        self.vlm, self.captions, self.args, self.bad, self.features = vlm, captions, args, {}, None
+        if keep:
+            self.encode()
 
     def encode(self) -> None:
         """Computes the features, or with --features takes them from a mapped file, which may be there already."""
-        vlm, captions, args, self.bad = self.vlm, self.captions, self.args, {}
+        vlm, captions, args = self.vlm, self.captions, self.args
         side = vlm.vit.config.image_size
         with torch.no_grad():
             one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
@@ -370,7 +374,6 @@ class Encoded:
             self.features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
             for i in (~marks).nonzero().flatten().tolist():
                 self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
-        self.readable = [i for i in range(len(captions)) if i not in self.bad]
 
     @torch.no_grad()
     def encoded(self, one: torch.Tensor):
@@ -382,7 +385,7 @@ class Encoded:
             skip(self.bad, found, captions)
             rows = one.new_zeros(len(chunk), *one.shape[1:])
             if indices:
-                rows[[i - chunk[0] for i in indices]] = features
+                rows[[i - chunk[0] for i in indices]] = features.x
             total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
         self.bad.update(united(self.bad))
@@ -399,11 +402,25 @@ class Encoded:
             digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
+    @property
+    def readable(self) -> list[int]:
+        return [i for i in range(len(self.captions)) if i not in self.bad]
+
+    def of(self, indices: list[int]) -> Views:
+        """The kept features of these pictures."""
+        return Views.whole(self.features[indices].to(self.vlm.device))
+
     def batches(self, size: int, first: int = 0):
         """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
-        for i in range(first, len(self.readable), size):
-            indices = self.readable[i:i + size]
-            yield indices, self.features[indices].to(self.vlm.device)
+        readable = self.readable[first:]
+        batches = [readable[i:i + size] for i in range(0, len(readable), size)]
+        if self.features is not None:
+            yield from ((indices, self.of(indices)) for indices in batches)
+            return
+        for indices, features, found in self.vlm.encode_pictures(self.captions, batches, self.args.workers):
+            skip(self.bad, found, self.captions)
+            if indices:
+                yield indices, features
 
 
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
@@ -609,9 +626,11 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
     versions = {name: importlib.metadata.version(name) for name in (
         "torch", "numpy", "tiktoken", "safetensors", "pillow")}
     whole = args.train.split(",")
-    config = dict(**parts, prompt=args.prompt, train=whole, layout=args.layout, processes=WORLD,
+    config = dict(**parts, prompt=args.prompt, split=args.split, train=whole, layout=args.layout, processes=WORLD,
                   training=vars(args), versions=dict(python=platform.python_version(), **versions))
     vlm = build(config, dtype, whole)
+    if args.split and "max_image_size" not in vlm.vit.preprocess.settings:
+        raise InputError("--split: this model sees every picture as a whole alone")
     choose_trained(vlm, args)
     if args.shard and WORLD > 1:
         spread(vlm, device)
@@ -628,9 +647,10 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
         torch.manual_seed(args.seed)
         self.vlm = vlm = make_vlm(args, self.device)
-        self.fixed = not any(p.requires_grad for p in vlm.vit.parameters())  # features stay the same
-        if (args.cache_features or args.features) and (self.streamed or not self.fixed):
+        fixed = not args.split and not any(p.requires_grad for p in vlm.vit.parameters())
+        if (args.cache_features or args.features) and (self.streamed or not fixed):
             why = ("shards are streamed, more than can be kept" if self.streamed else
+                   "with --split a picture has more than can be kept" if args.split else
                    "the encoder is trained, so that its features change")
             raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
         self.fused, self.layouts = self.device.type != "mps", layout_weights(args.layout)
@@ -655,8 +675,8 @@ class Run:
                  f"{sum(p.numel() for p in vlm.trained.values()):,} trained parameters, "
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
 
-        self.val, self.unseen = Encoded(vlm, val, args), unseen
-        cache = self.cache_features()
+        self.val, self.unseen = Encoded(vlm, val, args, fixed), unseen
+        cache = self.cache_features() if fixed and not self.streamed else False
         if not args.resume and not RANK:
             args.cache_features = cache  # for good: kept features differ from others in the last bits
             write_json(self.folder / "config.json", vlm.config)
@@ -672,27 +692,27 @@ class Run:
         args, cache = self.args, self.args.cache_features
         if cache is None:
             size = len(self.train) * self.val.features[0].nbytes
-            cache = (self.fixed and not self.streamed and args.steps * args.batch >= len(self.train)
-                     and bool(args.features or size < free_memory(self.device) / 2))
+            cache = args.steps * args.batch >= len(self.train) and bool(
+                args.features or size < free_memory(self.device) / 2)
             cache = bool(total(torch.tensor(int(cache), device=self.device)) == WORLD)
         return cache
 
     def pictures(self):
         """Yields this process's share of each step's batch, from step `first` on: indices, and features or,
-        where these aren't kept, pixels."""
+        where these aren't kept, pixels, as Views."""
         args, size = self.args, self.size
         mine = slice(RANK * size, RANK * size + size)
         if self.kept:
             readable = self.kept.readable
             for batch in shuffled(len(readable), args.batch, args.seed, self.first):
                 indices = [readable[i] for i in batch[mine]]
-                yield indices, self.kept.features[indices].to(self.device)
+                yield indices, self.kept.of(indices)
         batches = (self.train.batches(size, args.seed, self.first, RANK, WORLD) if self.streamed else
                    (batch[mine] for batch in shuffled(len(self.train), args.batch, args.seed, self.first)))
-        for indices, pixels, found in self.vlm.read_pictures(self.train, batches, args.workers):
+        for indices, views, found in self.vlm.read_pictures(self.train, batches, args.workers):
             skip(self.bad, found, self.train)
             if indices:
-                yield indices, pixels
+                yield indices, views
 
     def draw(self, indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int], list[str]]:
         """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
@@ -707,7 +727,7 @@ class Run:
             order += shown
         return examples, order, [self.train.captions(indices[j])[0] for j in order]
 
-    def step(self, step: int, indices: list[int], inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole, NaN where its gradients
         weren't finite and changed nothing, and how many tokens were read here."""
         args, vlm = self.args, self.vlm
@@ -715,22 +735,25 @@ class Run:
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args)
-        part_size = self.size // args.accumulate
-        parts = [slice(i, i + part_size) for i in range(0, len(indices), part_size)]
         epoch = step if self.streamed else step * args.batch // len(self.train)
         spell = args.spell * (step < 0.6 * args.steps)
-        drawn = [self.draw(indices[part], epoch) for part in parts]
-        batches = [(vlm.batch(examples, args.max_tokens, args.prefix_loss), order,
-                    vlm.spelling(captions if spell else [])) for examples, order, captions in drawn]
-        counts = torch.tensor([sum(len(targets) for (_, _, targets), _, _ in batches),
+        batches = []
+        for part in in_order(len(indices), self.size // args.accumulate):
+            views = inputs.pick(part)
+            examples, order, captions = self.draw([indices[i] for i in part], epoch)
+            tokens = vlm.batch(examples, args.max_tokens, (views.tiles[i] for i in order), args.prefix_loss)
+            batches.append((*tokens, views, order, vlm.spelling(captions if spell else [])))
+        counts = torch.tensor([sum(len(targets) for _, _, targets, *_ in batches),
                                sum(len(letters) for *_, (_, letters) in batches)], device=self.device)
         count, letters = total(counts).clamp(min=1)  # targets of the whole batch; tokens to be spelled
         loss = torch.zeros((), device=self.device)
-        for part, ((tokens, where, targets), order, spelling) in zip(parts, batches):
+        for batch in batches:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
-                self.forward.require_backward_grad_sync = part is parts[-1]
-            features = inputs[part] if self.kept else vlm.features(inputs[part])
-            nats, spelled = self.forward(tokens, features[order], where, targets, spelling)
+                self.forward.require_backward_grad_sync = batch is batches[-1]
+            tokens, where, targets, views, order, spelling = batch
+            if not self.kept:
+                views = views._replace(x=vlm.features(views.x))
+            nats, spelled = self.forward(tokens, views.pick(order).x, where, targets, spelling)
             nats = nats.sum() / count
             loss += nats.detach()
             # DDP takes the mean over the processes
@@ -742,14 +765,12 @@ class Run:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total(loss).masked_fill(broken, torch.nan), sum(batch[0].numel() for batch, _, _ in batches)
+        return total(loss).masked_fill(broken, torch.nan), sum(tokens.numel() for tokens, *_ in batches)
 
     # All processes validate alike: for one of them the others would have to wait.
     def validate(self) -> dict[str, float]:
         """Nats a token on the validation set, one caption a picture, whatever layouts are trained; and how
         often it is right about which captions match, where it learns that."""
-        if not self.fixed:
-            self.val.encode()
         self.vlm.eval()
         found = {"val": self.loss(self.val)}
         if "text-image" in self.layouts:
@@ -763,8 +784,8 @@ class Run:
         for indices, features in data.batches(self.size):
             tokens, where, targets = self.vlm.batch(
                 [arrange("image-text", data.captions, i, self.args.seed, 0, self.vlm.prompt_for) for i in indices],
-                self.args.max_tokens)
-            nats += self.forward(tokens, features, where, targets).sum().item()
+                self.args.max_tokens, iter(features.tiles))
+            nats += self.forward(tokens, features.x, where, targets).sum().item()
             count += len(targets)
         return nats / count
 
@@ -778,7 +799,7 @@ class Run:
             losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
                 tokens, where, targets = self.vlm.batch([(text, answer) for text, _ in asked])
-                nats = self.forward(tokens, features, where, targets)
+                nats = self.forward(tokens, features.x, where, targets)
                 losses.append(nats.new_zeros(len(asked)).index_add(0, where // tokens.shape[1], nats))
             yes = (losses[0] < losses[1]).tolist()
             right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
@@ -827,12 +848,10 @@ class Run:
         vlm.eval()
         for part in {"llm", "vit"} & {*args.train.split(",")}:
             getattr(vlm, part).to(vlm.dtype)
-        if "vit" in args.train.split(","):
-            self.val.encode()
         sets = {"val": self.val} if self.unseen is None else {
-            "test": self.val, "unseen": Encoded(vlm, self.unseen, args)}
-        shots = [(self.val.features[i].to(self.device), draw_caption(self.val.captions.captions(i), args.seed, 0, i))
-                 for i in self.val.readable[:args.shots]]
+            "test": self.val, "unseen": Encoded(vlm, self.unseen, args, self.val.features is not None)}
+        indices, views = next(self.val.batches(args.shots)) if args.shots else ([], Views([], [], []))
+        shots = [(x, draw_caption(self.val.captions.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
         scores, sections = {}, []
         for label, data in sets.items():
             texts = caption_set(vlm, data.captions, data.batches(64), {})

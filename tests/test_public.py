@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -29,7 +30,7 @@ def answers_equal_the_reference(folder, golden: dict) -> None:
     asked = ASKED_OF_ONE if vlm.config["adapter"] == "qformer" else ASKED
     for i, (sizes, text) in enumerate(asked[:sum(key.startswith("ids") for key in golden)]):
         cut = [vlm.vit.preprocess.tiles(picture(*size)) for size in sizes]
-        ids, targets = vlm.encode(text, tiles=[tiles for _, *tiles in cut])
+        ids, targets = vlm.encode(text, images=len(cut), tiles=(tiles for _, *tiles in cut))
         assert not any(targets) and ids == golden[f"ids{i}"].tolist()
         features = None
         if cut:
@@ -179,6 +180,38 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
     assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
     assert command(monkeypatch, train, *options, "--out", "other", "--adapter", "linear") == 2
     assert "--adapter means nothing with --from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("smolvlm", "nanovlm_tiles"))
+def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        picture(20 + 17 * i, 40).save(f"{i}.png")
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(8)))
+    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--precision", "float32", "--split"]
+    assert command(monkeypatch, train, *options, "--out", "run", "--val", "captions.csv", "--val-size", "8") == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    scored = [json.loads(line) for line in Path("run/captions-val.jsonl").read_text().splitlines()]
+    vlm, nats, tiles = VLM.from_pretrained("run"), [], []
+    for i, line in enumerate(scored):
+        shown = Image.open(f"{i}.png")
+        assert vlm.caption([shown]) == [line["caption"]]
+        pixels, *seen = vlm.vit.preprocess.tiles(shown)
+        tiles.append(len(pixels))
+        tokens, where, targets = vlm.batch([("", f"It is {i}")], tiles=iter([seen]))
+        with torch.no_grad():
+            nats += vlm(tokens, vlm.features(pixels), where, targets).tolist()
+    assert len({*tiles}) > 2 and [line["val"] for line in lines if "val" in line][-1] == pytest.approx(
+        sum(nats) / len(nats), abs=1e-5)
+    for more, same in ([], True), (["--no-split"], False):
+        score = ["--model", "run", "--data", "captions.csv", "--save", "said.jsonl", "--precision", "float32"]
+        assert command(monkeypatch, sample, *score, "--workers", "0", *more) == 0
+        assert ([json.loads(line) for line in Path("said.jsonl").read_text().splitlines()] == scored) is same
+    capsys.readouterr()
+    assert command(monkeypatch, train, *QUICK, "--split") == 2
+    assert "--split: this model sees every picture as a whole alone" in capsys.readouterr().err
+    assert command(monkeypatch, train, *options, "--out", "other", "--cache-features") == 2
+    assert "with --split a picture has more than can be kept" in capsys.readouterr().err
 
 
 def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):

@@ -63,7 +63,11 @@ class Planted(torch.nn.Module):
         super().__init__()
         self.target = target
 
-    def forward(self, q, k, *_):
+    def keys(self, k, v):
+        return k, v
+
+    def forward(self, q, k=None, *_, mask=None, kv=None):
+        k = kv[0] if kv else k
         S = (k if isinstance(k, torch.Tensor) else q).shape[1]
         keys, at = torch.eye(S), [self.target(i, S) for i in range(q.shape[1])]
         keys = keys.expand(len(q), 1, S, S)
@@ -337,9 +341,9 @@ def test_workers_may_be_spawned():
     captions = Shapes(3, "test")
     loader = torch.utils.data.DataLoader(Pixels(captions, vlm.vit.preprocess), batch_size=3, num_workers=1,
                                          collate_fn=Pixels.collate, multiprocessing_context="spawn")
-    (indices, pixels, bad), = loader
+    (indices, views, bad), = loader
     assert indices == [0, 1, 2] and not bad
-    assert torch.equal(pixels[2], vlm.vit.preprocess(captions.picture(2)))
+    assert torch.equal(views.x[2], vlm.vit.preprocess(captions.picture(2)))
 
 
 @pytest.mark.parametrize("name", FILES)

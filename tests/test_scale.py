@@ -41,7 +41,7 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
     run = [*torchrun, ROOT / "train.py", *options, "--out", "two"]
     done = subprocess.run(run, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 4/4") == 1 and "encoded 8 pictures" in done.stdout
+    assert done.stdout.count("step 4/4") == 1
     assert command(monkeypatch, train, *options, *of_one, "--out", "one") == 0
     assert losses("two") == pytest.approx(losses("one"), abs=1e-4) and len(losses("two")) == 6
     one, two = (load_file(f"{run}/adapter.safetensors") for run in ("one", "two"))
