@@ -238,8 +238,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
                 Shapes(args.val_size, "unseen"))
     train = caption_data(args.data, args.images, args.buffer)
     if args.val:
-        val = caption_data(args.val, args.images or Path(args.data).parent)
-        return train, val.held_out(args.val_size, args.seed)[1], None
+        return train, caption_data(args.val, args.images).held_out(args.val_size, args.seed)[1], None
     train, val = train.held_out(args.val_size, args.seed, 20)
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
