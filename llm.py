@@ -196,6 +196,7 @@ class LLM(nn.Module):
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.config = config
+        self.recomputes = False  # what a block kept for the backward pass: a third more time, little memory
         # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.hidden), freeze=False)
         project = config.width != config.hidden
@@ -237,7 +238,8 @@ class LLM(nn.Module):
         for layer, (block, rope, window) in enumerate(zip(self.blocks, config.ropes, config.windows)):
             if between is not None:
                 x = between(layer, x, positions)
-            x = block(x, turns[rope], masks[window], cache, layer)
+            inputs = x, turns[rope], masks[window], cache, layer
+            x = recompute(block, *inputs, use_reentrant=False) if self.recomputes else block(*inputs)
         if cache is not None:
             cache.length += T
         return self.project_out(self.norm(x))  # (B,T,D)

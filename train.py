@@ -131,6 +131,9 @@ def make_parser() -> argparse.ArgumentParser:
     machine_options(speed)
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the step (default: on a CUDA GPU)")
+    add("--recompute", action="store_true",
+        help="keep little of what the LLM computes for the backward pass, and compute it again: a third more "
+             "time for a fraction of the memory")
     add("--cache-features", action=argparse.BooleanOptionalAction,
         help="encode every picture once and keep the features (default: when they take less than half of the "
              "free memory, and the steps see each picture at least once)")
@@ -631,6 +634,7 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
     if args.split and "max_image_size" not in vlm.vit.preprocess.settings:
         raise InputError("--split: this model sees every picture as a whole alone")
     choose_trained(vlm, args)
+    vlm.llm.recomputes = args.recompute
     if args.shard and WORLD > 1:
         spread(vlm, device)
     return vlm.to(device).train()
@@ -887,4 +891,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "a higher --accumulate, or a smaller --batch, --max-tokens or --precision")
+    run(main, "--recompute, a higher --accumulate, or a smaller --batch, --max-tokens or --precision")

@@ -104,6 +104,20 @@ def test_images_are_to_spell_captions(fixtures):
     assert torch.equal(lost, vlm(tokens, features, where, targets))
 
 
+def test_what_is_computed_again_is_the_same(fixtures):
+    """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
+    vlm, runs = small(fixtures).train(), []
+    vlm.llm.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    tokens, where, targets = vlm.batch([("", "abc"), ("a", "b")])
+    features = vlm.features(torch.randn(2, 3, 30, 30))
+    found = []
+    for vlm.llm.recomputes in (False, True):
+        vlm.zero_grad()
+        vlm(tokens, features, where, targets).mean().backward()
+        found.append({name: p.grad.clone() for name, p in vlm.trained.items()})
+    assert len(runs) == 3 and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_loss_in_parts_is_the_same():
     """However few scores exist at a time, the losses and their gradients are those of all at once."""
     torch.manual_seed(0)
