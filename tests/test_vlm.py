@@ -107,7 +107,7 @@ def test_images_are_to_spell_captions(fixtures):
 def test_what_is_computed_again_is_the_same(fixtures):
     """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
     vlm, runs = small(fixtures).train(), []
-    vlm.llm.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    vlm.llm.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
     tokens, where, targets = vlm.batch([("", "abc"), ("a", "b")])
     features = vlm.features(torch.randn(2, 3, 30, 30))
     found = []
