@@ -857,12 +857,12 @@ class Run:
         shots = [(x, draw_caption(self.val.captions.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
         scores, sections = {}, []
         for label, data in sets.items():
-            texts = caption_set(vlm, data.captions, data.batches(64), {})
+            texts = caption_set(vlm, data.captions, data.batches(64))
             row, ratings = rate(data.captions, texts)
             scores[f"{label} ({len(texts)})"] = row
             first = len(shots) * (data is self.val)  # no picture comes before itself
             if shots and first < len(data.readable):
-                after = caption_set(vlm, data.captions, data.batches(64, first), {}, shots)
+                after = caption_set(vlm, data.captions, data.batches(64, first), shots)
                 scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(data.captions, after)[0]
             if "text-image" in self.layouts:
                 row["matching"] = self.matching(data)
