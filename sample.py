@@ -310,7 +310,8 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output unread"
+EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
+              "130 Ctrl-C, 143 SIGTERM, 141 broken pipe")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -502,18 +503,22 @@ def main() -> None:
         names = files[i:i + group]
         try:
             pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
+            inputs = dict(pictures=pictures, **asking)
+            if args.show_prompt or args.attention:
+                (ids,), pixels = vlm.ask(**inputs)
             if args.show_prompt:
-                (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
-            text, = vlm.caption(pictures, **decoding | asking)
+            if args.attention:
+                features = vlm.features(pixels.to(device))
+                inputs |= dict(features=Views.whole(features), prompt=[asking["prompt"]])
+            text, = vlm.caption(**decoding | inputs)
             if args.json:
                 line = dict(image=names if group > 1 else names[0], caption=text)
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
-                _, pixels = vlm.ask(pictures, **asking)
-                looks = look(vlm, vlm.features(pixels.to(device)), asking["prompt"], text, args.raw_prompt)
+                looks = look(vlm, features, asking["prompt"], text, args.raw_prompt)
                 sections.append((text, spotlights(vlm, pixels, looks)))
         except InputError as error:  # one bad picture doesn't cost the others their captions
             complain(error)
