@@ -310,7 +310,8 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output unread"
+EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
+              "130 Ctrl-C, 143 SIGTERM, 141 broken pipe")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
