@@ -1,4 +1,4 @@
-"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins ViT, adapter, LLM.
+"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins the three parts.
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
@@ -526,8 +526,9 @@ class VLM(nn.Module):
     their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
     (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
-    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
-    config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
+    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts
+    that were trained whole, of "adapter", "llm", "vit"; the adapter, where config.json says nothing), and what
+    train.py adds. `dtype` is what is computed in, unless given that of
     the LLM's weights; parts that are trained whole are held in float32 meanwhile. `file` holds the tensors
     that the adapter is to take: where they aren't of the sizes in `config`, that is an InputError before any
     are made.
@@ -550,7 +551,8 @@ class VLM(nn.Module):
         self.split = config.get("split", True)
         self.image_position = config.get("image_position", "sequence")
         one_of(IMAGE_POSITIONS, "image position", self.image_position)
-        self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
+        self.vit, self.llm = vit.requires_grad_(False), llm.requires_grad_(False)
+        self.tokenizer, self.config = tokenizer, config
         if file:
             with torch.device("meta"):
                 adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
@@ -811,8 +813,8 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
                **decoding) -> list[str]:
-        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all views of their pictures (None
-        if there are none); a VLM of ours gives one line, without its newline. `decoding`: see `LLM.generate`."""
+        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all views of their pictures
+        (None if V is 0); a VLM of ours gives one line, without its newline. `decoding`: see `LLM.generate`."""
         tokens = [torch.tensor(row, device=self.device) for row in rows]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
@@ -825,10 +827,10 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,
                 **decoding) -> list[str]:
-        """One caption for each entry of `pictures`: a PIL.Image, or a list of any number of them, as many as `prompt`
-        (the run's own prompt unless given) says `<image>`, or, where it says none, all before it. `raw`: see
-        `encode`. `split`: in tiles, where the family does so (unless given, as the run was trained).
-        `decoding`: see `answer`."""
+        """One caption for each entry of `pictures`: a PIL.Image, or a list of any number of them, as many as
+        `prompt` (the run's own prompt unless given) says `<image>`, or, where it says none, all before it.
+        `raw`: see `encode`. `split`: in tiles, where the family does so (unless given, as the run was
+        trained). `decoding`: see `answer`."""
         rows, pixels = self.ask(pictures, prompt, raw, split)
         return self.answer(rows, None if pixels is None else self.features(pixels), **decoding)
 
