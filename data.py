@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -93,7 +94,10 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:  # what is left of the output may find its reader gone
+            sys.stdout.flush()
     except (InputError, torch.OutOfMemoryError) as error:
         complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
         sys.exit(2)
@@ -108,6 +112,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
     process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
+            if time.time() - left.stat().st_mtime > 86_400:  # who writes for a day without a byte was killed
+                left.unlink()
     with guard(path, "can't be written"):
         try:
             write(temporary)

@@ -722,7 +722,12 @@ class ByteLevel:
 
     def encode(self, text: str, first: bool) -> list[int]:
         text = " " * (self.prefix_space and text[0] != " ") + text
-        return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+        try:
+            return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+        except BaseException as error:  # a panic of tiktoken's is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer's pattern can't split this text ({error})") from None
 
 
 class Pieces:
