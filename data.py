@@ -8,6 +8,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import gc
 import glob
 import hashlib
 import io
@@ -34,6 +35,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
+gc.freeze()  # what was imported: to look through it for garbage takes longer than to load a small model
 
 
 class InputError(Exception):
