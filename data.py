@@ -213,10 +213,11 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     if reference.is_file():
         with guard(reference):
             snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-            whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
-        if weights and whole:
-            return snapshot
-        if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            if weights:
+                found = all(file.is_file() for file in (snapshot / "config.json", *shards(snapshot)))
+            else:
+                found = any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+        if found:
             return snapshot
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
@@ -228,55 +229,47 @@ def download(name: str, repository: Path, weights: bool) -> Path:
     cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
     short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    try:
-        with urllib.request.urlopen(f"{endpoint}/api/models/{name}/revision/main?blobs=true", timeout=30) as reply:
-            info = json.load(reply)
-        revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
-        if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
-            raise ValueError(f"revision {revision!r}")
-        snapshot = repository / "snapshots" / revision
-        snapshot.mkdir(parents=True, exist_ok=True)
 
-        def fetch(file: str) -> None:
-            if (snapshot / file).is_file():
-                return
-            print(f"downloading {name}/{file}", file=sys.stderr)
-            digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
-            part = (snapshot / file).with_name(f".{Path(file).name}.part")
-            part.parent.mkdir(exist_ok=True)
-            torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
-                                           progress=sys.stderr.isatty())
-            if part.stat().st_size != files[file].get("size", part.stat().st_size):
-                part.unlink()
-                raise ValueError(f"{file} came incomplete: run the command again")
-            os.replace(part, snapshot / file)
+    def fetch(file: str) -> None:
+        if (snapshot / file).is_file():
+            return
+        if file not in files:
+            raise InputError(f"{name}: the repository holds no {file}")
+        print(f"downloading {name}/{file}", file=sys.stderr)
+        digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
+        part = (snapshot / file).with_name(f".{Path(file).name}.part")
+        part.parent.mkdir(exist_ok=True)
+        torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
+                                       progress=sys.stderr.isatty())
+        if part.stat().st_size != files[file].get("size", part.stat().st_size):
+            part.unlink()
+            raise ValueError(f"{file} came incomplete: run the command again")
+        os.replace(part, snapshot / file)
 
-        for file in SMALL_FILES:
-            if file in files:
+    with guard(name, "no such folder, and the download failed"):
+        try:
+            model = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
+            with urllib.request.urlopen(model, timeout=30) as reply:
+                info = json.load(reply)
+            revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
+            if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
+                raise ValueError(f"revision {revision!r}")
+            snapshot, reference = repository / "snapshots" / revision, repository / "refs" / "main"
+            snapshot.mkdir(parents=True, exist_ok=True)
+            for file in filter(files.__contains__, SMALL_FILES):
                 fetch(file)
-        if not weights:
-            pass
-        elif WEIGHTS in files:
-            fetch(WEIGHTS)
-        elif INDEX in files:
-            fetch(INDEX)
-            for shard in shards(snapshot):
+            if weights and INDEX in files and WEIGHTS not in files:
+                fetch(INDEX)
+            for shard in shards(snapshot) if weights else ():
                 fetch(shard.name)
-        else:
-            raise ValueError("the repository holds no model.safetensors")
-        reference = repository / "refs" / "main"
-        reference.parent.mkdir(exist_ok=True)
-        write_file(reference, lambda path: path.write_text(revision))
-        return snapshot
-    except urllib.error.HTTPError as error:
-        hint = {401: "no such model, or it needs a login: download it with the hub's own client, then try again",
-                403: "access is restricted: ask for it on the model's page",
-                404: "no such model, or a file is gone"}.get(error.code, error.reason)
-        raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
-    except InputError:
-        raise
-    except Exception as error:  # the network's, or of an answer that no hub would give
-        raise InputError(f"{name}: no such folder, and the download failed: {error}") from None
+            reference.parent.mkdir(exist_ok=True)
+            write_file(reference, lambda path: path.write_text(revision))
+            return snapshot
+        except urllib.error.HTTPError as error:
+            hint = {401: "no such model, or it needs a login: download it with the hub's own client, then try again",
+                    403: "access is restricted: ask for it on the model's page",
+                    404: "no such model, or a file is gone"}.get(error.code, error.reason)
+            raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
 
 
 class Checkpoint:
@@ -921,9 +914,8 @@ class Views(NamedTuple):
 
     def pick(self, order) -> "Views":
         """The views of these of the pictures."""
-        ends = [*itertools.accumulate(self.counts, initial=0)]
-        return Views(self.x[[i for p in order for i in range(ends[p], ends[p + 1])]],
-                     [self.counts[p] for p in order], [self.tiles[p] for p in order])
+        views = self.x.split(self.counts)
+        return Views(torch.cat([views[p] for p in order]), *([of[p] for p in order] for of in self[1:]))
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -966,13 +958,11 @@ def in_order(size: int, batch: int) -> list[range]:
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
     """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other, a pure
     function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the next."""
-    orders = {}
+    epoch, done = divmod(step * batch, size)
+    epochs = (random.Random(f"{seed} {e}").sample(range(size), size) for e in itertools.count(epoch))
+    indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
     while True:
-        places = range(step * batch, (step + 1) * batch)
-        epochs = range(places[0] // size, places[-1] // size + 1)
-        orders = {e: orders[e] if e in orders else random.Random(f"{seed} {e}").sample(range(size), size) for e in epochs}
-        yield [orders[place // size][place % size] for place in places]
-        step += 1
+        yield [*itertools.islice(indices, batch)]
 
 
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1152,25 +1142,21 @@ def judge(caption: str, scene: Scene) -> dict[str, bool]:
     """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only where
     there are two things or more). Exact: every thing named once and nothing else, any number word right, and,
     of two things or more, at least one relation stated and all stated relations true."""
-    def spoken(groups):
-        return SIZE_WORDS[groups[1]], groups[2], groups[3]
-
-    said = [spoken(groups) for groups in re.findall(THING, caption) if groups[0] == "a"]
     truth = {thing[:3]: thing for thing in scene.things}
-    words = re.search(r"\b(one|two|three) objects?\b", caption)
+    said = [(SIZE_WORDS[size], colour, shape)
+            for article, size, colour, shape in re.findall(THING, caption) if article == "a"]
+    number = re.search(r"\b(one|two|three) objects?\b", caption)
     result = {skill: sorted(t[k] for t in said) == sorted(t[k] for t in truth)
-              for skill, k in (("shape", 2), ("colour", 1), ("size", 0))}
+              for k, skill in enumerate(("size", "colour", "shape"))}
     result["count"] = len(said) == len(truth) and (
-        words is None or ("one", "two", "three").index(words[1]) + 1 == len(truth))
-    exact = sorted(said) == sorted(truth) and result["count"]
+        not number or number[1] == ("one", "two", "three")[len(truth) - 1])
     if len(truth) > 1:
-        stated = []
-        relations = "|".join(RELATION_WORDS)
+        def thing(article, size, colour, shape):
+            return truth.get((SIZE_WORDS[size], colour, shape))
+
         # looked for from every thing on, so that "a … and a … above a …" is read as it is meant
-        for match in re.finditer(rf"(?={THING} (?:is )?({relations}) {THING})", caption):
-            a, b = spoken(match.groups()[:4]), spoken(match.groups()[5:])
-            stated.append(a in truth and b in truth and a != b
-                          and relation(truth[a], truth[b]) == RELATION_WORDS[match[5]])
-        result["relation"] = bool(stated) and all(stated)
-        exact = exact and result["relation"]
-    return {"exact": exact, **result}
+        found = re.findall(rf"(?={THING} (?:is )?({'|'.join(RELATION_WORDS)}) {THING})", caption)
+        stated = [(thing(*groups[:4]), RELATION_WORDS[groups[4]], thing(*groups[5:])) for groups in found]
+        result["relation"] = bool(stated) and all(
+            a and b and a != b and relation(a, b) == where for a, where, b in stated)
+    return {"exact": sorted(said) == sorted(truth) and result["count"] and result.get("relation", True), **result}
