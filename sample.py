@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -69,25 +70,23 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list
 def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
     """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
     the references."""
-    frequency = collections.Counter()
-    for refs in references:
-        frequency.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
-    pictures = math.log(len(references))
-
-    def vector(tokens):
-        weights = [{gram: count * (pictures - math.log(max(1, frequency[gram]))) for gram, count in ngrams(tokens, n).items()}
-                   for n in range(1, 5)]
-        return weights, [math.sqrt(sum(w * w for w in ws.values())) for ws in weights], max(0, len(tokens) - 1)
-
     scores = [0.0] * len(candidates)
-    for i, (candidate, refs) in enumerate(zip(candidates, references)):
-        mine, my_norms, my_length = vector(candidate)
-        for ref in refs:
-            theirs, norms, length = vector(ref)
-            penalty = math.exp(-(my_length - length) ** 2 / (2 * 6.0 ** 2))
-            for n in range(4):
-                dot = sum(min(w, theirs[n].get(gram, 0.0)) * theirs[n].get(gram, 0.0) for gram, w in mine[n].items())
-                scores[i] += penalty * dot / ((my_norms[n] * norms[n]) or 1.0) / 4 / len(refs) * 10
+    for n in range(1, 5):
+        frequency = collections.Counter(
+            gram for refs in references for gram in {gram for ref in refs for gram in ngrams(ref, n)})
+
+        def vector(tokens):
+            weights = {gram: count * math.log(len(references) / max(1, frequency[gram]))
+                       for gram, count in ngrams(tokens, n).items()}
+            return weights, math.hypot(*weights.values())
+
+        for i, (candidate, refs) in enumerate(zip(candidates, references)):
+            mine, norm = vector(candidate)
+            for ref in refs:
+                theirs, their_norm = vector(ref)
+                dot = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
+                penalty = math.exp(-(len(candidate) - len(ref)) ** 2 / (2 * 6.0 ** 2))
+                scores[i] += 10 * penalty * dot / (norm * their_norm or 1.0) / 4 / len(refs)
     return scores
 
 
@@ -114,11 +113,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for label, row in rows.items():
-        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in SHARES else
-                               f"{row[n]:.3f}" for n in names)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) + " |"
-                     for line in lines)
+        shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.3f}" for name, x in row.items()}
+        lines.append([label, *(shown.get(name, "") for name in names)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) + " |"
+                     for label, *cells in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -128,15 +127,9 @@ INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
 
 
 def wrap(text: str, font, width: int) -> str:
-    """Breaks a text in lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if font.getlength(longer) <= width else [*filter(None, lines[-1:]), word]
-        while font.getlength(line := lines[-1]) > width:  # a word that is longer than a line
-            cut = next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
-            lines[-1:] = [line[:cut], line[cut:]]
-    return "\n".join(lines)
+    """Breaks a text in lines of at most `width` pixels: of as many letters as all of them can have."""
+    broken = ("\n".join(textwrap.wrap(text, letters)) for letters in range(width, 1, -1))
+    return next((lines for lines in broken if max(map(font.getlength, lines.split("\n"))) <= width), text)
 
 
 def label(text: str, size: int, colour: str, width: int) -> Image.Image:
@@ -173,15 +166,15 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
-PANELS = ({"loss": ("training loss", BLUE), "val": ("validation loss", "#d55e00")},
+PANELS = ({"loss": ("training loss, nats per token", BLUE), "val": ("validation loss, nats per token", "#d55e00")},
           {"matching": ("image-text matching, share that is right", "#009e73")})
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers, evenly spaced, from `low` or below to `high` or above; about `most`."""
     rough = (high - low or abs(high) or 1) / most
-    step = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
-                if m * 10 ** math.floor(math.log10(rough)) >= rough)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
 
@@ -193,52 +186,43 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
                        if line.get(name) is not None and math.isfinite(line[name])}.items()]
               for panel in PANELS for name in panel}
     panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
-    last = max((step for points in series.values() for step, _ in points), default=1)
-    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # so large, then reduced
-    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
-    for row, panel in enumerate(panels):
+    last, drawn = max((step for points in series.values() for step, _ in points), default=1), []
+    px = 4  # drawn so large, then reduced: edges are smooth
+    left, top, right, bottom = 76 * px, 84 * px, (width - 32) * px, (height - 60) * px
+    for panel in panels:
+        image = Image.new("RGB", (width * px, height * px), "white")
+        draw = ImageDraw.Draw(image)
         values = [value for name in panel for _, value in series[name]] or [0, 1]
         scale = ticks(min(values), max(values))
-        left, top, right, bottom = 76, 84, width - 32, height - 60
+        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
 
         def place(step, value):
             return (left + (right - left) * step / last,
                     bottom - (bottom - top) * (value - scale[0]) / (scale[-1] - scale[0]))
 
-        plot = Image.new("RGB", (width * smooth, height * smooth), "white")
-        draw = ImageDraw.Draw(plot)
-        for value in scale:
-            draw.line([c * smooth for step in (0, last) for c in place(step, value)],
-                      GREY if value == scale[0] else "#dddddd", smooth)
-        for name, (_, colour) in panel.items():
-            points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
-            if len(points) > 1:
-                draw.line(points, colour, (3 if name == "loss" else 2) * smooth, "curve")
-            for x, y in points if name != "loss" or len(points) == 1 else ():
-                draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
-        image.paste(plot.reduce(smooth), (0, row * height))
-        draw = ImageDraw.Draw(image)
+        def write(x, y, text, anchor, colour=GREY, size=15):
+            draw.text((x, y), text, colour, font := ImageFont.load_default(size * px), anchor)
+            return font.getlength(text)
 
-        def write(x, y, text, anchor, colour=GREY, font=small):
-            draw.text((x, y + row * height), text, colour, font, anchor)
-
-        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
+        write(left, 18 * px, title * (panel is panels[0]), "lt", INK, 19)
         for value in scale:
-            write(left - 10, place(0, value)[1], f"{value:.{digits}f}", "rm")
+            _, y = place(0, value)
+            draw.line((left, y, right, y), GREY if value == scale[0] else "#dddddd", px)
+            write(left - 10 * px, y, f"{value:.{digits}f}", "rm")
         for step in ticks(0, last, 8):
             if step <= last:
-                write(place(step, 0)[0], bottom + 10, f"{step:g}", "mt")
-        write(right, bottom + 34, "steps", "rt")
-        write(left, 18, title * (row == 0), "lt", INK, large)
-        x = left
+                write(place(step, 0)[0], bottom + 10 * px, f"{step:g}", "mt")
+        write(right, bottom + 34 * px, "steps", "rt")
+        x, y = left, 60 * px  # of the legend
         for name, (label, colour) in panel.items():
-            if series[name]:
-                draw.line((x, row * height + 60, x + 28, row * height + 60), colour, 3)
-                if name != "loss":
-                    draw.circle((x + 14, row * height + 60), 4.5, colour)
-                write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
-                x += 76 + small.getlength(label + ", nats per token")
-    return image
+            if points := [place(*point) for point in series[name]]:
+                draw.line(points, colour, (3 if name == "loss" else 2) * px, "curve")
+                draw.line((x, y, x + 28 * px, y), colour, 3 * px)
+                for dot in [*points, (x + 14 * px, y)] if name != "loss" or len(points) == 1 else ():
+                    draw.circle(dot, 4.5 * px, colour, "white", px)
+                x += 76 * px + write(x + 36 * px, y, label, "lm", INK)
+        drawn.append(image.reduce(px))
+    return join(drawn, 0, down=True)
 
 
 def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
