@@ -553,15 +553,13 @@ class Captions(torch.utils.data.Dataset):
             text = self.file.read_text(encoding="utf-8-sig")
         pairs: dict[str, list[tuple[str, str]]] = {}
         with guard(self.file, "not a caption file that can be read"):
-            for image, caption, *question in read_pairs(text):
+            for image, caption, question in read_pairs(text):
                 caption = clean(caption) if isinstance(caption, str) else ""
                 if isinstance(image, str) and image and any(map(str.isalnum, caption)):
-                    pairs.setdefault(whole(image), []).append((caption, clean("".join(question))))
+                    pairs.setdefault(whole(image), []).append((caption, clean(question)))
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths = [folder / image for image in pairs]
-        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()]
-                                  for side in (0, 1))
+        self.paths, self.pairs = [folder / image for image in pairs], [*pairs.values()]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -570,10 +568,10 @@ class Captions(torch.utils.data.Dataset):
         return open_picture(self.paths[i])
 
     def captions(self, i: int) -> list[str]:
-        return self.texts[i]
+        return [caption for caption, _ in self.pairs[i]]
 
     def questions(self, i: int) -> list[str]:
-        return self.asked[i]
+        return [question for _, question in self.pairs[i]]
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
@@ -590,8 +588,7 @@ class Captions(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.texts, part.asked = (
-            [of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
+        part.paths, part.pairs = ([of[i] for i in indices] for of in (self.paths, self.pairs))
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
@@ -602,8 +599,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 def read_pairs(text: str):
-    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that
-    `Captions` lists."""
+    """Yields (image, caption, question) from the text of any of the formats that `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -613,7 +609,7 @@ def read_pairs(text: str):
         rows.fieldnames = names
         for row in rows:
             # an unquoted comma splits a caption: what csv puts under None is the rest of it
-            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])])
+            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])]), ""
         return
     try:
         data = json.loads(text)
@@ -622,7 +618,7 @@ def read_pairs(text: str):
     if isinstance(data, dict) and "annotations" in data:  # COCO
         files = {image["id"]: image["file_name"] for image in data["images"]}
         for note in data["annotations"]:
-            yield files[note["image_id"]], note["caption"]
+            yield files[note["image_id"]], note["caption"], ""
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
@@ -635,7 +631,7 @@ def read_pairs(text: str):
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
-                yield item["image"], caption
+                yield item["image"], caption, ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -646,13 +642,9 @@ KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
 
 class Pair(str):
     """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong."""
-    captions: list[str]
-    file: bytes
-    fault: str
 
-    @staticmethod
-    def of(name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
-        pair = Pair(name)
+    def __new__(cls, name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
+        pair = super().__new__(cls, name)
         pair.captions, pair.file, pair.fault = captions, file, fault and f"{name}: {fault}"
         return pair
 
@@ -693,12 +685,12 @@ def read_shard(path: Path):
         file = next((found[kind] for kind in KINDS if kind in found), b"")
         try:
             said = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
-            texts = [clean(text) for text in ([said] if isinstance(said, str) else said)]
+            texts = map(clean, [said] if isinstance(said, str) else said)
             texts = [text for text in texts if any(map(str.isalnum, text))]
             fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
-        yield Pair.of(name, texts, file, fault)
+        yield Pair(name, texts, file, fault)
 
 
 class Shards:
@@ -742,9 +734,9 @@ class Shards:
         rest, out = copy.copy(self), Captions.__new__(Captions)
         rest.paths = self.paths[1:]
         out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
+        out.pairs = [[(caption, "") for caption in pair.captions] for pair in out.paths]
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
-        out.texts, out.asked = ([of(pair) for pair in out.paths] for of in (self.captions, self.questions))
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
