@@ -236,7 +236,7 @@ def download(name: str, repository: Path, weights: bool) -> Path:
         if file not in files:
             raise InputError(f"{name}: the repository holds no {file}")
         print(f"downloading {name}/{file}", file=sys.stderr)
-        digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
+        digest = (files[file].get("lfs") or {}).get("sha256")  # which torch.hub compares
         part = (snapshot / file).with_name(f".{Path(file).name}.part")
         part.parent.mkdir(exist_ok=True)
         torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
@@ -248,25 +248,25 @@ def download(name: str, repository: Path, weights: bool) -> Path:
 
     with guard(name, "no such folder, and the download failed"):
         try:
-            model = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
-            with urllib.request.urlopen(model, timeout=30) as reply:
+            about = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
+            with urllib.request.urlopen(about, timeout=30) as reply:
                 info = json.load(reply)
             revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
             if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
                 raise ValueError(f"revision {revision!r}")
             snapshot, reference = repository / "snapshots" / revision, repository / "refs" / "main"
             snapshot.mkdir(parents=True, exist_ok=True)
-            for file in filter(files.__contains__, SMALL_FILES):
-                fetch(file)
-            if weights and INDEX in files and WEIGHTS not in files:
-                fetch(INDEX)
+            for file in SMALL_FILES + (INDEX,) * (weights and WEIGHTS not in files):
+                if file in files:
+                    fetch(file)
             for shard in shards(snapshot) if weights else ():
                 fetch(shard.name)
             reference.parent.mkdir(exist_ok=True)
             write_file(reference, lambda path: path.write_text(revision))
             return snapshot
         except urllib.error.HTTPError as error:
-            hint = {401: "no such model, or it needs a login: download it with the hub's own client, then try again",
+            hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
+                         "then try again",
                     403: "access is restricted: ask for it on the model's page",
                     404: "no such model, or a file is gone"}.get(error.code, error.reason)
             raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
@@ -848,10 +848,8 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
 
     image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
     the rest. text-image: a caption, half the time any picture's (one of `others`, unless given of the whole
-    set), the picture, "match?"; "yes" or "no", words
-    that language models answer with already, and a token each in most vocabularies (image-text matching, as
-    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token). "match?" tells this layout from a text that
-    goes on after its picture.
+    set), the picture, "match?", which tells this layout from the last; "yes" or "no" (image-text matching, as
+    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token).
     """
     pairs = [*zip(captions.questions(index), captions.captions(index))]
     question, caption = draw_caption(pairs, seed, epoch, index)
@@ -864,8 +862,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
         caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
-    return (f"{caption}{IMAGE} match?",
-            "yes" if caption in captions.captions(index) else "no")
+    return f"{caption}{IMAGE} match?", "yes" if caption in captions.captions(index) else "no"
 
 
 def gap(text: str) -> str:
@@ -930,11 +927,13 @@ class Pixels(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list) -> tuple[list[int], Views | None, dict[int, str]]:
-        """Indices of the readable pictures, their pixels (None if there are none), and what's wrong with the others."""
-        good = [(i, seen) for i, seen in items if not isinstance(seen, str)]
-        views = Views(torch.cat([x for _, (x, *_) in good]), [len(x) for _, (x, *_) in good],
-                      [tuple(tiles) for _, (_, *tiles) in good]) if good else None
-        return [i for i, _ in good], views, {i: reason for i, reason in items if isinstance(reason, str)}
+        """Indices of the readable pictures, their pixels (None if there are none), and what's wrong with others."""
+        bad = {i: seen for i, seen in items if isinstance(seen, str)}
+        good = [(i, *seen) for i, seen in items if i not in bad]
+        if not good:
+            return [], None, bad
+        indices, pixels, rows, columns = map(list, zip(*good))
+        return indices, Views(torch.cat(pixels), [*map(len, pixels)], [*zip(rows, columns)]), bad
 
 
 def ignore_signals(worker: int) -> None:
@@ -948,8 +947,9 @@ def in_order(size: int, batch: int) -> list[range]:
 
 
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
-    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other, a pure
-    function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the next."""
+    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other,
+    a pure function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the
+    next."""
     epoch, done = divmod(step * batch, size)
     epochs = (random.Random(f"{seed} {e}").sample(range(size), size) for e in itertools.count(epoch))
     indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
@@ -961,15 +961,11 @@ def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, 
     """Joins sequences of (ids, which of them are targets) into a batch: ids (B,T), padded on the right; the
     places `where` (M,) in the flattened ids whose next token is a target; and these targets (M,). Nothing
     predicts the first id of a sequence, so that it is never a target."""
-    T = max(len(ids) for ids, _ in sequences)
-    tokens = torch.zeros(len(sequences), T, dtype=torch.long)
-    where, targets = [], []
-    for row, (ids, wanted) in enumerate(sequences):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        places = [i for i in range(1, len(ids)) if wanted[i]]
-        where += [row * T + i - 1 for i in places]
-        targets += [ids[i] for i in places]
-    return tokens, torch.tensor(where), torch.tensor(targets)
+    tokens, wanted = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=kind) for x in rows], True)
+                      for rows, kind in zip(zip(*sequences), (torch.long, torch.bool)))
+    wanted[:, 0] = False
+    places = wanted.flatten().nonzero()[:, 0]
+    return tokens, places - 1, tokens.flatten()[places]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1019,18 +1015,18 @@ class Scene(NamedTuple):
                 radius = rng.uniform(*SIZES[size])
                 x, y = (rng.uniform(radius + 2, SIDE - radius - 2) for _ in "xy")
                 things.append(Thing(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, radius))
-            pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
-            if all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
-                   and abs(a.x - b.x) > 6 and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10 for a, b in pairs):
-                if unseen is None or unseen == any((t.colour, t.shape) in UNSEEN for t in things):
-                    return Scene(tuple(sorted(things, key=lambda thing: thing.x)), seed)
+            apart = all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
+                        and abs(a.x - b.x) > 6 and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10
+                        for a, b in itertools.combinations(things, 2))
+            if apart and unseen in (None, any((t.colour, t.shape) in UNSEEN for t in things)):
+                return Scene(tuple(sorted(things, key=lambda thing: thing.x)), seed)
 
     def picture(self) -> Image.Image:
         """The scene as a SIDE × SIDE RGB picture; edges are smooth, drawn at four times the size."""
         rng, scale = random.Random(self.seed + " picture"), 4
         image = background(rng).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         for thing in self.things:
-            colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
+            colour = tuple(byte(c + rng.randint(-14, 14)) for c in COLOURS[thing.colour])
             left, top = (int(centre - 1.5 * thing.radius) for centre in (thing.x, thing.y))
             x, y, r = (thing.x - left) * scale, (thing.y - top) * scale, thing.radius * scale
             mask = Image.new("L", (math.ceil(3 * thing.radius + 1) * scale,) * 2)
@@ -1080,14 +1076,15 @@ OUTLINES = {"square": ring(4, 45), "triangle": ring(3), "diamond": ring(4, -90, 
                        (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3))]}
 
 
+def byte(value: int) -> int:
+    return max(0, min(255, value))
+
+
 def background(rng: random.Random) -> Image.Image:
     """A muted background: plain, a gradient, stripes, checks or blotches, as a small picture to be scaled up."""
-    def muted():
-        grey = rng.randint(30, 225)
-        return tuple(max(0, min(255, grey + rng.randint(-12, 12))) for _ in range(3))
-
-    first = muted()
-    second = tuple(max(0, min(255, c + rng.choice((-1, 1)) * rng.randint(8, 25))) for c in first)
+    grey = rng.randint(30, 225)
+    first = [byte(grey + rng.randint(-12, 12)) for _ in range(3)]
+    second = [byte(c + rng.choice((-1, 1)) * rng.randint(8, 25)) for c in first]
     kind, n = rng.choice(("plain", "gradient", "stripes", "checks", "blotches")), rng.randint(4, 9)
     pattern = {"plain": lambda x, y: 0, "gradient": lambda x, y: (x + y) / (2 * n),
                "stripes": lambda x, y: y % 2, "checks": lambda x, y: (x + y) % 2,

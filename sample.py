@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot, in_order, judge,
-                  nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
+from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
+                  in_order, judge, nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,17 +357,18 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def newest_run() -> str:
-    runs = [path.parent for path in Path("out").glob("*/adapter.safetensors")]
+    runs = sorted(Path("out").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError("no trained run in out/: train one with `python train.py --adapter qformer`, or give --model FOLDER")
-    return str(max(runs, key=lambda run: (run / "adapter.safetensors").stat().st_mtime))
+        raise InputError("no trained run in out/: train one with `python train.py --adapter qformer`, "
+                         "or give --model FOLDER")
+    return str(runs[-1].parent)
 
 
 def pictures_of(name: str) -> list[str]:
     """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
     Raises InputError for a folder without pictures."""
     if os.path.isdir(name):
-        kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        kinds = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
         found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)
         if not found:
             raise InputError(f"{name}: no pictures in this folder")
@@ -404,7 +405,7 @@ def as_lines(captions, texts: dict[int, str]) -> str:
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
@@ -453,13 +454,19 @@ def main() -> None:
         args.prompt = args.pictures.pop()
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
-    if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
-        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
+    if (min(args.max_tokens, args.batch, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
+            or not 0 < args.top_p <= 1):
+        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, "
+                     "--top-p within (0, 1]")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
     if args.data and args.attention:
         parser.error("--attention goes with pictures, not with --data")
+    return args
 
+
+def main() -> None:
+    args = read_options()
     device = pick_device(args.device)
     sets = {}
     if args.data:
@@ -475,8 +482,7 @@ def main() -> None:
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     if args.data:
-        score_sets(vlm, sets, decoding, args, shots)
-        return
+        return score_sets(vlm, sets, decoding, args, shots)
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     group = max(1, prompt.count(IMAGE))
     if len(files) % group:
