@@ -376,19 +376,20 @@ def pictures_of(name: str) -> list[str]:
     return [name] if name == "-" or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
-def caption_set(vlm: VLM, captions, batches, decoding: dict,
-                shots: list[tuple[torch.Tensor, str]] = ()) -> dict[int, str]:
+def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str]] = (),
+                prompt: str | None = None, raw: bool = False, **decoding) -> dict[int, str]:
     """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`: features
     (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
     texts, K = {}, len(shots)
     for indices, features in batches:
-        prompt = decoding.get("prompt")
         asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
         asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
         shown = Views(torch.cat([*(shot[None] for shot, _ in shots), features.x]),
                       [1] * K + features.counts, [(0, 0)] * K + features.tiles)
         shown = shown.pick([p for i in range(len(indices)) for p in (*range(K), K + i)])
-        texts.update(zip(indices, vlm.caption(features=shown, **decoding | {"prompt": asked})))
+        tiles = iter(shown.tiles)
+        rows = [vlm.encode(text, raw=raw, tiles=tiles)[0] for text in asked]
+        texts.update(zip(indices, vlm.answer(rows, shown.x, **decoding)))
     return texts
 
 
@@ -423,6 +424,7 @@ def read_options() -> argparse.Namespace:
         help="a solved example, to come before each picture; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
+    add("--batch", type=int, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
     add("--split", action=argparse.BooleanOptionalAction,
         help="see a picture in tiles too, where the model can (default: as it was trained)")
     add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
@@ -431,7 +433,6 @@ def read_options() -> argparse.Namespace:
     add("--data", metavar="FILE", help="caption and score this set: captions as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
-    add("--batch", type=int, default=64, help="pictures at a time")
     add("--workers", type=int, default=2, help="processes that read pictures")
 
     add = parser.add_argument_group("decoding").add_argument
@@ -454,7 +455,7 @@ def read_options() -> argparse.Namespace:
         args.prompt = args.pictures.pop()
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
-    if (min(args.max_tokens, args.batch, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
+    if (min(args.max_tokens, args.batch or 1, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
             or not 0 < args.top_p <= 1):
         parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, "
                      "--top-p within (0, 1]")
@@ -477,49 +478,63 @@ def main() -> None:
     if args.merge_lora:
         merge_lora(vlm)
     vlm.pack()
-    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=False if args.attention else args.split)
-    decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+    split = not args.attention and (vlm.split if args.split is None else args.split)
+    split = split and "max_image_size" in vlm.vit.preprocess.settings
+    args.batch = args.batch or (4 if split else 64 if args.data else 16)
+    asking = dict(prompt=args.prompt, raw=args.raw_prompt)
+    decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     if args.data:
-        return score_sets(vlm, sets, decoding, args, shots)
+        return score_sets(vlm, sets, asking | decoding, split, args, shots)
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     group = max(1, prompt.count(IMAGE))
     if len(files) % group:
         raise InputError(f"the prompt takes {group} pictures at a time: {len(files)} can't be shared out")
     asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
     failed, sections = False, []
-    for i in range(0, len(files), group):
-        names = files[i:i + group]
+
+    @torch.inference_mode()
+    def caption(groups: list[list[str]]) -> None:
+        """Captions these pictures at once or, where one of them can't be, each group by itself."""
+        nonlocal failed
         try:
-            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
-            inputs = dict(pictures=pictures, **asking)
-            if args.show_prompt or args.attention:
-                (ids,), pixels = vlm.ask(**inputs)
+            rows, pixels = vlm.ask([[*(shot for shot, _ in shots), *map(open_picture, names)] for names in groups],
+                                   **asking, split=split)
+            features = vlm.features(pixels)
+            texts = vlm.answer(rows, features, **decoding)
+        except InputError as error:
+            if len(groups) == 1:
+                complain(error)
+                failed = True
+            else:
+                for names in groups:
+                    caption([names])
+            return
+        views = len(pixels) // len(groups)
+        for i, (names, ids, text) in enumerate(zip(groups, rows, texts)):
             if args.show_prompt:
                 print(as_read(vlm, ids), file=sys.stderr)
-            if args.attention:
-                features = vlm.features(pixels.to(device))
-                inputs |= dict(features=Views.whole(features), prompt=[asking["prompt"]])
-            text, = vlm.caption(**decoding | inputs)
             if args.json:
                 line = dict(image=names if group > 1 else names[0], caption=text)
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
-                looks = look(vlm, features, asking["prompt"], text, args.raw_prompt)
-                sections.append((text, spotlights(vlm, pixels, looks)))
-        except InputError as error:  # one bad picture doesn't cost the others their captions
-            complain(error)
-            failed = True
+                mine = slice(i * views, (i + 1) * views)
+                looks = look(vlm, features[mine], asking["prompt"], text, args.raw_prompt)
+                sections.append((text, spotlights(vlm, pixels[mine].cpu(), looks)))
+
+    groups = [files[i:i + group] for i in range(0, len(files), group)]
+    for i in range(0, len(groups), args.batch):
+        caption(groups[i:i + args.batch])
     if sections:
         sheet = contact_sheet(sections, 7, 150)
         write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, shots: list) -> None:
+def score_sets(vlm: VLM, sets: dict, decoding: dict, split: bool, args: argparse.Namespace, shots: list) -> None:
     """Captions whole sets, each picture after `shots`, prints their scores, and writes the captions to --save."""
     scores, lines = {}, ""
     shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said) for picture, said in shots]
@@ -528,14 +543,14 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, s
 
         def read():
             for indices, features, found in vlm.encode_pictures(
-                    captions, in_order(len(captions), args.batch), args.workers, decoding["split"]):
+                    captions, in_order(len(captions), args.batch), args.workers, split):
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features
                     if sys.stderr.isatty() and not args.quiet:
                         print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
-        texts = caption_set(vlm, captions, read(), decoding, shots)
+        texts = caption_set(vlm, captions, read(), shots, **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values() if not args.quiet else ():

@@ -165,7 +165,7 @@ def test_sizes_that_no_memory_holds(tmp_path):
         for file in (*folder.glob("config.json"), *folder.glob("preprocessor_config.json"),
                      *folder.glob("processor_config.json")):
             text = file.read_text()
-            for i, (container, key) in enumerate(places(value := json.loads(text), [])):
+            for i, (container, key) in enumerate(places(json.loads(text), [])):
                 if type(container[key]) is int:
                     changed = json.loads(text)
                     inner, key = places(changed, [])[i]
