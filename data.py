@@ -400,8 +400,9 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
 
 # config.json's names for activations; quick_gelu is CLIP's sigmoid approximation
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
-               **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+                             lambda x: F.gelu(x, approximate="tanh"))
 
 
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
@@ -410,7 +411,7 @@ def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, c
     scores = ((q * size ** -0.5).reshape(B, K, -1, size) @ k.transpose(-1, -2)).view(B, H, T, S)
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:  # as a sum it leaves nothing to keep for the backward pass
+    if mask is not None and mask.dtype == torch.bool:  # as a sum it leaves the backward pass nothing to keep
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if mask is not None:
         scores = scores + mask
@@ -430,7 +431,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(q.reshape(B, K, -1, size), k, v, mask).view(q.shape)
     fits = torch.is_grad_enabled() or B * H * T * S < 1 << 28
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits:
-        # the CPU's fused kernel takes 1.6 times as long as these products, and 4 to 8 times in its backward pass
+        # the CPU's fused kernel takes 1.6 times as long as these products, 4 to 8 times in its backward pass
         return (probabilities(q, k, mask, causal).view(B, K, -1, S) @ v).view(q.shape)
     if H > K:
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
@@ -485,8 +486,9 @@ def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
 # Pictures
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow would clip
-    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
+    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow
+    would clip at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is
+    broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
@@ -793,17 +795,18 @@ def caption_data(names: str, images: str | None = None, buffer: int = 1000) -> C
 
 
 def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
-    """Counts unreadable pictures {index: reason} in `bad`; InputError once they're more than a tenth of the set."""
+    """Counts unreadable pictures {index: reason} in `bad`. InputError above a tenth of the set."""
     bad.update(found)
     if len(bad) > len(captions) / 10:
-        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {list(bad.values())[-1]}")
+        *_, last = bad.values()
+        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {last}")
 
 
 def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
     """Lists the pictures that were skipped, if any, in the run's folder."""
-    reasons = [reason for found in bad for reason in found.values()]
-    if reasons:
-        write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
+    text = "".join(f"{reason}\n" for found in bad for reason in found.values())
+    if text:
+        write_file(folder / "unreadable.txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def references(captions, i: int) -> list[str]:
@@ -889,9 +892,9 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 # Batches
 
 class Views(NamedTuple):
-    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one picture's
-    after the other's; and how many views each picture has, and what rows and columns of tiles are among them
-    (0 and 0: it is seen as a whole alone)."""
+    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one
+    picture's after the other's; how many views each picture has; and what rows and columns of tiles are among
+    them (0 and 0: it is seen as a whole alone)."""
     x: torch.Tensor
     counts: list[int]
     tiles: list[tuple[int, int]]
@@ -908,8 +911,8 @@ class Views(NamedTuple):
 
 
 class Pixels(torch.utils.data.Dataset):
-    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or (i, the
-    reason why it can't be read)."""
+    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or
+    (i, the reason why it can't be read)."""
 
     def __init__(self, captions, preprocess, split: bool = False):
         self.captions, self.preprocess, self.split = captions, preprocess, split
@@ -927,7 +930,7 @@ class Pixels(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list) -> tuple[list[int], Views | None, dict[int, str]]:
-        """Indices of the readable pictures, their pixels (None if there are none), and what's wrong with others."""
+        """Indices of the readable pictures, their pixels (None of none), and what's wrong with the others."""
         bad = {i: seen for i, seen in items if isinstance(seen, str)}
         good = [(i, *seen) for i, seen in items if i not in bad]
         if not good:
@@ -947,9 +950,8 @@ def in_order(size: int, batch: int) -> list[range]:
 
 
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
-    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other,
-    a pure function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the
-    next."""
+    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the
+    other, a pure function of the seed. Batch `step` begins in epoch `step * batch // size`."""
     epoch, done = divmod(step * batch, size)
     epochs = (random.Random(f"{seed} {e}").sample(range(size), size) for e in itertools.count(epoch))
     indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
@@ -977,8 +979,8 @@ COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (250, 214, 4
            "cyan": (50, 200, 215), "blue": (40, 80, 200), "purple": (120, 45, 160), "pink": (245, 130, 185)}
 SIZES = {"large": (14.5, 17.0), "small": (7.5, 9.5)}  # radius, pixels
 SIZE_WORDS = {"large": "large", "big": "large", "small": "small", "little": "small"}
-RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right",
-                  "above": "above", "over": "above", "below": "below", "under": "below"}
+RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of": "right",
+                  "right of": "right", "above": "above", "over": "above", "below": "below", "under": "below"}
 # one colour of each shape that no training scene shows
 UNSEEN = frozenset(zip(("green", "pink", "blue", "red", "cyan", "yellow"), SHAPES))
 
@@ -993,7 +995,7 @@ class Thing(NamedTuple):
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep their lengths well apart)."""
+    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep them well apart)."""
     dx, dy = a.x - b.x, a.y - b.y
     return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
@@ -1005,7 +1007,7 @@ class Scene(NamedTuple):
 
     @staticmethod
     def draw_from(seed: str, unseen: bool | None = False) -> "Scene":
-        """A scene from a seed. `unseen`: False keeps UNSEEN pairs out, True puts at least one in, None is blind."""
+        """A scene from a seed. `unseen`: False keeps UNSEEN pairs out, True puts one in, None is blind."""
         rng = random.Random(seed)
         count = rng.choices((1, 2, 3), (1, 2, 2))[0]
         while True:
@@ -1041,8 +1043,8 @@ class Scene(NamedTuple):
         return image
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing from left to right and, of two or more, how the
-        first lies to the second."""
+        """Four captions in different wordings; each names every thing from left to right and, of two or more,
+        how the first lies to the second."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 
@@ -1052,7 +1054,7 @@ class Scene(NamedTuple):
             return f"{article} {size} {thing.colour} {thing.shape}"
 
         if len(self.things) == 1:
-            return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(self.things[0]))
+            return ("", "there is ", "one object: ", "a picture of ")[wording] + name(*self.things)
         a, b, *others = self.things
         where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
         rest = "".join(f" and {name(c)}" for c in others)
@@ -1081,7 +1083,7 @@ def byte(value: int) -> int:
 
 
 def background(rng: random.Random) -> Image.Image:
-    """A muted background: plain, a gradient, stripes, checks or blotches, as a small picture to be scaled up."""
+    """A muted plain, gradient, stripes, checks or blotches, as a small picture to be scaled up."""
     grey = rng.randint(30, 225)
     first = [byte(grey + rng.randint(-12, 12)) for _ in range(3)]
     second = [byte(c + rng.choice((-1, 1)) * rng.randint(8, 25)) for c in first]
@@ -1128,9 +1130,9 @@ SKILLS = ("shape", "colour", "size", "count", "relation")
 
 
 def judge(caption: str, scene: Scene) -> dict[str, bool]:
-    """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only where
-    there are two things or more). Exact: every thing named once and nothing else, any number word right, and,
-    of two things or more, at least one relation stated and all stated relations true."""
+    """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only
+    where there are two things or more). Exact: every thing named once and nothing else, any number right,
+    and, of two things or more, at least one relation stated and all stated relations true."""
     truth = {thing[:3]: thing for thing in scene.things}
     said = [(SIZE_WORDS[size], colour, shape)
             for article, size, colour, shape in re.findall(THING, caption) if article == "a"]
@@ -1148,4 +1150,5 @@ def judge(caption: str, scene: Scene) -> dict[str, bool]:
         stated = [(thing(*groups[:4]), RELATION_WORDS[groups[4]], thing(*groups[5:])) for groups in found]
         result["relation"] = bool(stated) and all(
             a and b and a != b and relation(a, b) == where for a, where, b in stated)
-    return {"exact": sorted(said) == sorted(truth) and result["count"] and result.get("relation", True), **result}
+    exact = sorted(said) == sorted(truth) and result["count"] and result.get("relation", True)
+    return {"exact": exact, **result}

@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
-                  in_order, judge, nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
+                  in_order, judge, nearest, one_of, open_picture, references, run, skip, stack, watch,
+                  write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ SHARES = ("exact", *SKILLS, "matching")
 
 
 def words(caption: str) -> list[str]:
-    """A caption's words as caption scores count them: lower case, no punctuation, clitics apart ("man 's")."""
+    """A caption's words as scores count them: lower case, no punctuation, clitics apart ("man 's")."""
     text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
     return re.findall(r"n't|[^\W_]+(?:[-.,/][^\W_]+)*|'(?:s|re|ve|ll|d|m)\b", text)
 
@@ -48,8 +49,8 @@ def ngrams(tokens: list[str], n: int) -> collections.Counter:
 
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """BLEU-1 to -4 of a corpus (Papineni et al., 2002): one list of words a picture, and several to compare it with.
-    The brevity penalty takes the reference length closest to each candidate's."""
+    """BLEU-1 to -4 of a corpus (Papineni et al., 2002): a list of words a picture, and several to compare it
+    with. The brevity penalty takes the reference length closest to each candidate's."""
     right, total, length, wanted = [0] * 4, [0] * 4, 0, 0
     for candidate, refs in zip(candidates, references):
         length += len(candidate)
@@ -136,7 +137,7 @@ def label(text: str, size: int, colour: str, width: int) -> Image.Image:
     """A text in lines of at most `width` pixels."""
     font = ImageFont.load_default(size)
     text, draw = wrap(text, font, width), ImageDraw.Draw(Image.new("L", (1, 1)))
-    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever letters the last line has
+    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever its letters
     image = Image.new("RGB", (width, math.ceil(bottom)), "white")
     ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
     return image
@@ -166,7 +167,8 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
-PANELS = ({"loss": ("training loss, nats per token", BLUE), "val": ("validation loss, nats per token", "#d55e00")},
+PANELS = ({"loss": ("training loss, nats per token", BLUE),
+           "val": ("validation loss, nats per token", "#d55e00")},
           {"matching": ("image-text matching, share that is right", "#009e73")})
 
 
@@ -344,7 +346,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("amx_tile", "avx512_bf16"))
+    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
@@ -378,8 +380,8 @@ def pictures_of(name: str) -> list[str]:
 
 def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str]] = (),
                 prompt: str | None = None, raw: bool = False, **decoding) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`: features
-    (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
+    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`:
+    features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
     texts, K = {}, len(shots)
     for indices, features in batches:
         asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
@@ -457,8 +459,8 @@ def read_options() -> argparse.Namespace:
         parser.error("give one or more pictures, or --data")
     if (min(args.max_tokens, args.batch or 1, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
             or not 0 < args.top_p <= 1):
-        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, "
-                     "--top-p within (0, 1]")
+        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least "
+                     "0, --top-p within (0, 1]")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
     if args.data and args.attention:
@@ -482,8 +484,8 @@ def main() -> None:
     split = split and "max_image_size" in vlm.vit.preprocess.settings
     args.batch = args.batch or (4 if split else 64 if args.data else 16)
     asking = dict(prompt=args.prompt, raw=args.raw_prompt)
-    decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
+    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "beams")}
+    decoding["generator"] = torch.Generator(device).manual_seed(args.seed)
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     if args.data:
         return score_sets(vlm, sets, asking | decoding, split, args, shots)
@@ -499,8 +501,8 @@ def main() -> None:
         """Captions these pictures at once or, where one of them can't be, each group by itself."""
         nonlocal failed
         try:
-            rows, pixels = vlm.ask([[*(shot for shot, _ in shots), *map(open_picture, names)] for names in groups],
-                                   **asking, split=split)
+            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)] for names in groups]
+            rows, pixels = vlm.ask(pictures, **asking, split=split)
             features = vlm.features(pixels)
             texts = vlm.answer(rows, features, **decoding)
         except InputError as error:
@@ -534,10 +536,12 @@ def main() -> None:
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, split: bool, args: argparse.Namespace, shots: list) -> None:
-    """Captions whole sets, each picture after `shots`, prints their scores, and writes the captions to --save."""
+def score_sets(vlm: VLM, sets: dict, decoding: dict, split: bool, args: argparse.Namespace,
+               shots: list) -> None:
+    """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
-    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said) for picture, said in shots]
+    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said)
+             for picture, said in shots]
     for label, captions in sets.items():
         bad = {}
 
