@@ -471,73 +471,71 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     args = read_options()
     device = pick_device(args.device)
-    sets = {}
-    if args.data:
-        sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
-                {Path(args.data).name: Captions(args.data, args.images)})
-    files = [file for name in args.pictures for file in pictures_of(name) or [name]]
+    if args.data == "shapes":
+        given = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
+    elif args.data:
+        given = {Path(args.data).name: Captions(args.data, args.images)}
+    else:
+        given = [file for name in args.pictures for file in pictures_of(name) or [name]]
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     if args.merge_lora:
         merge_lora(vlm)
     vlm.pack()
-    split = not args.attention and (vlm.split if args.split is None else args.split)
-    split = split and "max_image_size" in vlm.vit.preprocess.settings
-    args.batch = args.batch or (4 if split else 64 if args.data else 16)
-    asking = dict(prompt=args.prompt, raw=args.raw_prompt)
+    args.split = not args.attention and (vlm.split if args.split is None else args.split)
+    args.split = args.split and "max_image_size" in vlm.vit.preprocess.settings
+    args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
     decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "beams")}
     decoding["generator"] = torch.Generator(device).manual_seed(args.seed)
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
-    if args.data:
-        return score_sets(vlm, sets, asking | decoding, split, args, shots)
-    prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
-    group = max(1, prompt.count(IMAGE))
-    if len(files) % group:
-        raise InputError(f"the prompt takes {group} pictures at a time: {len(files)} can't be shared out")
-    asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
-    failed, sections = False, []
+    (score_sets if args.data else caption_files)(vlm, given, shots, decoding, args)
 
-    @torch.inference_mode()
-    def caption(groups: list[list[str]]) -> None:
-        """Captions these pictures at once or, where one of them can't be, each group by itself."""
-        nonlocal failed
+
+@torch.inference_mode()
+def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args: argparse.Namespace) -> None:
+    """Prints a caption of each picture, or of each few, if the prompt takes several, after `shots`; draws
+    --attention."""
+    prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
+    size = max(1, prompt.count(IMAGE))
+    if len(files) % size:
+        raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
+    prompt, _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
+    groups = [files[i:i + size] for i in range(0, len(files), size)]
+    batches = [groups[i:i + args.batch] for i in range(0, len(groups), args.batch)]
+    failed, sections = False, []
+    while batches:
+        batch = batches.pop(0)
         try:
-            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)] for names in groups]
-            rows, pixels = vlm.ask(pictures, **asking, split=split)
+            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)] for names in batch]
+            rows, pixels = vlm.ask(pictures, prompt, args.raw_prompt, args.split)
             features = vlm.features(pixels)
             texts = vlm.answer(rows, features, **decoding)
         except InputError as error:
-            if len(groups) == 1:
+            if len(batch) > 1:  # one bad picture doesn't cost the others their captions
+                batches = [[names] for names in batch] + batches
+            else:
                 complain(error)
                 failed = True
-            else:
-                for names in groups:
-                    caption([names])
-            return
-        views = len(pixels) // len(groups)
-        for i, (names, ids, text) in enumerate(zip(groups, rows, texts)):
+            continue
+        views = len(pixels) // len(batch)
+        for i, (names, ids, text) in enumerate(zip(batch, rows, texts)):
             if args.show_prompt:
                 print(as_read(vlm, ids), file=sys.stderr)
             if args.json:
-                line = dict(image=names if group > 1 else names[0], caption=text)
+                line = dict(image=names if size > 1 else names[0], caption=text)
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
-                print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
+                print(text if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
                 mine = slice(i * views, (i + 1) * views)
-                looks = look(vlm, features[mine], asking["prompt"], text, args.raw_prompt)
+                looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
                 sections.append((text, spotlights(vlm, pixels[mine].cpu(), looks)))
-
-    groups = [files[i:i + group] for i in range(0, len(files), group)]
-    for i in range(0, len(groups), args.batch):
-        caption(groups[i:i + args.batch])
     if sections:
         sheet = contact_sheet(sections, 7, 150)
         write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, split: bool, args: argparse.Namespace,
-               shots: list) -> None:
+def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse.Namespace) -> None:
     """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
     shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said)
@@ -547,14 +545,14 @@ def score_sets(vlm: VLM, sets: dict, decoding: dict, split: bool, args: argparse
 
         def read():
             for indices, features, found in vlm.encode_pictures(
-                    captions, in_order(len(captions), args.batch), args.workers, split):
+                    captions, in_order(len(captions), args.batch), args.workers, args.split):
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features
                     if sys.stderr.isatty() and not args.quiet:
                         print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
-        texts = caption_set(vlm, captions, read(), shots, **decoding)
+        texts = caption_set(vlm, captions, read(), shots, args.prompt, args.raw_prompt, **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values() if not args.quiet else ():
