@@ -114,11 +114,11 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
     process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-            if time.time() - left.stat().st_mtime > 86_400:  # who writes for a day without a byte was killed
-                left.unlink()
     with guard(path, "can't be written"):
+        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
+            with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
+                if time.time() - left.stat().st_mtime > 86_400:  # who wrote no byte for a day was killed
+                    left.unlink()
         try:
             write(temporary)
             with temporary.open("rb+") as file:
@@ -707,7 +707,7 @@ def read_shard(path: Path):
             texts = map(clean, [said] if isinstance(said, str) else said)
             texts = [text for text in texts if any(map(str.isalnum, text))]
             fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # whatever stands there
             texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
         yield Pair(name, texts, file, fault)
 

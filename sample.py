@@ -129,7 +129,9 @@ INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
 
 def wrap(text: str, font, width: int) -> str:
     """Breaks a text in lines of at most `width` pixels: of as many letters as all of them can have."""
-    broken = ("\n".join(textwrap.wrap(text, letters)) for letters in range(width, 1, -1))
+    text = " ".join(text.split())
+    most = int(2 * width * len(text) / max(1, font.getlength(text)))  # twice what fits on average
+    broken = ("\n".join(textwrap.wrap(text, letters)) for letters in range(most, 0, -1))
     return next((lines for lines in broken if max(map(font.getlength, lines.split("\n"))) <= width), text)
 
 

@@ -186,6 +186,7 @@ def test_contact_sheet_cuts_no_text():
     font = ImageFont.load_default(15)
     lines = sample.wrap(long, font, 120).split("\n")
     assert max(map(font.getlength, lines)) <= 120 and "".join(lines).replace(" ", "") == long.replace(" ", "")
+    assert sample.wrap("of two\n lines", font, 120) == "of two lines" and sample.wrap("", font, 9) == ""
 
 
 def test_best_and_worst_are_by_score():
