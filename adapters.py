@@ -1,4 +1,4 @@
-"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins ViT, adapter, LLM.
+"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins the three parts.
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, stack, Views, write_file)
+                  read_metadata, read_tensors, stack, write_file)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -526,8 +526,9 @@ class VLM(nn.Module):
     their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
     (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
     "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
-    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts that were trained whole, of "adapter", "llm", "vit"; the adapter, where
-    config.json says nothing), and what train.py adds. `dtype` is what is computed in, unless given that of
+    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts
+    that were trained whole, of "adapter", "llm", "vit"; the adapter, where config.json says nothing), and what
+    train.py adds. `dtype` is what is computed in, unless given that of
     the LLM's weights; parts that are trained whole are held in float32 meanwhile. `file` holds the tensors
     that the adapter is to take: where they aren't of the sizes in `config`, that is an InputError before any
     are made.
@@ -550,7 +551,8 @@ class VLM(nn.Module):
         self.split = config.get("split", True)
         self.image_position = config.get("image_position", "sequence")
         one_of(IMAGE_POSITIONS, "image position", self.image_position)
-        self.vit, self.llm, self.tokenizer, self.config = vit.requires_grad_(False), llm.requires_grad_(False), tokenizer, config
+        self.vit, self.llm = vit.requires_grad_(False), llm.requires_grad_(False)
+        self.tokenizer, self.config = tokenizer, config
         if file:
             with torch.device("meta"):
                 adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
@@ -794,7 +796,7 @@ class VLM(nn.Module):
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
             split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids of a prompt for each entry of `pictures`, and the pixels (P,3,H,W) of all (None if P is 0); see
+        """Ids of a prompt for each entry of `pictures`, and the pixels (V,3,S,S) of all (None if V is 0); see
         `caption`."""
         prompt = self.config.get("prompt", "") if prompt is None else prompt
         split = self.split if split is None else split
@@ -806,26 +808,13 @@ class VLM(nn.Module):
         pixels = [pixels for group in cut for pixels, *_ in group]
         rows = [self.encode(prompt, images=len(group), tiles=(tiles for _, *tiles in group), raw=raw)[0]
                 for group in cut]
-        return rows, torch.cat(pixels) if pixels else None
+        return rows, torch.cat(pixels).to(self.device) if pixels else None
 
     @torch.inference_mode()
-    def caption(self, pictures: list = (), prompt: str | list[str] | None = None,
-                features: Views | None = None, max_tokens: int = 60, raw: bool = False,
-                split: bool | None = None, **decoding) -> list[str]:
-        """One caption for each picture; a VLM of ours gives one line of text, without its newline.
-
-        An entry of `pictures` is a PIL.Image, or a list of any number of them: as many as `prompt` (the run's
-        own prompt unless given) says `<image>`, or, where it says none, all before it. `features` of all
-        pictures save the encoder's work where they are known; with them, `prompt` is a list. `raw`: see
-        `encode`. `split`: in tiles, where the family does so (unless given, as the run was trained).
-        `decoding` goes to `LLM.generate`.
-        """
-        if features is None:
-            rows, pixels = self.ask(pictures, prompt, raw, split)
-            features = None if pixels is None else self.features(pixels.to(self.device))
-        else:
-            tiles, features = iter(features.tiles), features.x
-            rows = [self.encode(text, raw=raw, tiles=tiles)[0] for text in prompt]
+    def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
+               **decoding) -> list[str]:
+        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all views of their pictures
+        (None if V is 0); a VLM of ours gives one line, without its newline. `decoding`: see `LLM.generate`."""
         tokens = [torch.tensor(row, device=self.device) for row in rows]
         tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
@@ -834,6 +823,16 @@ class VLM(nn.Module):
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
         ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
         return [self.tokenizer.decode(row, special=False).strip() for row in ids]
+
+    @torch.inference_mode()
+    def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,
+                **decoding) -> list[str]:
+        """One caption for each entry of `pictures`: a PIL.Image, or a list of any number of them, as many as
+        `prompt` (the run's own prompt unless given) says `<image>`, or, where it says none, all before it.
+        `raw`: see `encode`. `split`: in tiles, where the family does so (unless given, as the run was
+        trained). `decoding`: see `answer`."""
+        rows, pixels = self.ask(pictures, prompt, raw, split)
+        return self.answer(rows, None if pixels is None else self.features(pixels), **decoding)
 
     def save(self, folder: Path, step: int) -> None:
         """Writes in PEFT's format lora/llm/ and lora/vit/, under our names a backbone that was trained whole

@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -93,7 +94,10 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:  # what is left of the output may find its reader gone
+            sys.stdout.flush()
     except (InputError, torch.OutOfMemoryError) as error:
         complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
         sys.exit(2)
@@ -108,6 +112,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
     process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
+            if time.time() - left.stat().st_mtime > 86_400:  # who writes for a day without a byte was killed
+                left.unlink()
     with guard(path, "can't be written"):
         try:
             write(temporary)
@@ -205,10 +213,11 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     if reference.is_file():
         with guard(reference):
             snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-            whole = (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot))
-        if weights and whole:
-            return snapshot
-        if not weights and any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            if weights:
+                found = all(file.is_file() for file in (snapshot / "config.json", *shards(snapshot)))
+            else:
+                found = any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+        if found:
             return snapshot
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
@@ -220,55 +229,47 @@ def download(name: str, repository: Path, weights: bool) -> Path:
     cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
     short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    try:
-        with urllib.request.urlopen(f"{endpoint}/api/models/{name}/revision/main?blobs=true", timeout=30) as reply:
-            info = json.load(reply)
-        revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
-        if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
-            raise ValueError(f"revision {revision!r}")
-        snapshot = repository / "snapshots" / revision
-        snapshot.mkdir(parents=True, exist_ok=True)
 
-        def fetch(file: str) -> None:
-            if (snapshot / file).is_file():
-                return
-            print(f"downloading {name}/{file}", file=sys.stderr)
-            digest = (files[file].get("lfs") or {}).get("sha256")  # torch.hub compares it before it moves the file
-            part = (snapshot / file).with_name(f".{Path(file).name}.part")
-            part.parent.mkdir(exist_ok=True)
-            torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
-                                           progress=sys.stderr.isatty())
-            if part.stat().st_size != files[file].get("size", part.stat().st_size):
-                part.unlink()
-                raise ValueError(f"{file} came incomplete: run the command again")
-            os.replace(part, snapshot / file)
+    def fetch(file: str) -> None:
+        if (snapshot / file).is_file():
+            return
+        if file not in files:
+            raise InputError(f"{name}: the repository holds no {file}")
+        print(f"downloading {name}/{file}", file=sys.stderr)
+        digest = (files[file].get("lfs") or {}).get("sha256")  # which torch.hub compares
+        part = (snapshot / file).with_name(f".{Path(file).name}.part")
+        part.parent.mkdir(exist_ok=True)
+        torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
+                                       progress=sys.stderr.isatty())
+        if part.stat().st_size != files[file].get("size", part.stat().st_size):
+            part.unlink()
+            raise ValueError(f"{file} came incomplete: run the command again")
+        os.replace(part, snapshot / file)
 
-        for file in SMALL_FILES:
-            if file in files:
-                fetch(file)
-        if not weights:
-            pass
-        elif WEIGHTS in files:
-            fetch(WEIGHTS)
-        elif INDEX in files:
-            fetch(INDEX)
-            for shard in shards(snapshot):
+    with guard(name, "no such folder, and the download failed"):
+        try:
+            about = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
+            with urllib.request.urlopen(about, timeout=30) as reply:
+                info = json.load(reply)
+            revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
+            if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
+                raise ValueError(f"revision {revision!r}")
+            snapshot, reference = repository / "snapshots" / revision, repository / "refs" / "main"
+            snapshot.mkdir(parents=True, exist_ok=True)
+            for file in SMALL_FILES + (INDEX,) * (weights and WEIGHTS not in files):
+                if file in files:
+                    fetch(file)
+            for shard in shards(snapshot) if weights else ():
                 fetch(shard.name)
-        else:
-            raise ValueError("the repository holds no model.safetensors")
-        reference = repository / "refs" / "main"
-        reference.parent.mkdir(exist_ok=True)
-        write_file(reference, lambda path: path.write_text(revision))
-        return snapshot
-    except urllib.error.HTTPError as error:
-        hint = {401: "no such model, or it needs a login: download it with the hub's own client, then try again",
-                403: "access is restricted: ask for it on the model's page",
-                404: "no such model, or a file is gone"}.get(error.code, error.reason)
-        raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
-    except InputError:
-        raise
-    except Exception as error:  # the network's, or of an answer that no hub would give
-        raise InputError(f"{name}: no such folder, and the download failed: {error}") from None
+            reference.parent.mkdir(exist_ok=True)
+            write_file(reference, lambda path: path.write_text(revision))
+            return snapshot
+        except urllib.error.HTTPError as error:
+            hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
+                         "then try again",
+                    403: "access is restricted: ask for it on the model's page",
+                    404: "no such model, or a file is gone"}.get(error.code, error.reason)
+            raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
 
 
 class Checkpoint:
@@ -399,8 +400,9 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
 
 # config.json's names for activations; quick_gelu is CLIP's sigmoid approximation
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
-               **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+                             lambda x: F.gelu(x, approximate="tanh"))
 
 
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
@@ -409,7 +411,7 @@ def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, c
     scores = ((q * size ** -0.5).reshape(B, K, -1, size) @ k.transpose(-1, -2)).view(B, H, T, S)
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:  # as a sum it leaves nothing to keep for the backward pass
+    if mask is not None and mask.dtype == torch.bool:  # as a sum it leaves the backward pass nothing to keep
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if mask is not None:
         scores = scores + mask
@@ -429,7 +431,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(q.reshape(B, K, -1, size), k, v, mask).view(q.shape)
     fits = torch.is_grad_enabled() or B * H * T * S < 1 << 28
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits:
-        # the CPU's fused kernel takes 1.6 times as long as these products, and 4 to 8 times in its backward pass
+        # the CPU's fused kernel takes 1.6 times as long as these products, 4 to 8 times in its backward pass
         return (probabilities(q, k, mask, causal).view(B, K, -1, S) @ v).view(q.shape)
     if H > K:
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
@@ -456,36 +458,52 @@ def watch(modules: list[torch.nn.Module]):
 
 
 class PackedLinear(torch.nn.Module):
-    """An nn.Linear for inference alone, computing in `dtype`, whose weight lies as oneDNN's kernels on a CPU read it.
-    nn.Linear lays it out anew in every call, which takes as long as the product with one token."""
+    """nn.Linear layers that read the same x, as one for inference alone, computing in `dtype`. Its weight lies as
+    oneDNN's kernels on a CPU read it; nn.Linear lays it out anew in every call, which takes as long as the product
+    with one token."""
 
-    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype):
+    def __init__(self, layers: list[torch.nn.Linear], dtype: torch.dtype):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
-        self.bias, self.dtype = None if layer.bias is None else layer.bias.detach().to(dtype), dtype
+        weight = torch.cat([layer.weight.detach().to(dtype) for layer in layers])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
+        self.bias, self.dtype, self.sizes = torch.cat(biases) if biases else None, dtype, [len(layer.weight) for layer in layers]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
 
+def project(x: torch.Tensor, *layers: torch.nn.Module | None) -> list[torch.Tensor]:
+    """What each of the layers makes of x (…,in). `pack` may have put all of them into the first: one product."""
+    if layers[-1] is None:
+        return layers[0](x).split(layers[0].sizes, -1)
+    return [layer(x) for layer in layers]
+
+
 def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Packs the nn.Linear layers of a model on a CPU, which computes in `dtype`: to be called last, since no
-    gradients pass, nothing is saved, and it can't be moved. Decoding takes half the time in bfloat16; the
-    results are the same."""
-    if not torch.backends.mkldnn.is_available():
+    gradients pass, nothing is saved, and it can't be moved. Those that a part of it gives to `project` together
+    it names in `joined`. Decoding takes half the time in bfloat16; the results are the same."""
+    if not torch.backends.mkldnn.is_available() or not (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
-    fast = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for name, layer in list(module.named_modules()):
-        if type(layer) is torch.nn.Linear and layer.weight.is_cpu and dtype in fast:
-            module.set_submodule(name, PackedLinear(layer, dtype))
+    for parent in list(module.modules()):
+        children = [(name,) for name, _ in parent.named_children()]
+        for names in (*getattr(parent, "joined", ()), *children):
+            layers = [getattr(parent, name) for name in names]
+            if all(type(layer) is torch.nn.Linear and layer.weight.is_cpu for layer in layers):
+                setattr(parent, names[0], PackedLinear(layers, dtype))
+                for name in names[1:]:
+                    setattr(parent, name, None)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Pictures
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow would clip
-    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
+    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow
+    would clip at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is
+    broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
@@ -552,15 +570,13 @@ class Captions(torch.utils.data.Dataset):
             text = self.file.read_text(encoding="utf-8-sig")
         pairs: dict[str, list[tuple[str, str]]] = {}
         with guard(self.file, "not a caption file that can be read"):
-            for image, caption, *question in read_pairs(text):
+            for image, caption, question in read_pairs(text):
                 caption = clean(caption) if isinstance(caption, str) else ""
                 if isinstance(image, str) and image and any(map(str.isalnum, caption)):
-                    pairs.setdefault(whole(image), []).append((caption, clean("".join(question))))
+                    pairs.setdefault(whole(image), []).append((caption, clean(question)))
         if not pairs:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths = [folder / image for image in pairs]
-        self.texts, self.asked = ([[pair[side] for pair in both] for both in pairs.values()]
-                                  for side in (0, 1))
+        self.paths, self.pairs = [folder / image for image in pairs], [*pairs.values()]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -569,10 +585,10 @@ class Captions(torch.utils.data.Dataset):
         return open_picture(self.paths[i])
 
     def captions(self, i: int) -> list[str]:
-        return self.texts[i]
+        return [caption for caption, _ in self.pairs[i]]
 
     def questions(self, i: int) -> list[str]:
-        return self.asked[i]
+        return [question for _, question in self.pairs[i]]
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
@@ -589,8 +605,7 @@ class Captions(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.texts, part.asked = (
-            [of[i] for i in indices] for of in (self.paths, self.texts, self.asked))
+        part.paths, part.pairs = ([of[i] for i in indices] for of in (self.paths, self.pairs))
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
@@ -601,8 +616,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 def read_pairs(text: str):
-    """Yields (image, caption), or (image, caption, question), from the text of any of the formats that
-    `Captions` lists."""
+    """Yields (image, caption, question) from the text of any of the formats that `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -612,7 +626,7 @@ def read_pairs(text: str):
         rows.fieldnames = names
         for row in rows:
             # an unquoted comma splits a caption: what csv puts under None is the rest of it
-            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])])
+            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])]), ""
         return
     try:
         data = json.loads(text)
@@ -621,7 +635,7 @@ def read_pairs(text: str):
     if isinstance(data, dict) and "annotations" in data:  # COCO
         files = {image["id"]: image["file_name"] for image in data["images"]}
         for note in data["annotations"]:
-            yield files[note["image_id"]], note["caption"]
+            yield files[note["image_id"]], note["caption"], ""
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
@@ -634,7 +648,7 @@ def read_pairs(text: str):
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
-                yield item["image"], caption
+                yield item["image"], caption, ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -645,13 +659,9 @@ KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
 
 class Pair(str):
     """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong."""
-    captions: list[str]
-    file: bytes
-    fault: str
 
-    @staticmethod
-    def of(name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
-        pair = Pair(name)
+    def __new__(cls, name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
+        pair = super().__new__(cls, name)
         pair.captions, pair.file, pair.fault = captions, file, fault and f"{name}: {fault}"
         return pair
 
@@ -692,12 +702,12 @@ def read_shard(path: Path):
         file = next((found[kind] for kind in KINDS if kind in found), b"")
         try:
             said = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
-            texts = [clean(text) for text in ([said] if isinstance(said, str) else said)]
+            texts = map(clean, [said] if isinstance(said, str) else said)
             texts = [text for text in texts if any(map(str.isalnum, text))]
             fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
-        yield Pair.of(name, texts, file, fault)
+        yield Pair(name, texts, file, fault)
 
 
 class Shards:
@@ -741,9 +751,9 @@ class Shards:
         rest, out = copy.copy(self), Captions.__new__(Captions)
         rest.paths = self.paths[1:]
         out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
+        out.pairs = [[(caption, "") for caption in pair.captions] for pair in out.paths]
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
-        out.texts, out.asked = ([of(pair) for pair in out.paths] for of in (self.captions, self.questions))
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
@@ -800,17 +810,18 @@ def caption_data(names: str, images: str | None = None, buffer: int = 1000) -> C
 
 
 def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
-    """Counts unreadable pictures {index: reason} in `bad`; InputError once they're more than a tenth of the set."""
+    """Counts unreadable pictures {index: reason} in `bad`. InputError above a tenth of the set."""
     bad.update(found)
     if len(bad) > len(captions) / 10:
-        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {list(bad.values())[-1]}")
+        *_, last = bad.values()
+        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {last}")
 
 
 def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
     """Lists the pictures that were skipped, if any, in the run's folder."""
-    reasons = [reason for found in bad for reason in found.values()]
-    if reasons:
-        write_file(folder / "unreadable.txt", lambda path: path.write_text("\n".join(reasons) + "\n", encoding="utf-8"))
+    text = "".join(f"{reason}\n" for found in bad for reason in found.values())
+    if text:
+        write_file(folder / "unreadable.txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def references(captions, i: int) -> list[str]:
@@ -855,10 +866,8 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
 
     image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
     the rest. text-image: a caption, half the time any picture's (one of `others`, unless given of the whole
-    set), the picture, "match?"; "yes" or "no", words
-    that language models answer with already, and a token each in most vocabularies (image-text matching, as
-    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token). "match?" tells this layout from a text that
-    goes on after its picture.
+    set), the picture, "match?", which tells this layout from the last; "yes" or "no" (image-text matching, as
+    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token).
     """
     pairs = [*zip(captions.questions(index), captions.captions(index))]
     question, caption = draw_caption(pairs, seed, epoch, index)
@@ -871,8 +880,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
         caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
-    return (f"{caption}{IMAGE} match?",
-            "yes" if caption in captions.captions(index) else "no")
+    return f"{caption}{IMAGE} match?", "yes" if caption in captions.captions(index) else "no"
 
 
 def gap(text: str) -> str:
@@ -899,9 +907,9 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 # Batches
 
 class Views(NamedTuple):
-    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one picture's
-    after the other's; and how many views each picture has, and what rows and columns of tiles are among them
-    (0 and 0: it is seen as a whole alone)."""
+    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one
+    picture's after the other's; how many views each picture has; and what rows and columns of tiles are among
+    them (0 and 0: it is seen as a whole alone)."""
     x: torch.Tensor
     counts: list[int]
     tiles: list[tuple[int, int]]
@@ -913,14 +921,13 @@ class Views(NamedTuple):
 
     def pick(self, order) -> "Views":
         """The views of these of the pictures."""
-        ends = [*itertools.accumulate(self.counts, initial=0)]
-        return Views(self.x[[i for p in order for i in range(ends[p], ends[p + 1])]],
-                     [self.counts[p] for p in order], [self.tiles[p] for p in order])
+        views = self.x.split(self.counts)
+        return Views(torch.cat([views[p] for p in order]), *([of[p] for p in order] for of in self[1:]))
 
 
 class Pixels(torch.utils.data.Dataset):
-    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or (i, the
-    reason why it can't be read)."""
+    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or
+    (i, the reason why it can't be read)."""
 
     def __init__(self, captions, preprocess, split: bool = False):
         self.captions, self.preprocess, self.split = captions, preprocess, split
@@ -938,11 +945,13 @@ class Pixels(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list) -> tuple[list[int], Views | None, dict[int, str]]:
-        """Indices of the readable pictures, their pixels (None if there are none), and what's wrong with the others."""
-        good = [(i, seen) for i, seen in items if not isinstance(seen, str)]
-        views = Views(torch.cat([x for _, (x, *_) in good]), [len(x) for _, (x, *_) in good],
-                      [tuple(tiles) for _, (_, *tiles) in good]) if good else None
-        return [i for i, _ in good], views, {i: reason for i, reason in items if isinstance(reason, str)}
+        """Indices of the readable pictures, their pixels (None of none), and what's wrong with the others."""
+        bad = {i: seen for i, seen in items if isinstance(seen, str)}
+        good = [(i, *seen) for i, seen in items if i not in bad]
+        if not good:
+            return [], None, bad
+        indices, pixels, rows, columns = map(list, zip(*good))
+        return indices, Views(torch.cat(pixels), [*map(len, pixels)], [*zip(rows, columns)]), bad
 
 
 def ignore_signals(worker: int) -> None:
@@ -956,30 +965,24 @@ def in_order(size: int, batch: int) -> list[range]:
 
 
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
-    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the other, a pure
-    function of the seed. Batch `step` belongs to epoch `step * batch // size`; it may run into the next."""
-    orders = {}
+    """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the
+    other, a pure function of the seed. Batch `step` begins in epoch `step * batch // size`."""
+    epoch, done = divmod(step * batch, size)
+    epochs = (random.Random(f"{seed} {e}").sample(range(size), size) for e in itertools.count(epoch))
+    indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
     while True:
-        places = range(step * batch, (step + 1) * batch)
-        epochs = range(places[0] // size, places[-1] // size + 1)
-        orders = {e: orders[e] if e in orders else random.Random(f"{seed} {e}").sample(range(size), size) for e in epochs}
-        yield [orders[place // size][place % size] for place in places]
-        step += 1
+        yield [*itertools.islice(indices, batch)]
 
 
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Joins sequences of (ids, which of them are targets) into a batch: ids (B,T), padded on the right; the
     places `where` (M,) in the flattened ids whose next token is a target; and these targets (M,). Nothing
     predicts the first id of a sequence, so that it is never a target."""
-    T = max(len(ids) for ids, _ in sequences)
-    tokens = torch.zeros(len(sequences), T, dtype=torch.long)
-    where, targets = [], []
-    for row, (ids, wanted) in enumerate(sequences):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        places = [i for i in range(1, len(ids)) if wanted[i]]
-        where += [row * T + i - 1 for i in places]
-        targets += [ids[i] for i in places]
-    return tokens, torch.tensor(where), torch.tensor(targets)
+    tokens, wanted = (torch.nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=kind) for x in rows], True)
+                      for rows, kind in zip(zip(*sequences), (torch.long, torch.bool)))
+    wanted[:, 0] = False
+    places = wanted.flatten().nonzero()[:, 0]
+    return tokens, places - 1, tokens.flatten()[places]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -991,8 +994,8 @@ COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (250, 214, 4
            "cyan": (50, 200, 215), "blue": (40, 80, 200), "purple": (120, 45, 160), "pink": (245, 130, 185)}
 SIZES = {"large": (14.5, 17.0), "small": (7.5, 9.5)}  # radius, pixels
 SIZE_WORDS = {"large": "large", "big": "large", "small": "small", "little": "small"}
-RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of": "right", "right of": "right",
-                  "above": "above", "over": "above", "below": "below", "under": "below"}
+RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of": "right",
+                  "right of": "right", "above": "above", "over": "above", "below": "below", "under": "below"}
 # one colour of each shape that no training scene shows
 UNSEEN = frozenset(zip(("green", "pink", "blue", "red", "cyan", "yellow"), SHAPES))
 
@@ -1007,7 +1010,7 @@ class Thing(NamedTuple):
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep their lengths well apart)."""
+    """Where a lies as seen from b: the longer of the two offsets decides (scenes keep them well apart)."""
     dx, dy = a.x - b.x, a.y - b.y
     return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
@@ -1019,7 +1022,7 @@ class Scene(NamedTuple):
 
     @staticmethod
     def draw_from(seed: str, unseen: bool | None = False) -> "Scene":
-        """A scene from a seed. `unseen`: False keeps UNSEEN pairs out, True puts at least one in, None is blind."""
+        """A scene from a seed. `unseen`: False keeps UNSEEN pairs out, True puts one in, None is blind."""
         rng = random.Random(seed)
         count = rng.choices((1, 2, 3), (1, 2, 2))[0]
         while True:
@@ -1029,18 +1032,18 @@ class Scene(NamedTuple):
                 radius = rng.uniform(*SIZES[size])
                 x, y = (rng.uniform(radius + 2, SIDE - radius - 2) for _ in "xy")
                 things.append(Thing(size, rng.choice(tuple(COLOURS)), rng.choice(SHAPES), x, y, radius))
-            pairs = [(a, b) for i, a in enumerate(things) for b in things[:i]]
-            if all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
-                   and abs(a.x - b.x) > 6 and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10 for a, b in pairs):
-                if unseen is None or unseen == any((t.colour, t.shape) in UNSEEN for t in things):
-                    return Scene(tuple(sorted(things, key=lambda thing: thing.x)), seed)
+            apart = all(a[:3] != b[:3] and math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 3
+                        and abs(a.x - b.x) > 6 and abs(abs(a.x - b.x) - abs(a.y - b.y)) > 10
+                        for a, b in itertools.combinations(things, 2))
+            if apart and unseen in (None, any((t.colour, t.shape) in UNSEEN for t in things)):
+                return Scene(tuple(sorted(things, key=lambda thing: thing.x)), seed)
 
     def picture(self) -> Image.Image:
         """The scene as a SIDE × SIDE RGB picture; edges are smooth, drawn at four times the size."""
         rng, scale = random.Random(self.seed + " picture"), 4
         image = background(rng).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         for thing in self.things:
-            colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
+            colour = tuple(byte(c + rng.randint(-14, 14)) for c in COLOURS[thing.colour])
             left, top = (int(centre - 1.5 * thing.radius) for centre in (thing.x, thing.y))
             x, y, r = (thing.x - left) * scale, (thing.y - top) * scale, thing.radius * scale
             mask = Image.new("L", (math.ceil(3 * thing.radius + 1) * scale,) * 2)
@@ -1055,8 +1058,8 @@ class Scene(NamedTuple):
         return image
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing from left to right and, of two or more, how the
-        first lies to the second."""
+        """Four captions in different wordings; each names every thing from left to right and, of two or more,
+        how the first lies to the second."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 
@@ -1066,7 +1069,7 @@ class Scene(NamedTuple):
             return f"{article} {size} {thing.colour} {thing.shape}"
 
         if len(self.things) == 1:
-            return ("{}", "there is {}", "one object: {}", "a picture of {}")[wording].format(name(self.things[0]))
+            return ("", "there is ", "one object: ", "a picture of ")[wording] + name(*self.things)
         a, b, *others = self.things
         where = rng.choice([word for word, r in RELATION_WORDS.items() if r == relation(a, b)])
         rest = "".join(f" and {name(c)}" for c in others)
@@ -1090,14 +1093,15 @@ OUTLINES = {"square": ring(4, 45), "triangle": ring(3), "diamond": ring(4, -90, 
                        (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3))]}
 
 
-def background(rng: random.Random) -> Image.Image:
-    """A muted background: plain, a gradient, stripes, checks or blotches, as a small picture to be scaled up."""
-    def muted():
-        grey = rng.randint(30, 225)
-        return tuple(max(0, min(255, grey + rng.randint(-12, 12))) for _ in range(3))
+def byte(value: int) -> int:
+    return max(0, min(255, value))
 
-    first = muted()
-    second = tuple(max(0, min(255, c + rng.choice((-1, 1)) * rng.randint(8, 25))) for c in first)
+
+def background(rng: random.Random) -> Image.Image:
+    """A muted plain, gradient, stripes, checks or blotches, as a small picture to be scaled up."""
+    grey = rng.randint(30, 225)
+    first = [byte(grey + rng.randint(-12, 12)) for _ in range(3)]
+    second = [byte(c + rng.choice((-1, 1)) * rng.randint(8, 25)) for c in first]
     kind, n = rng.choice(("plain", "gradient", "stripes", "checks", "blotches")), rng.randint(4, 9)
     pattern = {"plain": lambda x, y: 0, "gradient": lambda x, y: (x + y) / (2 * n),
                "stripes": lambda x, y: y % 2, "checks": lambda x, y: (x + y) % 2,
@@ -1141,28 +1145,25 @@ SKILLS = ("shape", "colour", "size", "count", "relation")
 
 
 def judge(caption: str, scene: Scene) -> dict[str, bool]:
-    """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only where
-    there are two things or more). Exact: every thing named once and nothing else, any number word right, and,
-    of two things or more, at least one relation stated and all stated relations true."""
-    def spoken(groups):
-        return SIZE_WORDS[groups[1]], groups[2], groups[3]
-
-    said = [spoken(groups) for groups in re.findall(THING, caption) if groups[0] == "a"]
+    """Parses a caption back and compares it with the truth: "exact", and each of SKILLS ("relation" only
+    where there are two things or more). Exact: every thing named once and nothing else, any number right,
+    and, of two things or more, at least one relation stated and all stated relations true."""
     truth = {thing[:3]: thing for thing in scene.things}
-    words = re.search(r"\b(one|two|three) objects?\b", caption)
+    said = [(SIZE_WORDS[size], colour, shape)
+            for article, size, colour, shape in re.findall(THING, caption) if article == "a"]
+    number = re.search(r"\b(one|two|three) objects?\b", caption)
     result = {skill: sorted(t[k] for t in said) == sorted(t[k] for t in truth)
-              for skill, k in (("shape", 2), ("colour", 1), ("size", 0))}
+              for k, skill in enumerate(("size", "colour", "shape"))}
     result["count"] = len(said) == len(truth) and (
-        words is None or ("one", "two", "three").index(words[1]) + 1 == len(truth))
-    exact = sorted(said) == sorted(truth) and result["count"]
+        not number or number[1] == ("one", "two", "three")[len(truth) - 1])
     if len(truth) > 1:
-        stated = []
-        relations = "|".join(RELATION_WORDS)
+        def thing(article, size, colour, shape):
+            return truth.get((SIZE_WORDS[size], colour, shape))
+
         # looked for from every thing on, so that "a … and a … above a …" is read as it is meant
-        for match in re.finditer(rf"(?={THING} (?:is )?({relations}) {THING})", caption):
-            a, b = spoken(match.groups()[:4]), spoken(match.groups()[5:])
-            stated.append(a in truth and b in truth and a != b
-                          and relation(truth[a], truth[b]) == RELATION_WORDS[match[5]])
-        result["relation"] = bool(stated) and all(stated)
-        exact = exact and result["relation"]
+        found = re.findall(rf"(?={THING} (?:is )?({'|'.join(RELATION_WORDS)}) {THING})", caption)
+        stated = [(thing(*groups[:4]), RELATION_WORDS[groups[4]], thing(*groups[5:])) for groups in found]
+        result["relation"] = bool(stated) and all(
+            a and b and a != b and relation(a, b) == where for a, where, b in stated)
+    exact = sorted(said) == sorted(truth) and result["count"] and result.get("relation", True)
     return {"exact": exact, **result}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
-                  load_weights, pack, read_json, whole)
+                  load_weights, pack, project, read_json, whole)
 
 
 class Rope(NamedTuple):
@@ -86,8 +86,7 @@ class KVCache:
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Appends k, v (B,H,T,hd) of one layer; returns all keys and values so far, (2,B,H,length+T,hd)."""
         end = self.length + k.shape[2]
-        self.buffer[layer, 0, :, :, self.length:end] = k
-        self.buffer[layer, 1, :, :, self.length:end] = v
+        self.buffer[layer, :, :, :, self.length:end] = torch.stack((k, v))
         return self.buffer[layer, :, :, :, :end]
 
     def select(self, rows: torch.Tensor) -> None:
@@ -114,7 +113,7 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
+    """cos and ±sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
     turns the fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024,
     arXiv:2409.12191)."""
     f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
@@ -124,15 +123,14 @@ def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
         side = 3 * f.shape[1] // 8
         positions = positions[..., [0] * (f.shape[1] - 2 * side) + [1] * side + [2] * side]
     angles = (positions.float() * f[:, None])[:, None]  # (B,1,T,size/2)
-    angles = torch.cat([angles, angles], -1)
-    return (angles.cos() * rope.scale).to(dtype), (angles.sin() * rope.scale).to(dtype)
+    cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    x, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    a, b = x.chunk(2, -1)
-    x = x * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([x, rest], -1) if rest.shape[-1] else x
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
+    return x * cos + x.roll(size // 2, -1) * sin
 
 
 def make_norm(config: LLMConfig, size: int) -> nn.Module:
@@ -142,6 +140,8 @@ def make_norm(config: LLMConfig, size: int) -> nn.Module:
 
 
 class Attention(nn.Module):
+    joined = ("q", "k", "v"),  # see data.pack
+
     def __init__(self, config: LLMConfig):
         super().__init__()
         width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -153,7 +153,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, config.width, config.out_bias)
 
     def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+                   for y in project(x, self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
         if turn is not None:
             q, k = rotate(q, *turn).to(v.dtype), rotate(k, *turn).to(v.dtype)  # float32 angles under autocast
@@ -166,6 +167,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    joined = ("gate", "up"),
+
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.order, self.parallel = config.norm_order, config.parallel
@@ -179,8 +182,10 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def feed_forward(self, x):
-        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(x)
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
     def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
         if self.order == "post":
@@ -717,7 +722,12 @@ class ByteLevel:
 
     def encode(self, text: str, first: bool) -> list[int]:
         text = " " * (self.prefix_space and text[0] != " ") + text
-        return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+        try:
+            return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+        except BaseException as error:  # a panic of tiktoken's is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer's pattern can't split this text ({error})") from None
 
 
 class Pieces:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot, in_order, judge,
-                  nearest, one_of, open_picture, references, run, skip, stack, watch, write_file)
+from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
+                  in_order, judge, nearest, one_of, open_picture, references, run, skip, stack, watch,
+                  write_file)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -37,7 +39,7 @@ SHARES = ("exact", *SKILLS, "matching")
 
 
 def words(caption: str) -> list[str]:
-    """A caption's words as caption scores count them: lower case, no punctuation, clitics apart ("man 's")."""
+    """A caption's words as scores count them: lower case, no punctuation, clitics apart ("man 's")."""
     text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
     return re.findall(r"n't|[^\W_]+(?:[-.,/][^\W_]+)*|'(?:s|re|ve|ll|d|m)\b", text)
 
@@ -47,8 +49,8 @@ def ngrams(tokens: list[str], n: int) -> collections.Counter:
 
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """BLEU-1 to -4 of a corpus (Papineni et al., 2002): one list of words a picture, and several to compare it with.
-    The brevity penalty takes the reference length closest to each candidate's."""
+    """BLEU-1 to -4 of a corpus (Papineni et al., 2002): a list of words a picture, and several to compare it
+    with. The brevity penalty takes the reference length closest to each candidate's."""
     right, total, length, wanted = [0] * 4, [0] * 4, 0, 0
     for candidate, refs in zip(candidates, references):
         length += len(candidate)
@@ -69,25 +71,23 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list
 def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
     """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
     the references."""
-    frequency = collections.Counter()
-    for refs in references:
-        frequency.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
-    pictures = math.log(len(references))
-
-    def vector(tokens):
-        weights = [{gram: count * (pictures - math.log(max(1, frequency[gram]))) for gram, count in ngrams(tokens, n).items()}
-                   for n in range(1, 5)]
-        return weights, [math.sqrt(sum(w * w for w in ws.values())) for ws in weights], max(0, len(tokens) - 1)
-
     scores = [0.0] * len(candidates)
-    for i, (candidate, refs) in enumerate(zip(candidates, references)):
-        mine, my_norms, my_length = vector(candidate)
-        for ref in refs:
-            theirs, norms, length = vector(ref)
-            penalty = math.exp(-(my_length - length) ** 2 / (2 * 6.0 ** 2))
-            for n in range(4):
-                dot = sum(min(w, theirs[n].get(gram, 0.0)) * theirs[n].get(gram, 0.0) for gram, w in mine[n].items())
-                scores[i] += penalty * dot / ((my_norms[n] * norms[n]) or 1.0) / 4 / len(refs) * 10
+    for n in range(1, 5):
+        frequency = collections.Counter(
+            gram for refs in references for gram in {gram for ref in refs for gram in ngrams(ref, n)})
+
+        def vector(tokens):
+            weights = {gram: count * math.log(len(references) / max(1, frequency[gram]))
+                       for gram, count in ngrams(tokens, n).items()}
+            return weights, math.hypot(*weights.values())
+
+        for i, (candidate, refs) in enumerate(zip(candidates, references)):
+            mine, norm = vector(candidate)
+            for ref in refs:
+                theirs, their_norm = vector(ref)
+                dot = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
+                penalty = math.exp(-(len(candidate) - len(ref)) ** 2 / (2 * 6.0 ** 2))
+                scores[i] += 10 * penalty * dot / (norm * their_norm or 1.0) / 4 / len(refs)
     return scores
 
 
@@ -114,11 +114,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for label, row in rows.items():
-        lines.append([label, *("" if n not in row else f"{100 * row[n]:.1f} %" if n in SHARES else
-                               f"{row[n]:.3f}" for n in names)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) + " |"
-                     for line in lines)
+        shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.3f}" for name, x in row.items()}
+        lines.append([label, *(shown.get(name, "") for name in names)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) + " |"
+                     for label, *cells in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -128,22 +128,16 @@ INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
 
 
 def wrap(text: str, font, width: int) -> str:
-    """Breaks a text in lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if font.getlength(longer) <= width else [*filter(None, lines[-1:]), word]
-        while font.getlength(line := lines[-1]) > width:  # a word that is longer than a line
-            cut = next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
-            lines[-1:] = [line[:cut], line[cut:]]
-    return "\n".join(lines)
+    """Breaks a text in lines of at most `width` pixels: of as many letters as all of them can have."""
+    broken = ("\n".join(textwrap.wrap(text, letters)) for letters in range(width, 1, -1))
+    return next((lines for lines in broken if max(map(font.getlength, lines.split("\n"))) <= width), text)
 
 
 def label(text: str, size: int, colour: str, width: int) -> Image.Image:
     """A text in lines of at most `width` pixels."""
     font = ImageFont.load_default(size)
     text, draw = wrap(text, font, width), ImageDraw.Draw(Image.new("L", (1, 1)))
-    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever letters the last line has
+    bottom = draw.multiline_textbbox((0, 0), text + "g", font)[3]  # as deep, whatever its letters
     image = Image.new("RGB", (width, math.ceil(bottom)), "white")
     ImageDraw.Draw(image).multiline_text((0, 0), text, colour, font)
     return image
@@ -173,15 +167,16 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
-PANELS = ({"loss": ("training loss", BLUE), "val": ("validation loss", "#d55e00")},
+PANELS = ({"loss": ("training loss, nats per token", BLUE),
+           "val": ("validation loss, nats per token", "#d55e00")},
           {"matching": ("image-text matching, share that is right", "#009e73")})
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers, evenly spaced, from `low` or below to `high` or above; about `most`."""
     rough = (high - low or abs(high) or 1) / most
-    step = next(m * 10 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)
-                if m * 10 ** math.floor(math.log10(rough)) >= rough)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
 
@@ -193,52 +188,43 @@ def curves(lines: list[dict], title: str, width: int = 960, height: int = 420) -
                        if line.get(name) is not None and math.isfinite(line[name])}.items()]
               for panel in PANELS for name in panel}
     panels = [panel for panel in PANELS if any(series[name] for name in panel)] or [PANELS[0]]
-    last = max((step for points in series.values() for step, _ in points), default=1)
-    image, smooth = Image.new("RGB", (width, height * len(panels)), "white"), 4  # so large, then reduced
-    small, large = ImageFont.load_default(15), ImageFont.load_default(19)
-    for row, panel in enumerate(panels):
+    last, drawn = max((step for points in series.values() for step, _ in points), default=1), []
+    px = 4  # drawn so large, then reduced: edges are smooth
+    left, top, right, bottom = 76 * px, 84 * px, (width - 32) * px, (height - 60) * px
+    for panel in panels:
+        image = Image.new("RGB", (width * px, height * px), "white")
+        draw = ImageDraw.Draw(image)
         values = [value for name in panel for _, value in series[name]] or [0, 1]
         scale = ticks(min(values), max(values))
-        left, top, right, bottom = 76, 84, width - 32, height - 60
+        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
 
         def place(step, value):
             return (left + (right - left) * step / last,
                     bottom - (bottom - top) * (value - scale[0]) / (scale[-1] - scale[0]))
 
-        plot = Image.new("RGB", (width * smooth, height * smooth), "white")
-        draw = ImageDraw.Draw(plot)
-        for value in scale:
-            draw.line([c * smooth for step in (0, last) for c in place(step, value)],
-                      GREY if value == scale[0] else "#dddddd", smooth)
-        for name, (_, colour) in panel.items():
-            points = [tuple(c * smooth for c in place(*point)) for point in series[name]]
-            if len(points) > 1:
-                draw.line(points, colour, (3 if name == "loss" else 2) * smooth, "curve")
-            for x, y in points if name != "loss" or len(points) == 1 else ():
-                draw.circle((x, y), 4.5 * smooth, colour, "white", smooth)
-        image.paste(plot.reduce(smooth), (0, row * height))
-        draw = ImageDraw.Draw(image)
+        def write(x, y, text, anchor, colour=GREY, size=15):
+            draw.text((x, y), text, colour, font := ImageFont.load_default(size * px), anchor)
+            return font.getlength(text)
 
-        def write(x, y, text, anchor, colour=GREY, font=small):
-            draw.text((x, y + row * height), text, colour, font, anchor)
-
-        digits = max(len(f"{value:g}".partition(".")[2]) for value in scale)
+        write(left, 18 * px, title * (panel is panels[0]), "lt", INK, 19)
         for value in scale:
-            write(left - 10, place(0, value)[1], f"{value:.{digits}f}", "rm")
+            _, y = place(0, value)
+            draw.line((left, y, right, y), GREY if value == scale[0] else "#dddddd", px)
+            write(left - 10 * px, y, f"{value:.{digits}f}", "rm")
         for step in ticks(0, last, 8):
             if step <= last:
-                write(place(step, 0)[0], bottom + 10, f"{step:g}", "mt")
-        write(right, bottom + 34, "steps", "rt")
-        write(left, 18, title * (row == 0), "lt", INK, large)
-        x = left
+                write(place(step, 0)[0], bottom + 10 * px, f"{step:g}", "mt")
+        write(right, bottom + 34 * px, "steps", "rt")
+        x, y = left, 60 * px  # of the legend
         for name, (label, colour) in panel.items():
-            if series[name]:
-                draw.line((x, row * height + 60, x + 28, row * height + 60), colour, 3)
-                if name != "loss":
-                    draw.circle((x + 14, row * height + 60), 4.5, colour)
-                write(x + 36, 60, label + ", nats per token" * (name != "matching"), "lm", INK)
-                x += 76 + small.getlength(label + ", nats per token")
-    return image
+            if points := [place(*point) for point in series[name]]:
+                draw.line(points, colour, (3 if name == "loss" else 2) * px, "curve")
+                draw.line((x, y, x + 28 * px, y), colour, 3 * px)
+                for dot in [*points, (x + 14 * px, y)] if name != "loss" or len(points) == 1 else ():
+                    draw.circle(dot, 4.5 * px, colour, "white", px)
+                x += 76 * px + write(x + 36 * px, y, label, "lm", INK)
+        drawn.append(image.reduce(px))
+    return join(drawn, 0, down=True)
 
 
 def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
@@ -310,7 +296,8 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 
-EXIT_CODES = "exit codes: 0 done, 2 bad input (a line on stderr tells), 130 interrupted, 141 output unread"
+EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
+              "130 Ctrl-C, 143 SIGTERM, 141 broken pipe")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -359,7 +346,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("amx_tile", "avx512_bf16"))
+    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
@@ -372,17 +359,18 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def newest_run() -> str:
-    runs = [path.parent for path in Path("out").glob("*/adapter.safetensors")]
+    runs = sorted(Path("out").glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError("no trained run in out/: train one with `python train.py --adapter qformer`, or give --model FOLDER")
-    return str(max(runs, key=lambda run: (run / "adapter.safetensors").stat().st_mtime))
+        raise InputError("no trained run in out/: train one with `python train.py --adapter qformer`, "
+                         "or give --model FOLDER")
+    return str(runs[-1].parent)
 
 
 def pictures_of(name: str) -> list[str]:
     """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
     Raises InputError for a folder without pictures."""
     if os.path.isdir(name):
-        kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        kinds = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
         found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)
         if not found:
             raise InputError(f"{name}: no pictures in this folder")
@@ -390,19 +378,20 @@ def pictures_of(name: str) -> list[str]:
     return [name] if name == "-" or os.path.exists(name) else sorted(glob.glob(name, recursive=True))
 
 
-def caption_set(vlm: VLM, captions, batches, decoding: dict,
-                shots: list[tuple[torch.Tensor, str]] = ()) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`: features
-    (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str]] = (),
+                prompt: str | None = None, raw: bool = False, **decoding) -> dict[int, str]:
+    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`:
+    features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
     texts, K = {}, len(shots)
     for indices, features in batches:
-        prompt = decoding.get("prompt")
         asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
         asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
         shown = Views(torch.cat([*(shot[None] for shot, _ in shots), features.x]),
                       [1] * K + features.counts, [(0, 0)] * K + features.tiles)
         shown = shown.pick([p for i in range(len(indices)) for p in (*range(K), K + i)])
-        texts.update(zip(indices, vlm.caption(features=shown, **decoding | {"prompt": asked})))
+        tiles = iter(shown.tiles)
+        rows = [vlm.encode(text, raw=raw, tiles=tiles)[0] for text in asked]
+        texts.update(zip(indices, vlm.answer(rows, shown.x, **decoding)))
     return texts
 
 
@@ -419,7 +408,7 @@ def as_lines(captions, texts: dict[int, str]) -> str:
                               ensure_ascii=False) + "\n" for i, text in texts.items())
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
@@ -437,6 +426,7 @@ def main() -> None:
         help="a solved example, to come before each picture; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
+    add("--batch", type=int, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
     add("--split", action=argparse.BooleanOptionalAction,
         help="see a picture in tiles too, where the model can (default: as it was trained)")
     add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
@@ -445,7 +435,6 @@ def main() -> None:
     add("--data", metavar="FILE", help="caption and score this set: captions as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
-    add("--batch", type=int, default=64, help="pictures at a time")
     add("--workers", type=int, default=2, help="processes that read pictures")
 
     add = parser.add_argument_group("decoding").add_argument
@@ -468,79 +457,102 @@ def main() -> None:
         args.prompt = args.pictures.pop()
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
-    if args.max_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or min(args.batch, args.beams) < 1:
-        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least 0, --top-p within (0, 1]")
+    if (min(args.max_tokens, args.batch or 1, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
+            or not 0 < args.top_p <= 1):
+        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least "
+                     "0, --top-p within (0, 1]")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
     if args.data and args.attention:
         parser.error("--attention goes with pictures, not with --data")
+    return args
 
+
+def main() -> None:
+    args = read_options()
     device = pick_device(args.device)
-    sets = {}
-    if args.data:
-        sets = ({"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")} if args.data == "shapes" else
-                {Path(args.data).name: Captions(args.data, args.images)})
-    files = [file for name in args.pictures for file in pictures_of(name) or [name]]
+    if args.data == "shapes":
+        given = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
+    elif args.data:
+        given = {Path(args.data).name: Captions(args.data, args.images)}
+    else:
+        given = [file for name in args.pictures for file in pictures_of(name) or [name]]
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     if args.merge_lora:
         merge_lora(vlm)
     vlm.pack()
-    asking = dict(prompt=args.prompt, raw=args.raw_prompt, split=False if args.attention else args.split)
-    decoding = dict(**asking, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, beams=args.beams, generator=torch.Generator(device).manual_seed(args.seed))
+    args.split = not args.attention and (vlm.split if args.split is None else args.split)
+    args.split = args.split and "max_image_size" in vlm.vit.preprocess.settings
+    args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
+    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "beams")}
+    decoding["generator"] = torch.Generator(device).manual_seed(args.seed)
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
-    if args.data:
-        score_sets(vlm, sets, decoding, args, shots)
-        return
+    (score_sets if args.data else caption_files)(vlm, given, shots, decoding, args)
+
+
+@torch.inference_mode()
+def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args: argparse.Namespace) -> None:
+    """Prints a caption of each picture, or of each few, if the prompt takes several, after `shots`; draws
+    --attention."""
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
-    group = max(1, prompt.count(IMAGE))
-    if len(files) % group:
-        raise InputError(f"the prompt takes {group} pictures at a time: {len(files)} can't be shared out")
-    asking["prompt"], _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
+    size = max(1, prompt.count(IMAGE))
+    if len(files) % size:
+        raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
+    prompt, _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
+    groups = [files[i:i + size] for i in range(0, len(files), size)]
+    batches = [groups[i:i + args.batch] for i in range(0, len(groups), args.batch)]
     failed, sections = False, []
-    for i in range(0, len(files), group):
-        names = files[i:i + group]
+    while batches:
+        batch = batches.pop(0)
         try:
-            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)]]
+            pictures = [[*(shot for shot, _ in shots), *map(open_picture, names)] for names in batch]
+            rows, pixels = vlm.ask(pictures, prompt, args.raw_prompt, args.split)
+            features = vlm.features(pixels)
+            texts = vlm.answer(rows, features, **decoding)
+        except InputError as error:
+            if len(batch) > 1:  # one bad picture doesn't cost the others their captions
+                batches = [[names] for names in batch] + batches
+            else:
+                complain(error)
+                failed = True
+            continue
+        views = len(pixels) // len(batch)
+        for i, (names, ids, text) in enumerate(zip(batch, rows, texts)):
             if args.show_prompt:
-                (ids,), _ = vlm.ask(pictures, **asking)
                 print(as_read(vlm, ids), file=sys.stderr)
-            text, = vlm.caption(pictures, **decoding | asking)
             if args.json:
-                line = dict(image=names if group > 1 else names[0], caption=text)
+                line = dict(image=names if size > 1 else names[0], caption=text)
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
-                print(text if len(files) == group else f"{' '.join(names)}: {text}", flush=True)
+                print(text if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
-                _, pixels = vlm.ask(pictures, **asking)
-                looks = look(vlm, vlm.features(pixels.to(device)), asking["prompt"], text, args.raw_prompt)
-                sections.append((text, spotlights(vlm, pixels, looks)))
-        except InputError as error:  # one bad picture doesn't cost the others their captions
-            complain(error)
-            failed = True
+                mine = slice(i * views, (i + 1) * views)
+                looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
+                sections.append((text, spotlights(vlm, pixels[mine].cpu(), looks)))
     if sections:
         sheet = contact_sheet(sections, 7, 150)
         write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
     sys.exit(2 if failed else 0)
 
 
-def score_sets(vlm: VLM, sets: dict, decoding: dict, args: argparse.Namespace, shots: list) -> None:
-    """Captions whole sets, each picture after `shots`, prints their scores, and writes the captions to --save."""
+def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse.Namespace) -> None:
+    """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
-    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said) for picture, said in shots]
+    shots = [(vlm.features(vlm.vit.preprocess(picture)[None].to(vlm.device))[0], said)
+             for picture, said in shots]
     for label, captions in sets.items():
         bad = {}
 
         def read():
             for indices, features, found in vlm.encode_pictures(
-                    captions, in_order(len(captions), args.batch), args.workers, decoding["split"]):
+                    captions, in_order(len(captions), args.batch), args.workers, args.split):
                 skip(bad, found, captions)
                 if indices:
                     yield indices, features
                     if sys.stderr.isatty() and not args.quiet:
                         print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
-        texts = caption_set(vlm, captions, read(), decoding, shots)
+        texts = caption_set(vlm, captions, read(), shots, args.prompt, args.raw_prompt, **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         for reason in bad.values() if not args.quiet else ():

@@ -193,7 +193,8 @@ def read_options() -> argparse.Namespace:
         make_absolute(args)
         processes = read_json(Path(args.resume, "config.json")).get("processes", WORLD)
         if processes != WORLD:
-            raise InputError(f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: start as many")
+            raise InputError(
+                f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: start as many")
         for option in parser._actions:
             name, flag = option.dest, option.option_strings[0]
             if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
@@ -565,8 +566,8 @@ class Signals:
 
 
 class Progress:
-    """What happened since the last line: mean loss, speed, time left. On a terminal the line is rewritten in place twice
-    a second; in a log it appears every `--log-every` steps."""
+    """What happened since the last line: mean loss, speed, time left. On a terminal the line is rewritten in
+    place twice a second; in a log it appears every `--log-every` steps."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
@@ -587,7 +588,8 @@ class Progress:
         return {"step": step + 1, "loss": losses.nanmean().item(),
                 **({"skipped": skipped} if skipped else {}),
                 "images_per_s": self.images / seconds,
-                "tokens_per_s": self.tokens / seconds, "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
+                "tokens_per_s": self.tokens / seconds,
+                "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
     def show(self, line: dict, end: str = "\n") -> None:
         if self.quiet:
@@ -597,8 +599,8 @@ class Progress:
         print(f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}  "
               + "".join(f"{name} {line[name]:.4f}  " for name in ("val", "matching") if name in line)
               + (f"{line['skipped']} steps skipped: not finite  " if "skipped" in line else "") +
-              f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  {minutes}:{seconds:02d} left"
-              + " " * 8 * self.terminal, end=end, flush=True)
+              f"{line['images_per_s']:.0f} images/s  {line['tokens_per_s']:.0f} tokens/s  "
+              f"{minutes}:{seconds:02d} left" + " " * 8 * self.terminal, end=end, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -847,22 +849,24 @@ class Run:
 
     def score(self) -> dict[str, dict[str, float]]:
         """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""
-        args, vlm, folder = self.args, self.vlm, self.folder
+        args, vlm, folder, val = self.args, self.vlm, self.folder, self.val.captions
         vlm.eval()
         for part in {"llm", "vit"} & {*args.train.split(",")}:
             getattr(vlm, part).to(vlm.dtype)
         sets = {"val": self.val} if self.unseen is None else {
             "test": self.val, "unseen": Encoded(vlm, self.unseen, args, self.val.features is not None)}
-        indices, views = next(self.val.batches(args.shots)) if args.shots else ([], Views([], [], []))
-        shots = [(x, draw_caption(self.val.captions.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
+        shots = []
+        if args.shots:
+            indices, views = next(self.val.batches(args.shots))
+            shots = [(x, draw_caption(val.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
         scores, sections = {}, []
         for label, data in sets.items():
-            texts = caption_set(vlm, data.captions, data.batches(64), {})
+            texts = caption_set(vlm, data.captions, data.batches(64))
             row, ratings = rate(data.captions, texts)
             scores[f"{label} ({len(texts)})"] = row
             first = len(shots) * (data is self.val)  # no picture comes before itself
             if shots and first < len(data.readable):
-                after = caption_set(vlm, data.captions, data.batches(64, first), {}, shots)
+                after = caption_set(vlm, data.captions, data.batches(64, first), shots)
                 scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(data.captions, after)[0]
             if "text-image" in self.layouts:
                 row["matching"] = self.matching(data)

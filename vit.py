@@ -27,7 +27,7 @@ class ViTConfig:
     registers: int = 0  # more of them, after the class token and without a position
     patch_bias: bool = True
     qkv_bias: bool = True
-    gated: bool = False  # SwiGLU feed-forward layers
+    gated: bool = False  # SwiGLU feed-forward layers (Shazeer, 2020, arXiv:2002.05202)
     layer_scale: bool = False  # a learned factor per channel on what each sublayer adds
     pre_norm: bool = False  # a norm before the first block
     post_norm: bool = True  # a norm after the last block
@@ -108,10 +108,8 @@ class Block(nn.Module):
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else 1 for _ in "12")
 
     def mlp(self, x):  # (B,N,D)
-        if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        # SwiGLU (Shazeer, 2020, arXiv:2002.05202)
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(x)
 
     def forward(self, x):  # (B,N,D)
         x = x + self.scale1 * self.attention(self.norm1(x))
@@ -160,8 +158,7 @@ class Preprocessor:
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
-        if self.size.keys().isdisjoint(("longest_edge",
-                                        "shortest_edge")) and not self.size.keys() >= {*square}:
+        if not any({*edges} <= self.size.keys() for edges in (["longest_edge"], ["shortest_edge"], square)):
             raise ValueError(f"{size} is no size")
         for length in (self.image_size, *self.size.values()):
             if not 0 < length <= self.MOST:

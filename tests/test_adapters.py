@@ -160,7 +160,7 @@ def test_qformer_equals_instructblip(fixtures):
 @torch.no_grad()
 def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
     vlm = small(fixtures, adapter, text=4)
-    V, pad = vlm.llm.config.vocabulary, -1
+    pad = -1
     rows = [vlm.encode("ab", "xyz"), vlm.encode("abcdefg<image>h<image>", "z"), vlm.encode("", "p")]
     tokens, where, _ = stack(rows)
     before = rows[0][1].index(True)

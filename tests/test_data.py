@@ -2,8 +2,11 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -366,3 +369,13 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="file: No space left"):
         write_file(tmp_path / "file", fail)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    kept = [tmp_path / name for name in (".a.pt.1.tmp", ".b.txt.2.tmp", ".c.pt", "d.pt.3.tmp")]
+    for file in (*kept, tmp_path / ".old.pt.4.tmp"):
+        file.touch()
+        if file != kept[0]:  # which another process may be writing
+            os.utime(file, (0, time.time() - 90_000))
+    write_file(tmp_path / "new.pt", Path.touch)
+    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt"}

@@ -165,7 +165,7 @@ def test_sizes_that_no_memory_holds(tmp_path):
         for file in (*folder.glob("config.json"), *folder.glob("preprocessor_config.json"),
                      *folder.glob("processor_config.json")):
             text = file.read_text()
-            for i, (container, key) in enumerate(places(value := json.loads(text), [])):
+            for i, (container, key) in enumerate(places(json.loads(text), [])):
                 if type(container[key]) is int:
                     changed = json.loads(text)
                     inner, key = places(changed, [])[i]
@@ -297,6 +297,15 @@ def test_a_normaliser_can_not_blow_up(tmp_path):
         {"type": "Replace", "pattern": {"String": " "}, "content": "  "}] * 64}
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     assert not survives(lambda: Tokenizer.from_pretrained(str(tmp_path)), str(tmp_path))
+
+
+def test_a_pattern_that_gives_up_is_an_error(tmp_path):
+    file = json.loads((FIXTURES / "tokenizer_llama3" / "tokenizer.json").read_text(encoding="utf-8"))
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a|aa)+(?!a)b"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = Tokenizer.from_pretrained(str(tmp_path))
+    assert survives(lambda: tokenizer.encode("aab"), "")
+    assert not survives(lambda: tokenizer.encode("a" * 100), "pattern can't split this text")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import VLM
-from data import (IMAGE, LAYOUTS, InputError, Shapes, Views, arrange, draw_layout, draw_shots, few_shot,
+from data import (IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot,
                   layout_weights, stack)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
@@ -43,7 +43,7 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
     assert torch.equal(vlm.llm.embedding.weight, saved.to(vlm.llm.dtype))
     lines = [json.loads(line) for line in Path("whole/captions-test.jsonl").read_text().splitlines()]
     pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
-    assert [line["caption"] for line in lines] == vlm.caption(prompt=[""] * 8, features=Views.whole(vlm.features(pixels)))
+    assert [line["caption"] for line in lines] == vlm.answer([vlm.encode("")[0]] * 8, vlm.features(pixels))
     Path("whole/llm.safetensors").unlink()
     picture(90, 90).save("a.png")
     assert command(monkeypatch, sample, "a.png", "--model", "whole") == 2

@@ -92,6 +92,7 @@ def here(place, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "hub")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.rmtree("out", ignore_errors=True)
+    Path("captions.jsonl").unlink(missing_ok=True)  # two commands write it
     shutil.copytree("kept", "out")
     return place
 

@@ -283,7 +283,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*RUN, "--log-every", "5", "--save-every", "5"]
     break_gradients(monkeypatch, (1, 2, 6))
-    before, kept, step = [], {}, torch.optim.AdamW.step
+    before, step = [], torch.optim.AdamW.step
 
     def stepped(self, *args):
         values = [p.detach().clone() for group in self.param_groups for p in group["params"]]

@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ from PIL import Image, ImageFont
 import data
 import sample
 import train
-from adapters import ADAPTERS, Attention, build
+from adapters import ADAPTERS, VLM, Attention, build
 from data import Pixels, Shapes, attend, watch
 from fixtures.pictures import picture
 from llm import LLM
@@ -257,8 +258,13 @@ def test_json_of_a_set_and_quiet(trained, monkeypatch, capsys):
 def test_attention_is_drawn(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     options = ("--model", "run", "--attention", "seen.png", "--max-tokens", "6")
+    encoded, features = [], VLM.features
+    monkeypatch.setattr(VLM, "features", lambda *inputs: encoded.append(1) or features(*inputs))
     assert command(monkeypatch, sample, "a.png", *options) == 0
     words, sheet = capsys.readouterr().out.split(), Image.open("seen.png")
+    assert len(encoded) == 1
+    assert command(monkeypatch, sample, "a.png", *options[:2], *options[4:]) == 0
+    assert capsys.readouterr().out.split() == words
     assert words and sheet.width == 7 * 170 + 20 and sheet.height > 200
     cells = [np.array(sheet.crop((x, 60, x + 150, 190)).convert("L")).mean() for x in (20, 190)]
     assert cells[1] < 0.9 * cells[0], "the first is as it is, the others are dark somewhere"
@@ -296,7 +302,7 @@ def test_help_is_readable(module, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert command(monkeypatch, module, "--help") == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100 and "exit codes: 0 " in text
+    assert max(map(len, text.splitlines())) <= 100 and "130 Ctrl-C, 143 SIGTERM, 141 broken pipe" in text
     groups = text.split("\n\n")
     assert max(group.count("\n") for group in groups) < 30
     if module is train:
@@ -355,4 +361,20 @@ def test_file_names_of_any_bytes_are_printed(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import data; data.run(lambda: print('\\udcff: …'))"
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path,
                           env={"PYTHONIOENCODING": "ascii", "PATH": ""})
-    assert done.stdout.decode() .strip() == "\\udcff: …" and not done.returncode, done.stderr
+    assert done.stdout.decode().strip() == "\\udcff: …" and not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("said, end, code", ((9, "", 141), (99_999, "", 141), (9, "sys.exit(2)", 141),
+                                             (0, "sys.exit(2)", 2), (0, "os.kill(os.getpid(), 2)", 130)))
+def test_exit_codes(said, end, code, tmp_path):
+    """Where no one reads the output: what little is said is found unread at the end."""
+    program = f"""import os, sys; sys.path.insert(0, sys.argv[1]); import data
+def main():
+    print('x' * {said}, end='')
+    {end or 'pass'}
+data.run(main)"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == code and not done.stderr, done.stderr
