@@ -11,6 +11,7 @@ language model doesn't run.
 import argparse
 import gc
 import io
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -37,20 +38,21 @@ CLIP_L = "CLIPVisionModel", "CLIPVisionConfig", dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 
 
-def qwen(width: int, mlp: int, layers: int, heads: int, kv_heads: int, tied: bool = True) -> tuple:
-    return "Qwen2ForCausalLM", "Qwen2Config", dict(
-        vocab_size=151936 if tied else 152064, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+def decoder(kind: str, vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int,
+            tied: bool = True) -> tuple:
+    return f"{kind}ForCausalLM", f"{kind}Config", dict(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
 
 
-SMOLLM2 = "LlamaForCausalLM", "LlamaConfig", dict(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)
+QWEN = decoder("Qwen2", 151936, 896, 4864, 24, 14, 2)  # Qwen2.5-0.5B
 SIZES = {  # name -> vision model, language model: (transformers' class, its config class, config)
-    "small": (SIGLIP, SMOLLM2),  # SigLIP-B/16-224, SmolLM2-135M
-    "medium": (CLIP_L, qwen(896, 4864, 24, 14, 2)),  # CLIP-L/14-224, Qwen2.5-0.5B
-    "1.5b": (CLIP_L, qwen(1536, 8960, 28, 12, 2)),
-    "7b": (CLIP_L, qwen(3584, 18944, 28, 28, 4, tied=False)),
+    "small": (SIGLIP, decoder("Llama", 49152, 576, 1536, 30, 9, 3)),  # SigLIP-B/16-224, SmolLM2-135M
+    "SmolLM2-360M": (SIGLIP, decoder("Llama", 49152, 960, 2560, 32, 15, 5)),
+    "Qwen2.5-0.5B": (SIGLIP, QWEN),
+    "medium": (CLIP_L, QWEN),  # CLIP-L/14-224
+    "1.5b": (CLIP_L, decoder("Qwen2", 151936, 1536, 8960, 28, 12, 2)),
+    "7b": (CLIP_L, decoder("Qwen2", 152064, 3584, 18944, 28, 28, 4, tied=False)),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -58,14 +60,18 @@ SIZES = {  # name -> vision model, language model: (transformers' class, its con
 
 
 class Ours:
-    def __init__(self, folder: Path, args, packed: bool = False):
+    def __init__(self, folder: Path, args, packed: bool = False, side: int | None = None, scale: int = 2,
+                 recompute: bool = False):
         from adapters import build
-        self.vlm = build(dict(vit=str(folder / "vit"), llm=str(folder / "llm"), adapter="pixelshuffle",
-                              adapter_sizes={}), args.dtype).to(args.device)
+        from data import open_picture
+        config = dict(vit=str(folder / "vit"), llm=str(folder / "llm"), image_size=side,
+                      adapter="pixelshuffle", adapter_sizes=dict(scale=scale))
+        self.vlm = build(config, args.dtype).to(args.device)
         self.vlm.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
+        self.llm.recomputes = recompute
         if packed:
             self.vlm.pack()
-        self.preprocess = self.vlm.vit.preprocess
+        self.open, self.preprocess = open_picture, self.vlm.vit.preprocess
 
     def encode(self, pixels):
         return self.vlm.features(pixels)
@@ -101,6 +107,7 @@ class Transformers:
         self.trained = list(self.adapter.parameters())
         processor = tf.SiglipImageProcessor if "Siglip" in vision else tf.CLIPImageProcessor
         processor = processor()  # with torchvision, where there is one
+        self.open = lambda file: Image.open(file).convert("RGB")
         self.preprocess = lambda picture: processor(picture, return_tensors="pt").pixel_values[0]
 
     @torch.no_grad()
@@ -174,10 +181,11 @@ class NanoVLM:
             self.model.generate(tokens, None, max_new_tokens=NEW, greedy=True)
 
 
-def peers(size: str, args, kind: str) -> dict:
-    """What runs a row: {name: function that makes it}."""
+def peers(size: str, args, kind: str, **sizes) -> dict:
+    """What runs a row: {name: function that makes it}; `sizes`: those of Ours."""
     folder = args.folder / size
-    found = {"ours": lambda: Ours(folder, args, packed=kind != "train"), "transformers": lambda: Transformers(folder, args)}
+    found = {"ours": lambda: Ours(folder, args, packed=kind != "train", **sizes),
+             "transformers": lambda: Transformers(folder, args)}
     if kind == "decode":
         found["transformers, static cache"] = lambda: Transformers(folder, args, static=True)
     if args.nanovlm and size == "small":
@@ -206,19 +214,19 @@ def prepare(size: str, args) -> None:
 
 def seconds(run, args) -> float:
     clock = time.process_time if args.cpu_time else time.perf_counter
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    finish = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    finish()
     start = clock()
     run()
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    finish()
     return clock() - start
 
 
-def race(runs: dict, args) -> dict[str, float]:
-    """Median seconds of functions that take turns, after a turn that isn't counted."""
-    turns = [{name: seconds(run, args) for name, run in runs.items()} for _ in range(args.repeats + 1)][1:]
-    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
+def race(models: dict, run, args) -> dict[str, float]:
+    """Median seconds of run(model), of models that take turns, after a turn that isn't counted."""
+    turns = [{name: seconds(lambda: run(model), args) for name, model in models.items()}
+             for _ in range(args.repeats + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in turns) for name in models}
 
 
 def limits(args) -> dict[str, float]:
@@ -249,14 +257,20 @@ def linear_size(folder: Path) -> int:
     return sum(checkpoint.tensor(name).numel() for name in checkpoint.where if ".layers." in name)
 
 
-def high_water() -> int:
+def high_water(device: str = "cpu") -> int:
     """Most bytes of memory this process has held; ru_maxrss would count those of the one that started it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def child(code: str, *arguments) -> str:
-    return subprocess.run([sys.executable, "-c", code, *map(json.dumps, arguments)], cwd=ROOT, check=True, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout
+def child(function: str, *arguments):
+    """What a function of this file returns, called in a process of its own."""
+    code = ("import json, sys; sys.path.insert(0, 'tests'); import bench; "
+            "print(json.dumps(getattr(bench, sys.argv[1])(*map(json.loads, sys.argv[2:]))))")
+    command = [sys.executable, "-c", code, function, *(json.dumps(x, default=str) for x in arguments)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -271,68 +285,88 @@ def made(size: str, args, kind: str) -> dict:
 def encode(size: str, args) -> None:
     models, B = made(size, args, "encode"), 8
     pixels = torch.randn(B, 3, 224, 224, device=args.device)
-    times = race({name: lambda model=model: model.encode(pixels) for name, model in models.items()}, args)
+    times = race(models, lambda model: model.encode(pixels), args)
     config = models["ours"].vlm.vit.config
     N = config.grid ** 2 + config.class_tokens
     work = 2 * B * N * (linear_size(args.folder / size / "vit") + 2 * N * config.width * config.layers)
     table(f"{size}: encode images, batch {B}", "images/s", B, times, "products", work / args.rates[str(args.dtype)[6:]])
 
 
+def step(model, optimizer, **inputs) -> None:
+    model.loss(**inputs).backward()
+    torch.nn.utils.clip_grad_norm_(model.trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def train(size: str, args) -> None:
-    models = made(size, args, "train")
-    vit, llm = models["ours"].vlm.vit.config, models["ours"].vlm.llm.config
+    models = {name: (model, torch.optim.AdamW(model.trained, fused=True))
+              for name, model in made(size, args, "train").items()}
+    ours = models["ours"][0]
+    vit, llm = ours.vlm.vit.config, ours.vlm.llm.config
     N, T = vit.grid ** 2 + vit.class_tokens, vit.grid ** 2 // 4 + TEXT
     eye = 2 * N * (linear_size(args.folder / size / "vit") + 2 * N * vit.width * vit.layers)
     words = 4 * (T * (linear_size(args.folder / size / "llm") + 2 * T * llm.heads * llm.head_size * llm.layers)
                  + TEXT * llm.hidden * llm.vocabulary)  # forward, and to the inputs backward
-    optimizers = {name: torch.optim.AdamW(model.trained, fused=True) for name, model in models.items()}
-
-    def step(name: str, inputs: dict) -> None:
-        models[name].loss(**inputs).backward()
-        torch.nn.utils.clip_grad_norm_(models[name].trained, 1.0)
-        optimizers[name].step()
-        optimizers[name].zero_grad(set_to_none=True)
-
     for B in args.batches:
         tokens, pixels = torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)
         inputs = dict(tokens=tokens.to(args.device), pixels=pixels.to(args.device))
-        times = race({name: lambda name=name: step(name, inputs) for name in models}, args)
-        kept = dict(tokens=inputs["tokens"], features=models["ours"].encode(inputs["pixels"]))
-        times |= {f"{name}, cached features": time for name, time in race(
-            {name: lambda name=name: step(name, kept) for name in models if "nano" not in name}, args).items()}
+        times = race(models, lambda model: step(*model, **inputs), args)
+        kept = dict(tokens=inputs["tokens"], features=ours.encode(inputs["pixels"]))
+        cached = {f"{name}, cached features": model for name, model in models.items() if "nano" not in name}
+        times |= race(cached, lambda model: step(*model, **kept), args)
         rate = args.rates[str(args.dtype)[6:]]
         table(f"{size}: train step, batch {B}", "images/s", B, times, "products", B * (eye + words) / rate)
-    del models, optimizers
+    del ours, models, cached
+    rows = [(name, kept) for kept in (False, True) for name in peers(size, args, "train")
+            if not (kept and "nano" in name)]
     for B in args.batches if args.device == "cpu" else ():
-        peaks = {}
-        for name in peers(size, args, "train"):
-            code = "import sys, json; sys.path.insert(0, 'tests'); import bench; bench.peak(*map(json.loads, sys.argv[1:]))"
-            settings = [size, str(args.folder), str(args.nanovlm or ""), args.device, str(args.dtype)[6:]]
-            peaks[name] = float(child(code, name, B, *settings).splitlines()[-1])
-        for name, bytes in peaks.items():
-            print(f"| {size}: train step, batch {B}, peak memory | {name} | {bytes / 2 ** 20:,.0f} MiB | "
-                  f"{bytes / peaks['ours']:.2f} | |", flush=True)
+        peaks = [child("alone", name, size, B, vars(args), kept, {})[1] for name, kept in rows]
+        for (name, kept), bytes in zip(rows, peaks):
+            print(f"| {size}: train step, batch {B}, peak memory | {name}{', cached features' * kept} | "
+                  f"{bytes / 2 ** 20:,.0f} MiB | {bytes / peaks[0]:.2f} | |", flush=True)
 
 
-def peak(name: str, B: int, size: str, folder: str, nanovlm: str, device: str, dtype: str) -> None:
-    """In a process of its own: prints the bytes that loading and two training steps add at their peak."""
-    import transformers  # noqa: F401  its code is no part of the figure
-    args = SimpleNamespace(folder=Path(folder), nanovlm=nanovlm, device=device, dtype=getattr(torch, dtype), peers=None)
-    before = high_water()
-    model = peers(size, args, "train")[name]()
+def alone(name: str, size: str, B: int, settings: dict, kept: bool, sizes: dict) -> tuple[float, int, int]:
+    """Median seconds of a training step; bytes that loading and steps add at the peak; how many of these are
+    no weights. `kept`: the encoder's features are; `sizes`: those of Ours."""
+    args, side = SimpleNamespace(**settings), sizes.get("side", 224)
+    args.folder, args.dtype = Path(args.folder), getattr(torch, args.dtype.removeprefix("torch."))
+    if name != "ours":
+        import transformers  # noqa: F401  its code is no part of the figure
+    before = high_water(args.device)
+    model = peers(size, args, "train", **sizes)[name]()
+    tokens = torch.randint(9, 40000, (B, TEXT), device=args.device)
+    pixels = torch.randn(1 if kept else B, 3, side, side, device=args.device)
+    inputs = dict(features=model.encode(pixels).repeat(B, 1, 1)) if kept else dict(pixels=pixels)
     optimizer = torch.optim.AdamW(model.trained, fused=True)
-    for _ in range(2):
-        model.loss(torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    print(high_water() - before)
+    time, = race({name: model}, lambda model: step(model, optimizer, tokens=tokens, **inputs), args).values()
+    peak = high_water(args.device) - before
+    weights = {p for part in vars(model).values() if isinstance(part, torch.nn.Module) for p in part.parameters()}
+    return time, peak, peak - sum(p.nbytes for p in weights)
+
+
+def cost(_, args) -> None:
+    """What a training step of ours takes with kept features of 256 patches, one thing varied at a time."""
+    usual = dict(size="small", B=8, scale=2, recompute=False)
+    varied = [{}, *(dict(B=B) for B in (16, 32, 64)), dict(scale=4), dict(scale=1), dict(size="SmolLM2-360M"),
+              dict(size="Qwen2.5-0.5B"), dict(recompute=True), dict(B=64, recompute=True)]
+    print("\n| LLM | batch | embeddings an image | recomputed | s a step | MiB above the weights |")
+    print("| --- | ---: | ---: | --- | ---: | ---: |")
+    for setting in varied:
+        size, B, scale, recompute = (usual | setting).values()
+        prepare(size, args)
+        sizes = dict(side=256, scale=scale, recompute=recompute)
+        time, _, bytes = child("alone", "ours", size, B, vars(args), True, sizes)
+        print(f"| {size} | {B} | {256 // scale ** 2} | {'yes' * recompute} | {time:.2f} | "
+              f"{bytes / 2 ** 20:,.0f} |", flush=True)
 
 
 @torch.inference_mode()
 def prefill(size: str, args) -> None:
     models = made(size, args, "prefill")
     tokens = torch.randint(9, 40000, (1, PROMPT), device=args.device)
-    times = race({name: lambda model=model: model.prefill(tokens) for name, model in models.items()}, args)
+    times = race(models, lambda model: model.prefill(tokens), args)
     work = 2 * PROMPT * linear_size(args.folder / size / "llm") / args.rates[str(args.dtype)[6:]]
     table(f"{size}: prefill, {PROMPT} tokens", "tokens/s", PROMPT, times, "products", work)
 
@@ -343,7 +377,7 @@ def decode(size: str, args) -> None:
     weights = linear_size(args.folder / size / "llm") + config["vocab_size"] * config["hidden_size"]
     for B in (1, 16):
         tokens = torch.randint(9, 40000, (B, 16), device=args.device)
-        times = race({name: lambda model=model: model.decode(tokens) for name, model in models.items()}, args)
+        times = race(models, lambda model: model.decode(tokens), args)
         table(f"{size}: decode, batch {B}", "tokens/s", B * NEW, times, "memory bandwidth",
               NEW * weights * args.dtype.itemsize / args.rates["memory"])
 
@@ -352,9 +386,9 @@ def caption(size: str, args) -> None:
     picture, models = Image.open(io.BytesIO(photo(0))), made(size, args, "caption")
     models = {name: model for name, model in models.items() if hasattr(model, "caption")}
     with torch.inference_mode():
-        warm = race({name: lambda model=model: model.caption(picture) for name, model in models.items()}, args)
-        cold = race({name: lambda make=make: make().caption(picture)
-                     for name, make in peers(size, args, "caption").items() if name in models}, args)
+        warm = race(models, lambda model: model.caption(picture), args)
+        makers = {name: make for name, make in peers(size, args, "caption").items() if name in models}
+        cold = race(makers, lambda make: make().caption(picture), args)
     table(f"{size}: picture to 20 tokens, warm", "ms", 1, warm)
     table(f"{size}: picture to 20 tokens, loading included", "ms", 1, cold)
 
@@ -370,17 +404,11 @@ def photo(seed: int) -> bytes:
 
 
 def data(size: str, args) -> None:
-    from data import open_picture
     models = {name: model for name, model in made(size, args, "data").items() if hasattr(model, "preprocess")}
     files = [args.folder / f"{i}.jpg" for i in range(16)]
     for i, file in enumerate(files):
         file.write_bytes(photo(i))
-
-    def opened(file):
-        return Image.open(file).convert("RGB")
-
-    times = race({name: lambda model=model, read=open_picture if name == "ours" else opened: [
-        model.preprocess(read(file)) for file in files] for name, model in models.items()}, args)
+    times = race(models, lambda model: [model.preprocess(model.open(file)) for file in files], args)
     table(f"{size}: JPEG to pixels", "images/s", len(files), times)
 
 
@@ -397,30 +425,26 @@ def tokenizer(size: str, args) -> None:
     table("tokenizer", "MB/s", len(text.encode()) / 1e6, {name: statistics.median(t) for name, t in times.items()})
 
 
-LOAD = """
-import json, sys, time, torch
-sys.path.insert(0, "tests")
-from bench import high_water as peak
-who, model, folder, dtype = json.loads(sys.argv[1])
-if who == "ours":
-    import llm, vit
-    load = (llm.LLM if "Causal" in model else vit.ViT).from_pretrained
-else:
-    import transformers
-    load = getattr(transformers, model).from_pretrained
-before, start = peak(), time.time()
-loaded = load(folder, dtype=getattr(torch, dtype))
-sum(p.sum().item() for p in loaded.parameters())  # every weight has been read
-seconds = time.time() - start
-print(json.dumps([seconds, peak() - before, sum(p.nbytes for p in loaded.parameters())]))
-"""
+def load_part(who: str, model: str, folder: str, dtype: str, cpu_time: bool) -> tuple[float, int, int]:
+    """Seconds of loading, bytes that it adds at the peak, bytes of the weights."""
+    if who == "ours":
+        import llm, vit
+        load = (llm.LLM if "Causal" in model else vit.ViT).from_pretrained
+    else:
+        import transformers
+        load = getattr(transformers, model).from_pretrained
+    clock = time.process_time if cpu_time else time.perf_counter
+    before, start = high_water(), clock()
+    parameters = list(load(folder, dtype=getattr(torch, dtype)).parameters())
+    sum(p.sum().item() for p in parameters)  # every weight has been read
+    return clock() - start, high_water() - before, sum(p.nbytes for p in parameters)
 
 
 def load(size: str, args) -> None:
     prepare(size, args)
     for part, (model, _, _) in zip(("vit", "llm"), SIZES[size]):
         for dtype in ("bfloat16", "float32"):
-            turns = [[json.loads(child(LOAD, [who, model, str(args.folder / size / part), dtype]).splitlines()[-1])
+            turns = [[child("load_part", who, model, args.folder / size / part, dtype, args.cpu_time)
                       for who in ("ours", "transformers")] for _ in range(args.repeats)]
             for who, column in zip(("ours", "transformers"), zip(*turns)):
                 time, peak, weights = map(statistics.median, zip(*column))
@@ -429,24 +453,19 @@ def load(size: str, args) -> None:
                       f"peak memory {peak / weights:.2f} × weights |", flush=True)
 
 
-STREAM = """
-import itertools, json, sys, time, torch
-sys.path.insert(0, "tests")
-from bench import high_water
-from data import Pixels, Shards
-from vit import ViT
-names, pairs = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-peak = lambda: high_water() / 2 ** 30
-shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()
-for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
-    pass
-read, start = time.time() - start, time.time()
-loader = torch.utils.data.DataLoader(Pixels(shards, preprocess), batch_sampler=shards.batches(100, 0),
-                                     collate_fn=Pixels.collate)
-seen = {name for indices, pixels, bad in itertools.islice(loader, pairs // 100) for name in map(str, indices)}
-print(json.dumps([pairs / read, pairs / (time.time() - start), len(seen), peak()]))
-"""
+def stream_pairs(names: str, pairs: int) -> tuple[float, float, int, float]:
+    """Pairs a second read, and read and decoded; different pairs seen; GiB at the peak."""
+    from data import Pixels, Shards
+    from vit import ViT
+    torch.set_num_threads(1)
+    shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()
+    for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
+        pass
+    read, start = time.time() - start, time.time()
+    loader = torch.utils.data.DataLoader(Pixels(shards, preprocess), batch_sampler=shards.batches(100, 0),
+                                         collate_fn=Pixels.collate)
+    seen = {str(index) for indices, _, _ in itertools.islice(loader, pairs // 100) for index in indices}
+    return pairs / read, pairs / (time.time() - start), len(seen), high_water() / 2 ** 30
 
 
 def stream(_, args) -> None:
@@ -465,12 +484,12 @@ def stream(_, args) -> None:
                             member = tarfile.TarInfo(f"{i:09}.{kind}")
                             member.size = len(content)
                             tar.addfile(member, io.BytesIO(content))
-            read, decoded, seen, peak = json.loads(child(STREAM, [f"{folder}/{pairs}-*.tar", pairs]))
+            read, decoded, seen, peak = child("stream_pairs", f"{folder}/{pairs}-*.tar", pairs)
             print(f"| {pairs:,} | {read:,.0f} | {decoded:,.0f} | {seen:,} | {peak:.3f} |", flush=True)
 
 
 ROWS = dict(load=load, encode=encode, train=train, prefill=prefill, decode=decode, caption=caption, data=data,
-            tokenizer=tokenizer, stream=stream)
+            tokenizer=tokenizer, stream=stream, cost=cost)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -495,7 +514,7 @@ if __name__ == "__main__":
                           for name, rate in args.rates.items()))
         print("\n| row | who | measured | time, ours = 1 | ours' share of the limit |\n| --- | --- | ---: | ---: | --- |")
         for row in ROWS if "all" in args.rows else args.rows:
-            for size in args.sizes or (SIZES if args.device == "cuda" else ("small", "medium")):
-                if row not in ("tokenizer", "stream") or size == (args.sizes or ["small"])[0]:
+            for size in args.sizes or ["small", "medium", "1.5b", "7b"][:4 if args.device == "cuda" else 2]:
+                if row not in ("cost", "tokenizer", "stream") or size == (args.sizes or ["small"])[0]:
                     ROWS[row](size, args)
                     gc.collect()
