@@ -35,7 +35,6 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
-gc.freeze()  # what was imported: to look through it for garbage takes longer than to load a small model
 
 
 class InputError(Exception):
@@ -95,6 +94,7 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    gc.freeze()  # what was imported: to look through it for garbage takes longer than to load a small model
     try:
         try:
             main()
