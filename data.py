@@ -94,7 +94,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    gc.freeze()  # what was imported: to look through it for garbage takes longer than to load a small model
+    if not gc.get_freeze_count():  # to look through all that was imported for garbage takes longer than to
+        gc.freeze()  # load a small model
     try:
         try:
             main()
