@@ -662,7 +662,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
         compiled = self.device.type == "cuda" if args.compile is None else args.compile
-        self.forward = torch.compile(vlm) if compiled else vlm
+        self.forward = torch.compile(vlm, dynamic=True) if compiled else vlm  # lengths differ from step to step
         if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
             self.forward = nn.parallel.DistributedDataParallel(self.forward, init_sync=False)
         self.size = args.batch // WORLD  # of this process's share of a batch
