@@ -169,7 +169,7 @@ def test_command(command, run):
 
 
 def test_a_comparison(here, monkeypatch, capfd):
-    command, = (command for command in commands() if "experiments.py" in command)
+    command = next(command for command in commands() if "COMPARISON" in command)
     (label, options), *_ = experiments.COMPARISONS["layouts"].items()
     monkeypatch.setitem(experiments.COMPARISONS, "layouts", {label: options})
     monkeypatch.setattr(experiments, "ROOT", here)

@@ -104,6 +104,25 @@ def test_images_are_to_spell_captions(fixtures):
     assert torch.equal(lost, vlm(tokens, features, where, targets))
 
 
+def test_a_step_is_one_graph_for_all_lengths(fixtures):
+    """As torch.compile sees it: nothing breaks the graph, and another length needs no other."""
+    vlm, graphs = small(fixtures).train(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(vlm, dynamic=True, fullgraph=True, backend=backend)
+    for texts in (["abc", "ab"], ["abcabca", "c", "ab"], ["cab", "abcba"]):
+        batch = vlm.batch([("", text) for text in texts])
+        features, spelling = vlm.features(torch.randn(len(texts), 3, 30, 30)), vlm.spelling(texts)
+        for ours, theirs in zip(vlm(batch[0], features, *batch[1:], spelling),
+                                compiled(batch[0], features, *batch[1:], spelling)):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert len(graphs) == 1
+
+
 def test_what_is_computed_again_is_the_same(fixtures):
     """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
     vlm, runs = small(fixtures).train(), []
