@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, stack, write_file)
+                  read_metadata, read_tensors, skip, stack, write_file)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -778,21 +778,22 @@ class VLM(nn.Module):
             places, letters = spelling
             return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
 
-    def read_pictures(self, captions, batches, workers: int = 0, split: bool | None = None):
+    def read_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
-        be read, their pixels as Views (None if there are none), and {index: reason} of the others. `split`: as
-        for `caption`."""
+        be read, and their pixels as Views (None if there are none); counts the others in `bad`, {index: reason}.
+        `split`: as for `caption`. Raises InputError as `data.skip` does."""
         cuda = self.device.type == "cuda"
         pictures = Pixels(captions, self.vit.preprocess, self.split if split is None else split)
-        for indices, views, bad in torch.utils.data.DataLoader(
+        for indices, views, found in torch.utils.data.DataLoader(
                 pictures, batch_sampler=batches, collate_fn=Pixels.collate, num_workers=workers, pin_memory=cuda,
                 worker_init_fn=ignore_signals):
-            yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda)), bad
+            skip(bad, found, captions)
+            yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda))
 
-    def encode_pictures(self, captions, batches, workers: int = 0, split: bool | None = None):
+    def encode_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
         """As `read_pictures`, but yields features in place of the pixels."""
-        for indices, views, bad in self.read_pictures(captions, batches, workers, split):
-            yield indices, views and views._replace(x=self.features(views.x)), bad
+        for indices, views in self.read_pictures(captions, batches, bad, workers, split):
+            yield indices, views and views._replace(x=self.features(views.x))
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
             split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
 from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
-                  in_order, judge, nearest, one_of, open_picture, references, run, skip, stack, watch,
+                  in_order, judge, nearest, one_of, open_picture, references, run, stack, watch,
                   write_file)
 from lora import merge_lora
 
@@ -546,9 +546,8 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         bad = {}
 
         def read():
-            for indices, features, found in vlm.encode_pictures(
-                    captions, in_order(len(captions), args.batch), args.workers, args.split):
-                skip(bad, found, captions)
+            batches = in_order(len(captions), args.batch)
+            for indices, features in vlm.encode_pictures(captions, batches, bad, args.workers, args.split):
                 if indices:
                     yield indices, features
                     if sys.stderr.isatty() and not args.quiet:

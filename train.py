@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, Views, arrange, caption_data, draw_caption, draw_layout, draw_shots,
                   few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
-                  read_json, read_metadata, read_tensors, run, shuffled, skip, write_file, write_json, write_rows)
+                  read_json, read_metadata, read_tensors, run, shuffled, write_file, write_json, write_rows)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
@@ -383,9 +383,8 @@ class Encoded:
         """Yields indices and their features, chunk by chunk; `one`: features (1,N,Dv) of the same kind."""
         vlm, captions, args, start = self.vlm, self.captions, self.args, time.time()
         chunks = in_order(len(captions), 64 * WORLD)
-        mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], args.workers)
-        for chunk, (indices, features, found) in zip(chunks, mine):
-            skip(self.bad, found, captions)
+        mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], self.bad, args.workers)
+        for chunk, (indices, features) in zip(chunks, mine):
             rows = one.new_zeros(len(chunk), *one.shape[1:])
             if indices:
                 rows[[i - chunk[0] for i in indices]] = features.x
@@ -420,8 +419,7 @@ class Encoded:
         if self.features is not None:
             yield from ((indices, self.of(indices)) for indices in batches)
             return
-        for indices, features, found in self.vlm.encode_pictures(self.captions, batches, self.args.workers):
-            skip(self.bad, found, self.captions)
+        for indices, features in self.vlm.encode_pictures(self.captions, batches, self.bad, self.args.workers):
             if indices:
                 yield indices, features
 
@@ -714,8 +712,7 @@ class Run:
                 yield indices, self.kept.of(indices)
         batches = (self.train.batches(size, args.seed, self.first, RANK, WORLD) if self.streamed else
                    (batch[mine] for batch in shuffled(len(self.train), args.batch, args.seed, self.first)))
-        for indices, views, found in self.vlm.read_pictures(self.train, batches, args.workers):
-            skip(self.bad, found, self.train)
+        for indices, views in self.vlm.read_pictures(self.train, batches, self.bad, args.workers):
             if indices:
                 yield indices, views
 
