@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
+from data import (IMAGE, Checkpoint, Family, FeedForward, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
                   read_metadata, read_tensors, skip, stack, write_file)
 from llm import LLM, Tokenizer, nats
@@ -117,18 +117,6 @@ class Attention(nn.Module):
     def forward(self, q, k=None, v=None, mask=None, kv=None):  # kv: what `keys` made of k and v
         q, (k, v) = self.split(self.q(q)), kv or self.keys(k, v)
         return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True, gated: bool = False):
-        super().__init__()
-        self.gate = nn.Linear(width, hidden, bias) if gated else None
-        self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x):
-        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(x)
 
 
 class Words(nn.Module):
@@ -766,17 +754,17 @@ class VLM(nn.Module):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
         (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places (K,)
         among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of these."""
-        V, words = self.llm.config.vocabulary, self.llm.embedding.weight
+        words = self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where))
             hidden = self.llm.hidden(**self.read(tokens, images)).flatten(0, 1)[where]
             if targets is None:
                 return self.llm.logits(hidden)
-            lost = nats(hidden, targets, self.llm.logits, V)
+            lost = nats(hidden, targets, self.llm.logits)
             if spelling is None:
                 return lost
             places, letters = spelling
-            return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
+            return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words))
 
     def read_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could

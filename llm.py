@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, find_checkpoint, guard,
+from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, find_checkpoint, guard,
                   load_weights, pack, project, read_json, whole)
 
 
@@ -167,8 +167,6 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    joined = ("gate", "up"),
-
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.order, self.parallel = config.norm_order, config.parallel
@@ -176,23 +174,14 @@ class Block(nn.Module):
         self.out_norm1, self.out_norm2 = (
             make_norm(config, config.width) if config.norm_order == "both" else nn.Identity() for _ in "12")
         self.attention = Attention(config)
-        self.gate = nn.Linear(config.width, config.mlp, config.mlp_bias) if config.gated else None
-        self.up = nn.Linear(config.width, config.mlp, config.mlp_bias)
-        self.down = nn.Linear(config.mlp, config.width, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def feed_forward(self, x):
-        if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        gate, up = project(x, self.gate, self.up)
-        return self.down(self.activation(gate) * up)
+        self.mlp = FeedForward(config.width, config.mlp, config.activation, config.mlp_bias, config.gated)
 
     def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
         if self.order == "post":
             x = self.norm1(x + self.attention(x, turn, mask, cache, layer))
-            return self.norm2(x + self.feed_forward(x))
+            return self.norm2(x + self.mlp(x))
         y = x + self.out_norm1(self.attention(self.norm1(x), turn, mask, cache, layer))
-        return y + self.out_norm2(self.feed_forward(self.norm2(x if self.parallel else y)))
+        return y + self.out_norm2(self.mlp(self.norm2(x if self.parallel else y)))
 
 
 class LLM(nn.Module):
@@ -346,14 +335,14 @@ class LLM(nn.Module):
 
 
 def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
-         vocabulary: int, most: int = 1 << 26) -> torch.Tensor:
-    """Cross entropy (M,) of targets (M,) by the scores logits(states) (M,V) of states (M,D). No more than
-    `most` scores exist at a time (256 MiB): those of more are computed part by part, and once more in the
-    backward pass."""
+         rows: int | None = None) -> torch.Tensor:
+    """Cross entropy (M,) of targets (M,) by the scores logits(states) (M,V) of states (M,D). The scores of no
+    more than `rows` targets exist at a time (unless given 2048; 128 on a CPU, whose caches hold these: half the
+    time): those of more are computed part by part, and once more in the backward pass."""
     def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits(states).float(), targets, reduction="none")
 
-    rows = max(1, most // vocabulary)
+    rows = rows or (128 if states.is_cpu else 2048)
     if len(targets) <= rows:
         return part(states, targets)
     return torch.cat([recompute(part, *both, use_reentrant=False)
@@ -576,7 +565,7 @@ GPT2_NAMES = table({"embedding": "wte", "positions": "wpe", "norm": "ln_f", "hea
     "norm1": "ln_1", "norm2": "ln_2",
     "attention.q": (third(0), "attn.c_attn"), "attention.k": (third(1), "attn.c_attn"),
     "attention.v": (third(2), "attn.c_attn"), "attention.out": (turned, "attn.c_proj"),
-    "up": (turned, "mlp.c_fc"), "down": (turned, "mlp.c_proj"),
+    "mlp.up": (turned, "mlp.c_fc"), "mlp.down": (turned, "mlp.c_proj"),
 }, "h.{}.")
 OPT_NAMES = table({
     "embedding": "embed_tokens", "project_in": "project_in", "project_out": "project_out", "norm": "final_layer_norm",
@@ -585,12 +574,12 @@ OPT_NAMES = table({
 }, {
     "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
     "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj", "up": "fc1", "down": "fc2"})
+    "attention.out": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"})
 LLAMA_NAMES = table({"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}, {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
-    "attention.out": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"})
+    "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"})
 GEMMA3_NAMES = table(LLAMA_NAMES | {"norm": (one_more, "norm")}, {
     "norm1": (one_more, "input_layernorm"), "out_norm1": (one_more, "post_attention_layernorm"),
     "norm2": (one_more, "pre_feedforward_layernorm"), "out_norm2": (one_more, "post_feedforward_layernorm"),
@@ -604,7 +593,7 @@ def phi3_names(config: LLMConfig) -> dict:
     qkv = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
     return table(LLAMA_NAMES, {
         **{f"attention.{name}": (part(i, *qkv), "self_attn.qkv_proj") for i, name in enumerate("qkv")},
-        **{name: (part(i, config.mlp, config.mlp), "mlp.gate_up_proj") for i, name in enumerate(("gate", "up"))}})
+        **{f"mlp.{name}": (part(i, config.mlp, config.mlp), "mlp.gate_up_proj") for i, name in enumerate(("gate", "up"))}})
 
 
 def neox_names(config: LLMConfig) -> dict:
@@ -614,13 +603,13 @@ def neox_names(config: LLMConfig) -> dict:
     return table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out|lm_head"}, {
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
         **{f"attention.{name}": (part(i), "attention.query_key_value") for i, name in enumerate("qkv")},
-        "attention.out": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"})
+        "attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"})
 
 
 NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
     "norm1": "norm1", "norm2": "norm2",
     **{f"attention.{name}": f"attn.{name}_proj" for name in ("q", "k", "v", "out")},
-    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
+    **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
 ROPE_BUFFER = r".*\.rotary_emb\.inv_freq"  # old files hold it, and causal masks
 
 FAMILIES = {  # config.json's model_type -> family

@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ACTIVATIONS, Checkpoint, Family, InputError, attend, depth, guard, load_weights, named, rgb
+from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, guard, load_weights, named,
+                  rgb)
 
 
 @dataclass
@@ -27,8 +28,8 @@ class ViTConfig:
     registers: int = 0  # more of them, after the class token and without a position
     patch_bias: bool = True
     qkv_bias: bool = True
-    gated: bool = False  # SwiGLU feed-forward layers (Shazeer, 2020, arXiv:2002.05202)
-    layer_scale: bool = False  # a learned factor per channel on what each sublayer adds
+    gated: bool = False  # SwiGLU feed-forward layers
+    layer_scale: bool = False  # on what each sublayer adds
     pre_norm: bool = False  # a norm before the first block
     post_norm: bool = True  # a norm after the last block
     antialias: bool = False  # in the interpolation of position embeddings
@@ -95,25 +96,29 @@ class Attention(nn.Module):
         return self.out(x.reshape(B, -1, D)[:, place] if self.window else x)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., 2021, arXiv:2103.17239)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 class Block(nn.Module):
     def __init__(self, config: ViTConfig, window: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.attention = Attention(config, window)
         self.norm2 = nn.LayerNorm(config.width, config.eps)
-        self.gate = nn.Linear(config.width, config.mlp) if config.gated else None
-        self.up, self.down = nn.Linear(config.width, config.mlp), nn.Linear(config.mlp, config.width)
-        self.activation = ACTIVATIONS[config.activation]
-        # LayerScale (Touvron et al., 2021, arXiv:2103.17239)
-        self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else 1 for _ in "12")
-
-    def mlp(self, x):  # (B,N,D)
-        x = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(x)
+        self.mlp = FeedForward(config.width, config.mlp, config.activation, gated=config.gated)
+        self.scale1, self.scale2 = (LayerScale(config.width) if config.layer_scale else nn.Identity() for _ in "12")
 
     def forward(self, x):  # (B,N,D)
-        x = x + self.scale1 * self.attention(self.norm1(x))
-        return x + self.scale2 * self.mlp(self.norm2(x))
+        x = x + self.scale1(self.attention(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
 
 
 class Neck(nn.Module):
@@ -381,8 +386,8 @@ VIT_NAMES = {
     "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embeddings"),
     "blocks.{}.norm1": "encoder.layer.{}.layernorm_before", "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
     **attention("layers.{}"),
-    "blocks.{}.up": "encoder.layer.{}.intermediate.dense|layers.{}.mlp.fc1",
-    "blocks.{}.down": "encoder.layer.{}.output.dense|layers.{}.mlp.fc2",
+    "blocks.{}.mlp.up": "encoder.layer.{}.intermediate.dense|layers.{}.mlp.fc1",
+    "blocks.{}.mlp.down": "encoder.layer.{}.output.dense|layers.{}.mlp.fc2",
     "norm": "layernorm",
 }
 DEIT_NAMES = VIT_NAMES | {
@@ -391,9 +396,9 @@ DEIT_NAMES = VIT_NAMES | {
 }
 DINOV2_NAMES = VIT_NAMES | attention("encoder.layer.{}") | {
     "blocks.{}.norm1": "encoder.layer.{}.norm1", "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
-    "blocks.{}.up": "encoder.layer.{}.mlp.fc1", "blocks.{}.down": "encoder.layer.{}.mlp.fc2",
+    "blocks.{}.scale1.weight": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.scale2.weight": "encoder.layer.{}.layer_scale2.lambda1",
+    "blocks.{}.mlp.up": "encoder.layer.{}.mlp.fc1", "blocks.{}.mlp.down": "encoder.layer.{}.mlp.fc2",
 }
 REGISTERS_NAMES = DINOV2_NAMES | {
     "prefix": (lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
@@ -408,8 +413,8 @@ def dinov2_names(names: dict):
             return lambda tensor: tensor if len(tensor) == config.mlp else tensor.chunk(2)[i]
         fused = "encoder.layer.{}.mlp.weights_in|encoder.layer.{}.mlp."
         return names if not config.gated else names | {
-            "blocks.{}.gate": (part(0), fused + "gate_proj"), "blocks.{}.up": (part(1), fused + "up_proj"),
-            "blocks.{}.down": "encoder.layer.{}.mlp.weights_out|encoder.layer.{}.mlp.down_proj"}
+            "blocks.{}.mlp.gate": (part(0), fused + "gate_proj"), "blocks.{}.mlp.up": (part(1), fused + "up_proj"),
+            "blocks.{}.mlp.down": "encoder.layer.{}.mlp.weights_out|encoder.layer.{}.mlp.down_proj"}
     return gated
 
 
@@ -423,7 +428,7 @@ CLIP_NAMES = {
     "blocks.{}.attention.k": "encoder.layers.{}.self_attn.k_proj",
     "blocks.{}.attention.v": "encoder.layers.{}.self_attn.v_proj",
     "blocks.{}.attention.out": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.up": "encoder.layers.{}.mlp.fc1", "blocks.{}.down": "encoder.layers.{}.mlp.fc2",
+    "blocks.{}.mlp.up": "encoder.layers.{}.mlp.fc1", "blocks.{}.mlp.down": "encoder.layers.{}.mlp.fc2",
     "norm": "post_layernorm",
 }
 SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}
@@ -437,7 +442,7 @@ NANOVLM_NAMES = {
     "patches": "patch_embedding.conv", "positions": (rows, "patch_embedding.position_embedding"),
     "blocks.{}.norm1": "blocks.{}.ln1", "blocks.{}.norm2": "blocks.{}.ln2",
     **fused("blocks.{}.attn.qkv_proj"), "blocks.{}.attention.out": "blocks.{}.attn.out_proj",
-    "blocks.{}.up": "blocks.{}.mlp.fc1", "blocks.{}.down": "blocks.{}.mlp.fc2",
+    "blocks.{}.mlp.up": "blocks.{}.mlp.fc1", "blocks.{}.mlp.down": "blocks.{}.mlp.fc2",
     "norm": "layer_norm",
 }
 SAM_NAMES = {
@@ -447,7 +452,7 @@ SAM_NAMES = {
     **fused("layers.{}.attn.qkv"),
     "blocks.{}.attention.rows": "layers.{}.attn.rel_pos_h", "blocks.{}.attention.columns": "layers.{}.attn.rel_pos_w",
     "blocks.{}.attention.out": "layers.{}.attn.proj",
-    "blocks.{}.up": "layers.{}.mlp.lin1", "blocks.{}.down": "layers.{}.mlp.lin2",
+    "blocks.{}.mlp.up": "layers.{}.mlp.lin1", "blocks.{}.mlp.down": "layers.{}.mlp.lin2",
     "neck.reduce": (lambda kernel: kernel.flatten(1), "neck.conv1"),  # a 1×1 convolution
     "neck.norm1": "neck.layer_norm1", "neck.norm2": "neck.layer_norm2",
     "neck.mix": "neck.conv2",
