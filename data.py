@@ -1,8 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
-many `s.questions(i)`; i is a number below its length, or, of `Shards`, a `Pair` as it was read.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which are
+(question, caption), "" where nothing was asked; i is a number below its length or, of `Shards`, a `Pair`.
 """
 import contextlib
 import copy
@@ -561,8 +561,7 @@ class Captions(torch.utils.data.Dataset):
     `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
     `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
     caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
-    up in `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file
-    doesn't say. Raises InputError.
+    up in `images`, or beside the file. Raises InputError.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -571,15 +570,15 @@ class Captions(torch.utils.data.Dataset):
             raise InputError(f"{folder}: no such folder of pictures")
         with guard(self.file, "not UTF-8 text"):
             text = self.file.read_text(encoding="utf-8-sig")
-        pairs: dict[str, list[tuple[str, str]]] = {}
+        found: dict[str, list[tuple[str, str]]] = {}
         with guard(self.file, "not a caption file that can be read"):
-            for image, caption, question in read_pairs(text):
+            for image, question, caption in read_pairs(text):
                 caption = clean(caption) if isinstance(caption, str) else ""
                 if isinstance(image, str) and image and any(map(str.isalnum, caption)):
-                    pairs.setdefault(whole(image), []).append((caption, clean(question)))
-        if not pairs:
+                    found.setdefault(whole(image), []).append((clean(question), caption))
+        if not found:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths, self.pairs = [folder / image for image in pairs], [*pairs.values()]
+        self.paths, self.said = [folder / image for image in found], [*found.values()]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -587,11 +586,8 @@ class Captions(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         return open_picture(self.paths[i])
 
-    def captions(self, i: int) -> list[str]:
-        return [caption for caption, _ in self.pairs[i]]
-
-    def questions(self, i: int) -> list[str]:
-        return [question for _, question in self.pairs[i]]
+    def pairs(self, i: int) -> list[tuple[str, str]]:
+        return self.said[i]
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
@@ -608,7 +604,7 @@ class Captions(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.pairs = ([of[i] for i in indices] for of in (self.paths, self.pairs))
+        part.paths, part.said = ([of[i] for i in indices] for of in (self.paths, self.said))
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
@@ -619,7 +615,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 def read_pairs(text: str):
-    """Yields (image, caption, question) from the text of any of the formats that `Captions` lists."""
+    """Yields (image, question, caption) from the text of any of the formats that `Captions` lists."""
     start = text.lstrip()[:1]
     if start not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -629,7 +625,7 @@ def read_pairs(text: str):
         rows.fieldnames = names
         for row in rows:
             # an unquoted comma splits a caption: what csv puts under None is the rest of it
-            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])]), ""
+            yield row["image"], "", ",".join([row["caption"] or "", *(row.get(None) or [])])
         return
     try:
         data = json.loads(text)
@@ -638,20 +634,20 @@ def read_pairs(text: str):
     if isinstance(data, dict) and "annotations" in data:  # COCO
         files = {image["id"]: image["file_name"] for image in data["images"]}
         for note in data["annotations"]:
-            yield files[note["image_id"]], note["caption"], ""
+            yield files[note["image_id"]], "", note["caption"]
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
             question = ""
             for turn in item["conversations"]:
                 if turn["from"] in ("gpt", "assistant"):
-                    yield item.get("image"), turn["value"], question
+                    yield item.get("image"), question, turn["value"]
                 else:
                     question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
-                yield item["image"], caption, ""
+                yield item["image"], "", caption
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -743,18 +739,15 @@ class Shards:
         finally:
             pair.file = b""
 
-    def captions(self, pair: Pair) -> list[str]:
-        return pair.captions
-
-    def questions(self, pair: Pair) -> list[str]:
-        return [""] * len(pair.captions)
+    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
+        return [("", caption) for caption in pair.captions]
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
         """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
         rest, out = copy.copy(self), Captions.__new__(Captions)
         rest.paths = self.paths[1:]
         out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
-        out.pairs = [[(caption, "") for caption in pair.captions] for pair in out.paths]
+        out.said = [*map(self.pairs, out.paths)]
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
         return rest, out
@@ -829,13 +822,13 @@ def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
 
 def references(captions, i: int) -> list[str]:
     """What a caption of picture `i` is compared with: its captions that answer its first question."""
-    questions = captions.questions(i)
-    return [caption for question, caption in zip(questions, captions.captions(i)) if question == questions[0]]
+    pairs = captions.pairs(i)
+    return [caption for question, caption in pairs if question == pairs[0][0]]
 
 
-def draw_caption(captions: list, seed: int, epoch: int, index: int):
-    """The one of its captions that picture `index` shows in `epoch`: a pure function of its arguments."""
-    return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
+def draw_caption(captions, index: int, seed: int, epoch: int) -> tuple[str, str]:
+    """The (question, caption) that picture `index` of a set shows in `epoch`: a pure function of its arguments."""
+    return random.Random(f"{seed} {epoch} {index}").choice(captions.pairs(index))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -872,8 +865,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
     set), the picture, "match?", which tells this layout from the last; "yes" or "no" (image-text matching, as
     BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token).
     """
-    pairs = [*zip(captions.questions(index), captions.captions(index))]
-    question, caption = draw_caption(pairs, seed, epoch, index)
+    question, caption = draw_caption(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text":
         return prompt_for(question), caption
@@ -882,8 +874,9 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         cut = rng.randrange(len(words))
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
-        caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
-    return f"{caption}{IMAGE} match?", "yes" if caption in captions.captions(index) else "no"
+        _, caption = rng.choice(captions.pairs(rng.choice(others or range(len(captions)))))
+    own = [said for _, said in captions.pairs(index)]
+    return f"{caption}{IMAGE} match?", "yes" if caption in own else "no"
 
 
 def gap(text: str) -> str:
@@ -1133,11 +1126,8 @@ class Shapes(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         return self.scene(i).picture()
 
-    def captions(self, i: int) -> list[str]:
-        return self.scene(i).captions()
-
-    def questions(self, i: int) -> list[str]:
-        return [""] * 4
+    def pairs(self, i: int) -> list[tuple[str, str]]:
+        return [("", caption) for caption in self.scene(i).captions()]
 
     def stamp(self) -> str:
         return f"{self.size} of {self.split} {self.seed}, drawn as {zlib.crc32(self.picture(0).tobytes())}"

@@ -234,7 +234,7 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
     """Sections for `contact_sheet`: the best and the worst of a set's generated captions, with references."""
     order = sorted(texts, key=lambda i: -ratings[i][0])
     return [(f"{name}: the {which} of {len(order)}", [
-        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
+        (captions.picture(i), [(texts[i], INK), (f"reference: {references(captions, i)[0]}", BLUE),
                                (ratings[i][1], GREY)]) for i in some])
             for which, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
 
@@ -386,7 +386,7 @@ def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str
     features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
     texts, K = {}, len(shots)
     for indices, features in batches:
-        asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
+        asked = [vlm.prompt_for(captions.pairs(i)[0][0]) if prompt is None else prompt for i in indices]
         asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
         shown = Views(torch.cat([*(shot[None] for shot, _ in shots), features.x]),
                       [1] * K + features.counts, [(0, 0)] * K + features.tiles)

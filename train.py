@@ -727,7 +727,7 @@ class Run:
                 arrange(layout, self.train, indices[j], args.seed, epoch, self.vlm.prompt_for,
                         indices * self.streamed) for j in shown]))
             order += shown
-        return examples, order, [self.train.captions(indices[j])[0] for j in order]
+        return examples, order, [self.train.pairs(indices[j])[0][1] for j in order]
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole, NaN where its gradients
@@ -855,7 +855,7 @@ class Run:
         shots = []
         if args.shots:
             indices, views = next(self.val.batches(args.shots))
-            shots = [(x, draw_caption(val.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
+            shots = [(x, draw_caption(val, i, args.seed, 0)[1]) for i, x in zip(indices, views.x)]
         scores, sections = {}, []
         for label, data in sets.items():
             texts = caption_set(vlm, data.captions, data.batches(64))

@@ -48,7 +48,8 @@ FORMATS = {
 def test_caption_formats(name, tmp_path):
     (tmp_path / name).write_bytes(FORMATS[name].encode())
     captions = Captions(tmp_path / name)
-    assert {path.name: captions.captions(i) for i, path in enumerate(captions.paths)} == EXPECTED
+    found = {path.name: [said for _, said in captions.pairs(i)] for i, path in enumerate(captions.paths)}
+    assert found == EXPECTED
     assert captions.paths[0] == tmp_path / "a.jpg"
 
 
@@ -57,8 +58,7 @@ def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
     conversations = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     (tmp_path / "qa.json").write_text(json.dumps([dict(image="a.jpg", conversations=conversations)]))
     captions = Captions(tmp_path / "qa.json")
-    assert captions.questions(0) == ["What is it?", "Is it big?", "What is it?"]
-    assert captions.captions(0) == ["A dog", "No", "A pup"]
+    assert captions.pairs(0) == [("What is it?", "A dog"), ("Is it big?", "No"), ("What is it?", "A pup")]
     assert references(captions, 0) == ["A dog", "A pup"]
     drawn = {arrange("image-text", captions, 0, 0, epoch, str.lower) for epoch in range(20)}
     assert drawn == {("what is it?", "A dog"), ("is it big?", "No"), ("what is it?", "A pup")}
@@ -66,7 +66,7 @@ def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
 
 def test_one_json_line(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
-    assert Captions(tmp_path / "one.jsonl").captions(0) == ["x"]
+    assert Captions(tmp_path / "one.jsonl").pairs(0) == [("", "x")]
 
 
 @pytest.mark.parametrize("text", ("", "image,caption\n", "image,caption\na.jpg, . \n", "file,text\na.jpg,x\n", "[]", "[1]", "{", "{}",
@@ -109,10 +109,10 @@ def test_too_many_unreadable_pictures():
 
 
 def test_a_caption_a_picture_and_epoch():
-    captions = list("abcde")
-    drawn = [draw_caption(captions, 1, epoch, 5) for epoch in range(200)]
-    assert drawn == [draw_caption(captions, 1, epoch, 5) for epoch in range(200)] and set(drawn) == set(captions)
-    assert drawn != [draw_caption(captions, 2, epoch, 5) for epoch in range(200)]
+    scenes = Shapes(9)
+    drawn, again, other = ([draw_caption(scenes, 5, seed, epoch) for epoch in range(200)]
+                           for seed in (1, 1, 2))
+    assert drawn == again != other and set(drawn) == set(scenes.pairs(5)) and len(set(drawn)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_held_out_parts_the_set(tmp_path):
     captions = Captions(tmp_path / "c.csv")
     rest, out = captions.held_out(5, seed=1)
     assert len(out) == 5 and len(rest) == 15 and {*rest.paths, *out.paths} == set(captions.paths)
-    assert all(out.captions(i) == [f"caption {out.paths[i].stem}"] for i in range(5))
+    assert all(out.pairs(i) == [("", f"caption {out.paths[i].stem}")] for i in range(5))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -196,9 +196,10 @@ def test_words_of_a_caption():
 
 def test_shapes_are_judged():
     captions = Shapes(40, "test")
-    perfect = sample.rate(captions, {i: captions.captions(i)[i % 4] for i in range(40)})[0]
+    perfect = sample.rate(captions, {i: captions.scene(i).captions()[i % 4] for i in range(40)})[0]
     assert perfect == dict(exact=1, shape=1, colour=1, size=1, count=1, relation=1)
-    assert sample.rate(captions, {i: captions.captions((i + 1) % 40)[0] for i in range(40)})[0]["exact"] < 0.1
+    others = {i: captions.scene((i + 1) % 40).captions()[0] for i in range(40)}
+    assert sample.rate(captions, others)[0]["exact"] < 0.1
     text = sample.table({"test": perfect, "val": {"BLEU-4": 0.1234}})
     assert "100.0 %" in text and "0.123" in text and len(set(map(len, text.splitlines()))) == 1
 
