@@ -1,8 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which are
-(question, caption), "" where nothing was asked; i is a number below its length or, of `Shards`, a `Pair`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`: pairs of
+question ("" for none) and caption. i is a number below its length or, of `Shards`, a `Pair`.
 """
 import contextlib
 import copy
@@ -94,8 +94,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if not gc.get_freeze_count():  # to look through all that was imported for garbage takes longer than to
-        gc.freeze()  # load a small model
+    if not gc.get_freeze_count():
+        gc.freeze()  # to look for garbage in all that was imported takes longer than to load a small model
     try:
         try:
             main()
@@ -112,8 +112,7 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
-    process or the power ends. Raises InputError."""
+    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guard(path, "can't be written"):
         for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
@@ -150,8 +149,16 @@ def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
         file.write(bytes(marks()))
 
 
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value) -> None:
-    write_file(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    write_file(path, lambda file: picture.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -172,8 +179,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file whose names begin with `prefix`, by the rest of their names. Raises
-    InputError."""
+    """Tensors of a safetensors file whose names begin with `prefix`, by the rest. Raises InputError."""
     with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
                 if name.startswith(prefix)}
@@ -199,10 +205,9 @@ def shards(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(name: str, weights: bool = True) -> Path:
-    """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
-    cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
-    tokenizer alone. Raises InputError."""
+    """The folder a name leads to: 1. one on disk (also `assets/…` beside this file); 2. in the Hugging Face
+    cache; 3. a download into it of just the files needed (without `weights`, a tokenizer's). HF_ENDPOINT,
+    HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE mean what they do to the hub's client. Raises InputError."""
     with guard(name, "no name of a model"):
         for folder in (Path(name).expanduser(), HERE / name):
             if folder.is_dir():
@@ -228,9 +233,8 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
 
 
 def download(name: str, repository: Path, weights: bool) -> Path:
-    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the
-    cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
-    short is never taken for a whole one."""
+    """Fetches a checkpoint's files into `repository`, in the cache's own layout; returns the snapshot folder.
+    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def fetch(file: str) -> None:
@@ -265,7 +269,7 @@ def download(name: str, repository: Path, weights: bool) -> Path:
             for shard in shards(snapshot) if weights else ():
                 fetch(shard.name)
             reference.parent.mkdir(exist_ok=True)
-            write_file(reference, lambda path: path.write_text(revision))
+            write_text(reference, revision)
             return snapshot
         except urllib.error.HTTPError as error:
             hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
@@ -276,7 +280,7 @@ def download(name: str, repository: Path, weights: bool) -> Path:
 
 
 class Checkpoint:
-    """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
+    """A checkpoint's folder: `config` (config.json), and tensors read by name from the mapped files."""
 
     def __init__(self, name: str):
         self.name, self.folder = name, find_checkpoint(name)
@@ -290,7 +294,7 @@ class Checkpoint:
                 self.where.update((name, path) for name in file.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as it lies in the mapped file. The file is mapped anew every 128 MiB: where converted copies replace
+        """A tensor as it lies in the file, which is mapped anew every 128 MiB: where converted copies replace
         the tensors, the pages read so far are let go, so that the weights are never held twice."""
         path = self.where[name]
         if path != self.mapped[0] or self.mapped[2] > 1 << 27:
@@ -300,8 +304,7 @@ class Checkpoint:
         return tensor
 
     def part(self, prefixes: str, config: dict) -> "Checkpoint":
-        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
-        expression, begins."""
+        """A part of a model: its own config, and the tensors whose names begin as a regex says."""
         part = copy.copy(self)
         part.config = config
         part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
@@ -358,16 +361,16 @@ class Family(NamedTuple):
         module, _, leaf = name.rpartition(".")
         entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
         function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
-        return function, [d.replace("{}", number[1] if number else "").replace("|", leaf + "|") + leaf for d in disk]
+        block = number[1] if number else ""
+        return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
 
 
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
     """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
     _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
-    prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
-    # lm_head has a shorter one, or none
-    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
+    prefix = next((name[:-len(anchor)] for name in checkpoint.where if f".{name}".endswith(f".{anchor}")), "")
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
@@ -388,11 +391,12 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
             tensor = tensors[0]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; {name} wants {tuple(parameter.shape)}"
-                             + (f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""))
+            made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
+            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; "
+                             f"{name} wants {tuple(parameter.shape)}{made}")
         state[name] = tensor.to(dtype).contiguous()
     for name in sorted(left):
-        if not re.fullmatch(family.unused, name.removeprefix(prefix)) and not re.fullmatch(family.unused, name):
+        if not any(re.fullmatch(family.unused, known) for known in (name, name.removeprefix(prefix))):
             kind = checkpoint.config.get("model_type")
             raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
     module.load_state_dict(state, assign=True)
@@ -504,9 +508,8 @@ def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
 # Pictures
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow
-    would clip at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is
-    broken."""
+    """Any Pillow mode to RGB, white behind what is transparent. 16- and 32-bit greys, which Pillow would clip
+    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
@@ -524,8 +527,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(path: "str | Path | Pair") -> Image.Image:
-    """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
-    InputError, also above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
+    """Reads a picture file ("-": standard input): upright as its EXIF says, in RGB. Raises InputError, also
+    above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
     with guard(path, "broken picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of faults that Pillow reads past
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -753,9 +756,8 @@ class Shards:
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
-        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In each
-        epoch every shard is one process's, and pairs are drawn from a buffer that its shards run through.
-        Raises InputError."""
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments: in an epoch
+        a shard is one process's, and pairs are drawn from a buffer it runs through. Raises InputError."""
         if len(self.paths) < world:
             raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
 
@@ -786,7 +788,7 @@ def is_shards(names: str) -> bool:
 
 
 def listed(names: str) -> list[str]:
-    """A list that is separated by commas; those within braces don't."""
+    """What commas separate; those within braces don't."""
     return re.split(r",(?![^{}]*\})", names)
 
 
@@ -813,13 +815,6 @@ def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
         raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {last}")
 
 
-def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
-    """Lists the pictures that were skipped, if any, in the run's folder."""
-    text = "".join(f"{reason}\n" for found in bad for reason in found.values())
-    if text:
-        write_file(folder / "unreadable.txt", lambda path: path.write_text(text, encoding="utf-8"))
-
-
 def references(captions, i: int) -> list[str]:
     """What a caption of picture `i` is compared with: its captions that answer its first question."""
     pairs = captions.pairs(i)
@@ -827,7 +822,7 @@ def references(captions, i: int) -> list[str]:
 
 
 def draw_caption(captions, index: int, seed: int, epoch: int) -> tuple[str, str]:
-    """The (question, caption) that picture `index` of a set shows in `epoch`: a pure function of its arguments."""
+    """The pair that picture `index` of a set shows in `epoch`: a pure function of its arguments."""
     return random.Random(f"{seed} {epoch} {index}").choice(captions.pairs(index))
 
 
@@ -839,8 +834,7 @@ LAYOUTS = ("image-text", "text-image-text", "text-image")
 
 
 def layout_weights(mix: str) -> dict[str, float]:
-    """Reads "image-text" or "image-text:0.6,text-image:0.4": layouts and how often each is drawn, of their
-    sum. Raises InputError."""
+    """Reads "image-text" or "image-text:3,text-image:2": how often each is drawn. Raises InputError."""
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
@@ -903,9 +897,8 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 # Batches
 
 class Views(NamedTuple):
-    """What is seen of P pictures, V views in all: `x`, their pixels (V,3,S,S) or features (V,N,Dv), one
-    picture's after the other's; how many views each picture has; and what rows and columns of tiles are among
-    them (0 and 0: it is seen as a whole alone)."""
+    """What is seen of P pictures, V views in all: `x`, pixels (V,3,S,S) or features (V,N,Dv), one picture's
+    after the other's; how many are each picture's, and what rows and columns of tiles (0 and 0: none)."""
     x: torch.Tensor
     counts: list[int]
     tiles: list[tuple[int, int]]
@@ -922,8 +915,7 @@ class Views(NamedTuple):
 
 
 class Pixels(torch.utils.data.Dataset):
-    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or
-    (i, the reason why it can't be read)."""
+    """The pictures of a caption set: item i is (i, what `preprocess.tiles` makes of it, or why it can't)."""
 
     def __init__(self, captions, preprocess, split: bool = False):
         self.captions, self.preprocess, self.split = captions, preprocess, split
@@ -956,8 +948,9 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def in_order(size: int, batch: int) -> list[range]:
-    return [range(i, min(i + batch, size)) for i in range(0, size, batch)]
+def cut(sequence, size: int) -> list:
+    """A sequence in pieces of `size`, the last of what is left."""
+    return [sequence[i:i + size] for i in range(0, len(sequence), size)]
 
 
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
@@ -1054,8 +1047,7 @@ class Scene(NamedTuple):
         return image
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing from left to right and, of two or more,
-        how the first lies to the second."""
+        """Four wordings; each names every thing from left to right and, of two or more, a relation."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 

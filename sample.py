@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
-                  in_order, judge, nearest, one_of, open_picture, references, run, stack, watch,
-                  write_file)
+from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, cut, few_shot,
+                  judge, nearest, one_of, open_picture, references, run, stack, watch, write_picture,
+                  write_text)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
         cells = [join([ImageOps.contain(picture, (side, side)),
                        *(label(text, 15, colour, side) for text, colour in lines)], 7, down=True)
                  for picture, lines in cells]
-        rows += [join(cells[i:i + columns], gap) for i in range(0, len(cells), columns)]
+        rows += [join(row, gap) for row in cut(cells, columns)]
     return ImageOps.expand(join(rows, gap, down=True), gap, "white")
 
 
@@ -398,8 +398,7 @@ def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str
 
 
 def as_read(vlm: VLM, ids: list[int]) -> str:
-    """A prompt as the language model reads it, special tokens and all; an image's embeddings as <image>×their
-    number."""
+    """A prompt as the language model reads it, special tokens and all; an image as <image>×its embeddings."""
     text = vlm.tokenizer.decode(ids)
     return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
@@ -486,7 +485,8 @@ def main() -> None:
     args.split = not args.attention and (vlm.split if args.split is None else args.split)
     args.split = args.split and "max_image_size" in vlm.vit.preprocess.settings
     args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
-    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "beams")}
+    decoding = {name: getattr(args, name) for name in (
+        "max_tokens", "temperature", "top_k", "top_p", "beams")}
     decoding["generator"] = torch.Generator(device).manual_seed(args.seed)
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     (score_sets if args.data else caption_files)(vlm, given, shots, decoding, args)
@@ -501,8 +501,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     if len(files) % size:
         raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
     prompt, _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
-    groups = [files[i:i + size] for i in range(0, len(files), size)]
-    batches = [groups[i:i + args.batch] for i in range(0, len(groups), args.batch)]
+    batches = cut(cut(files, size), args.batch)
     failed, sections = False, []
     while batches:
         batch = batches.pop(0)
@@ -532,8 +531,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
                 sections.append((text, spotlights(vlm, pixels[mine].cpu(), looks)))
     if sections:
-        sheet = contact_sheet(sections, 7, 150)
-        write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
+        write_picture(Path(args.attention), contact_sheet(sections, 7, 150))
     sys.exit(2 if failed else 0)
 
 
@@ -546,7 +544,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         bad = {}
 
         def read():
-            batches = in_order(len(captions), args.batch)
+            batches = cut(range(len(captions)), args.batch)
             for indices, features in vlm.encode_pictures(captions, batches, bad, args.workers, args.split):
                 if indices:
                     yield indices, features
@@ -561,7 +559,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
     print(lines * args.json, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)
     if args.save:
-        write_file(Path(args.save), lambda path: path.write_text(lines, encoding="utf-8"))
+        write_text(Path(args.save), lines)
 
 
 if __name__ == "__main__":
