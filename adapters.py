@@ -12,11 +12,10 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from data import (ACTIVATIONS, IMAGE, Checkpoint, Family, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, skip, stack, write_file)
+                  read_metadata, read_tensors, skip, stack, write_tensors)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -127,24 +126,16 @@ class FeedForward(nn.Module):
 
 class Words(nn.Module):
     """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or,
-    where it is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
+    where it is 0, the LLM's embeddings (P,L,D)."""
 
     def __init__(self, llm_width: int, width: int, positions: int, vocabulary: int):
         super().__init__()
         self.words = nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(llm_width, width)
         self.positions = nn.Embedding(positions, width)
 
-    def forward(self, words, seen):
-        return self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
-
-
-def with_words(query: torch.Tensor, reader: Words | None, words: torch.Tensor | None,
-               seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Queries (P,Q,W) and, if there are any, `words` behind them (P,Q+L,W); and their mask (P,1,1,Q+L)."""
-    if words is None:
-        return query, None
-    mask = F.pad(seen, (query.shape[1], 0), value=True)[:, None, None]
-    return torch.cat([query, reader(words, seen)], 1), mask
+    def forward(self, x, words, seen):  # queries (P,Q,W) to these and words, (P,Q+L,W), and mask (P,1,1,Q+L)
+        words = self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
+        return torch.cat([x, words], 1), F.pad(seen, (x.shape[1], 0), value=True)[:, None, None]
 
 
 def initialise(module: nn.Module) -> None:
@@ -212,7 +203,9 @@ class QFormer(Adapter):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
-        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
+        x, mask = self.query.expand(len(features), -1, -1), None
+        if words is not None:
+            x, mask = self.words(x, words, seen)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask, self.queries, features)
@@ -378,7 +371,9 @@ class TwoWay(Adapter):
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
         image = self.project_in(features[:, -len(self.places):])  # (P,G²,W)
-        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
+        x, mask = self.query.expand(len(features), -1, -1), None
+        if words is not None:
+            x, mask = self.words(x, words, seen)
         marks = x
         for block in self.blocks:
             x, image = block(x, image, marks, self.places, mask)
@@ -746,8 +741,7 @@ class VLM(nn.Module):
             places, letters = spelling
             return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
 
-    def read_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0,
-                      split: bool | None = None):
+    def read_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that
         can be read, and their pixels as Views (None if there are none); counts the others in `bad`, {index:
         reason}. `split`: as for `caption`. Raises InputError as `data.skip` does."""
@@ -784,8 +778,7 @@ class VLM(nn.Module):
                **decoding) -> list[str]:
         """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
         (None if V is 0); a VLM of ours gives one line, newline taken off. `decoding`: see `LLM.generate`."""
-        tokens = [torch.tensor(row, device=self.device) for row in rows]
-        tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
@@ -810,9 +803,7 @@ class VLM(nn.Module):
             if lora_layers(getattr(self, part)):
                 save_lora(getattr(self, part), folder / "lora" / part)
         for part in sorted({"adapter", *self.config.get("train", ())}, reverse=True):
-            state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
-            write_file(folder / f"{part}.safetensors",
-                       lambda path: save_file(state, path, {"step": str(step)}))
+            write_tensors(folder / f"{part}.safetensors", self.weights(part), {"step": str(step)})
 
     def catch_up(self, folder: Path) -> None:
         """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. If the process
@@ -838,7 +829,7 @@ class VLM(nn.Module):
         config = read_json(path)
         with guard(path, "not the folder of a run"):
             if family_of(config) in PUBLIC:
-                return public(name, dtype).eval()
+                return build({"from": name}, dtype).eval()
             check_run(config)
         files = {part: folder / f"{part}.safetensors" for part in {"adapter", *config.get("train", ())}}
         for file in files.values():
@@ -896,9 +887,9 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are
     to be trained `whole`; adapter in float32. `file` has the tensors that the adapter will take: other sizes
     in `config` are an InputError before any are made."""
-    if config.get("from"):
-        return public(config["from"], dtype, config, whole)
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
+    if config.get("from"):
+        return public(config, dtype, vit, llm)
     vit = ViT.from_pretrained(config["vit"], vit, config.get("image_size"))
     llm, tokenizer = LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"])
     with named(file.with_name("config.json")) if file else contextlib.nullcontext():
@@ -932,9 +923,9 @@ def family_of(c: dict) -> str | None:
     return c.get("model_type", "nanovlm" if "mp_pixel_shuffle_factor" in c else None)
 
 
-def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[str, ...] = ()) -> VLM:
-    """A public VLM (a folder or hub name); `run`: the config of one trained from it; `whole`: see `build`."""
-    checkpoint = Checkpoint(name)
+def public(run: dict, dtype: torch.dtype, vit: torch.dtype, llm: torch.dtype) -> VLM:
+    """The public VLM that the config of a run is "from", its weights as it was published: see `build`."""
+    checkpoint = Checkpoint(name := run["from"])
     checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.family(PUBLIC)
     parts = [checkpoint.part(prefixes, part) for prefixes, part in (
@@ -944,14 +935,13 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
     other = config.pop("tokenizer", name)
     tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
-    vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
     vit, llm = ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm)
     with guard(path := checkpoint.folder / "config.json"), named(path):
         for token, id in config.pop("tokens", {}).items():
             tokenizer.add(token, id, special=True)
         format = config.pop("format", None) or next(
             format for token, format in row.formats.items() if not token or token in tokenizer.special)
-        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
+        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | run, format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)

@@ -1,8 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`: pairs of
-question ("" for none) and caption. i is a number below its length or, of `Shards`, a `Pair`.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which
+are (question, caption), "" for no question; i is a number below its length or, of `Shards`, a `Pair`.
 """
 import contextlib
 import copy
@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -132,8 +133,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
-               marks: Callable[[], list[bool]]) -> None:
+def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
     """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
     the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
     kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
@@ -147,6 +147,11 @@ def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
         for chunk in chunks:
             file.write(chunk.cpu().contiguous().view(torch.uint8).numpy())
         file.write(bytes(marks()))
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda file: save_file(tensors, file, metadata))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -342,13 +347,12 @@ def depth(layers: int) -> int:
 
 
 class Family(NamedTuple):
-    """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b"
-    where some files have a, others b; b is the name in the reference's class, where that differs) or
-    (function, name, …), the function making our tensor of theirs; where the table itself depends on the
-    config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
-    leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share;
-    `path` is that prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it."""
+    """One family of checkpoints. `config` turns config.json into ours. `names` (or, of our config, a function
+    that makes it) leads from our modules and parameters to those on disk, "{}" standing for the block's
+    number; a value is the name on disk ("a|b" where some files have a, others b, the name in the reference's
+    class) or (function, name, …), the function making our tensor of theirs. `unused`, a regular expression,
+    tells which tensors we leave unread. The first of `names`, a module with a weight, also finds the
+    prefix that all share; `path` is that in the class that AutoModelForCausalLM or AutoModel choose."""
     config: Callable[[dict], object]
     names: dict | Callable[[object], dict]
     unused: str
@@ -559,13 +563,10 @@ def clean(caption: str) -> str:
 
 
 class Captions(torch.utils.data.Dataset):
-    """Pictures on disk with one or more captions each.
-
-    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
-    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
-    caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
-    up in `images`, or beside the file. Raises InputError.
-    """
+    """Pictures on disk with one or more captions each. `file` is one of: Flickr8k-style CSV with the header
+    `image,caption`; JSON lines with `image` and `caption` (a string or a list); COCO's captions_*.json;
+    LLaVA's conversations (each answer is a caption of the question before it; what was said earlier isn't
+    read). Relative picture names are looked up in `images`, or beside the file. Raises InputError."""
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
         self.file, folder = Path(file), Path(images or Path(file).parent)
@@ -680,11 +681,10 @@ class StrictHeader(tarfile.TarInfo):
 
 
 def read_shard(path: Path):
-    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
-    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption"
-    (a string or a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or
-    the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its
-    folder, so that a seed draws the same wherever the shards lie."""
+    """Yields the pairs of a tar in WebDataset's layout: members that stand together, NAME.jpg (jpeg, png,
+    webp) and NAME.txt, or NAME.json with "caption" (a string or a list); NAME is but a label. What is broken,
+    a pair or the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's,
+    without its folder, so that a seed draws the same wherever the shards lie."""
     def members():
         try:
             mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
@@ -715,9 +715,7 @@ def read_shard(path: Path):
 class Shards:
     """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
     set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
-
-    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError.
-    """
+    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
 
     def __init__(self, names: str, buffer: int = 1000):
         self.buffer, self.size = buffer, 1000
@@ -756,8 +754,8 @@ class Shards:
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
-        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments: in an epoch
-        a shard is one process's, and pairs are drawn from a buffer it runs through. Raises InputError."""
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
+        epoch a shard is one process's; pairs are drawn from a buffer it runs through. Raises InputError."""
         if len(self.paths) < world:
             raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
 
@@ -902,11 +900,6 @@ class Views(NamedTuple):
     x: torch.Tensor
     counts: list[int]
     tiles: list[tuple[int, int]]
-
-    @staticmethod
-    def whole(x: torch.Tensor) -> "Views":
-        """Of pictures that have a view each."""
-        return Views(x, [1] * len(x), [(0, 0)] * len(x))
 
     def pick(self, order) -> "Views":
         """The views of these of the pictures."""

@@ -34,7 +34,6 @@ from lora import merge_lora
 # ---------------------------------------------------------------------------------------------------------
 # Scores
 
-
 SHARES = ("exact", *SKILLS, "matching")
 
 
@@ -69,8 +68,7 @@ def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list
 
 
 def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
-    the references."""
+    """CIDEr-D of each picture (Vedantam et al., 2015, arXiv:1411.5726), frequencies from all references."""
     scores = [0.0] * len(candidates)
     for n in range(1, 5):
         frequency = collections.Counter(
@@ -280,8 +278,7 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
 def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
                side: int = 150) -> list[tuple[Image.Image, list]]:
     """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word
-    of `looks` paid a larger share than the words did on average; for all words pay the most to the same few
-    patches."""
+    of `looks` paid a larger share than words do on average: all pay the most to the same few patches."""
     black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), c)) for c in ("black", "white"))
     views = F.interpolate((pixels - black) / (white - black), (side, side), mode="bilinear", antialias=True)
     cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
@@ -398,7 +395,7 @@ def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str
 
 
 def as_read(vlm: VLM, ids: list[int]) -> str:
-    """A prompt as the language model reads it, special tokens and all; an image as <image>×its embeddings."""
+    """A prompt as the LLM reads it, special tokens and all; an image as <image>×number of embeddings."""
     text = vlm.tokenizer.decode(ids)
     return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
@@ -494,8 +491,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args: argparse.Namespace) -> None:
-    """Prints a caption of each picture, or of each few, if the prompt takes several, after `shots`; draws
-    --attention."""
+    """Prints a caption of each picture, or of each few that the prompt takes; draws --attention."""
     prompt = vlm.config.get("prompt", "") if args.prompt is None else args.prompt
     size = max(1, prompt.count(IMAGE))
     if len(files) % size:

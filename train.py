@@ -28,13 +28,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout,
                   draw_shots, few_shot, guard, is_shards, layout_weights, listed, one_of, read_json,
-                  read_metadata, read_tensors, run, shuffled, write_file, write_json, write_picture, write_rows,
-                  write_text)
+                  read_metadata, read_tensors, run, shuffled, write_file, write_json, write_picture,
+                  write_rows, write_tensors, write_text)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
@@ -411,8 +410,8 @@ class Encoded:
         return [i for i in range(len(self.captions)) if i not in self.bad]
 
     def of(self, indices: list[int]) -> Views:
-        """The kept features of these pictures."""
-        return Views.whole(self.features[indices].to(self.vlm.device))
+        """The kept features of these pictures, which are seen as a whole."""
+        return Views(self.features[indices].to(self.vlm.device), [1] * len(indices), [(0, 0)] * len(indices))
 
     def batches(self, size: int, first: int = 0):
         """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
@@ -425,11 +424,11 @@ class Encoded:
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
     """Writes state.safetensors for --resume, complete in itself, with the `losses` since the last line of
     metrics.jsonl; then what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
-    state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
+    state = {f"{key}.{name}": value for name, p in vlm.trained.items()
              for key, value in {"weight": p, **optimizer.state[p]}.items()}
     state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
     state["losses"] = torch.tensor([loss.item() for loss in losses])
-    write_file(folder / "state.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+    write_tensors(folder / "state.safetensors", state, {"step": str(step)})
     vlm.save(folder, step)
 
 
@@ -819,9 +818,9 @@ class Run:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
                     raise InputError(
-                        f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start anew "
-                        "with a lower --lr, a longer --warmup or --precision float32 (the last checkpoint, if "
-                        "there is one, is as it was)")
+                        f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start "
+                        "anew with a lower --lr, a longer --warmup or --precision float32 (the last "
+                        "checkpoint, if there is one, is as it was)")
                 if save:
                     line |= self.validate()
                     found = [united(self.bad), self.val.bad]
