@@ -1,5 +1,5 @@
-"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError of one line that names
-it, soon and in little memory. Every input is drawn from a seed."""
+"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError of one line that
+names it, soon and in little memory. Every input is drawn from a seed."""
 import ast
 import copy
 import io
@@ -367,7 +367,8 @@ def test_configs_of_runs(tmp_path):
 
 CAPTIONS = {
     "c.csv": 'image,caption\na.jpg,"A dog, ""Rex"", runs ."\nb.jpg,naïve café\n',
-    "c.jsonl": '{"image": "a.jpg", "caption": ["a dog", "b"]}\n{"image": "b.jpg", "caption": "naïve café"}\n',
+    "c.jsonl": '{"image": "a.jpg", "caption": ["a dog", "b"]}\n'
+               '{"image": "b.jpg", "caption": "naïve café"}\n',
     "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}],
                              "annotations": [{"image_id": 7, "caption": "a dog"}]}),
     "llava.json": json.dumps([{"id": "1", "image": "a.jpg", "conversations": [

@@ -61,8 +61,8 @@ def finish(*options, **kwargs) -> int:
 
 
 def moments(act) -> None:
-    """Has `act` called before and after each step of the optimizer and each change of a file, and when tensors
-    are half written."""
+    """Has `act` called before and after each step of the optimizer and each change of a file, and when
+    tensors are half written."""
     def hook(owner, name, half=False):
         function = getattr(owner, name)
 
@@ -233,7 +233,8 @@ def test_a_checkpoint_too_many_for_the_disk(unbroken):
     for size, file in ((100_000, "adapter"), (300_000, "state")):
         assert finish("--resume", "run", before=full(size)) == 2
         said = Path("said").read_text().splitlines()[-1]
-        assert said.startswith(f"train.py: error: run/{file}.safetensors: can't be written (") and "large" in said
+        assert said.startswith(f"train.py: error: run/{file}.safetensors: can't be written (")
+        assert "large" in said
         assert {path: path.read_bytes() for path in Path("run").rglob("*.safetensors")} == files
     assert finish("--resume", "run") == 0 and same("whole", "run")
     assert finish(before=lambda: data.run(fill)) == 2
