@@ -23,14 +23,10 @@ from vit import ViT
 
 class Adapter(nn.Module):
     """An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side). It
-    maps features (P,N,Dv) of P pictures to (P,Q,D); the last grid² of the N are the patches.
-
-    With `text` above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's
-    embeddings (P,L,D) or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L).
-
-    Where it has a method `between`, of what happens between the LLM's blocks, nothing of a picture stands
-    among the words.
-    """
+    maps features (P,N,Dv) of P pictures to (P,Q,D); the last grid² of the N are the patches. With `text`
+    above 0 it reads as many of the prompt's first tokens too, as (words, seen): the LLM's embeddings (P,L,D)
+    or, with a `vocabulary` of its own, ids (P,L); and where there is a word (P,L). Where it has a method
+    `between`, of what happens between the LLM's blocks, nothing of a picture stands among the words."""
     queries: int  # Q
     side: int | None = None  # root of Q where they are places of the picture, row by row; else None
     text = vocabulary = 0
@@ -180,10 +176,7 @@ class QFormer(Adapter):
     and, in every `every`-th block, to the patches (all N features, class token too); then a projection to the
     LLM's width. With `text` the prompt's words join the queries' attention to each other (InstructBLIP: Dai
     et al., 2023, arXiv:2305.06500); with a `vocabulary` they are ids of another tokenizer than the LLM's.
-
-    `mlp` is the hidden size of the feed-forward layers (4 × width unless given); `dropout` is after every
-    sublayer.
-    """
+    `mlp`: hidden size of the feed-forward layers (else 4 × width). `dropout`: after every sublayer."""
     readers = r"blocks\.\d+\.cross"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
@@ -343,11 +336,8 @@ class TwoWay(Adapter):
     """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643): learned
     queries, and the words of the prompt with `text`, attend to each other and to the patches, and the patches
     to them; what a token was at first, and where a patch lies (random Fourier features), is added anew at
-    every attention.
-
-    `mlp` is the hidden size of the feed-forward layers (4 × width unless given); attentions between tokens
-    and patches have width / `shrink` numbers in all heads together. Raises InputError where `width` is odd.
-    """
+    every attention. `mlp`: hidden size of the feed-forward layers (else 4 × width). `shrink`: attentions
+    between tokens and patches have width / shrink numbers in all heads together. Raises InputError."""
     readers = r"(blocks\.\d+\.)?to_image"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 2,
@@ -551,8 +541,7 @@ class VLM(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a run trains: the adapter, the markers, the embeddings of places, and the LoRA of the
-        backbones, if they have one, or a backbone as a whole."""
+        """What a run trains: the adapter, markers and places, and of the backbones a LoRA, all or nothing."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def weights(self, part: str) -> dict[str, nn.Parameter]:

@@ -287,9 +287,8 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
 
 
 def spread(vlm: VLM, device: torch.device) -> None:
-    """Parts each block of the LLM among the processes (fully sharded data parallelism, FSDP: Zhao et al.,
-    2023, arXiv:2304.11277): its frozen weights come together only while it computes. What is trained, and
-    what is outside the blocks, stays whole in each."""
+    """Parts each block of the LLM among the processes (FSDP: Zhao et al., 2023, arXiv:2304.11277): its frozen
+    weights come together only while it computes. What is trained, or outside the blocks, stays whole."""
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(device.type, (WORLD,))
     whole = {*vlm.parameters()} - {p for p in vlm.llm.blocks.parameters() if not p.requires_grad}
@@ -374,8 +373,9 @@ class Encoded:
                 else:
                     write_file(path, write)
                 total(torch.zeros(1, device=vlm.device))  # the file is there
-            self.features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
-            for i in (~marks).nonzero().flatten().tolist():
+            found = read_tensors(path)
+            self.features = found["rows"]
+            for i in (~found["marks"]).nonzero().flatten().tolist():
                 self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
 
     @torch.no_grad()
@@ -450,27 +450,24 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
         return step, list(state["losses"])
 
 
-def summary_writer() -> type:
-    """TensorBoard's writer. Raises InputError where its package isn't there."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs its package: pip install tensorboard") from None
-    return SummaryWriter
-
-
 class Log:
     """A run's metrics.jsonl, and TensorBoard's if asked for. Makes the folder, and until it is closed keeps
     others from training in it. Of torchrun's processes the first alone writes. Raises InputError."""
 
-    def __init__(self, folder: Path):
-        self.file = self.board = None
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        self.file = self.writer = self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs its package: pip install tensorboard") from None
         if RANK:
             return
-        path = folder / "metrics.jsonl"
         with guard(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("ab+", buffering=0)  # to close another handle of it would give up the lock
+            # to close another handle of it would give up the lock
+            self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
             try:
                 if os.name == "nt":
                     import msvcrt
@@ -484,7 +481,7 @@ class Log:
             for left in folder.rglob(".*tmp*"):  # by a process that was killed
                 left.unlink()
 
-    def begin(self, step: int, tensorboard: bool) -> None:
+    def begin(self, step: int) -> None:
         """Takes off what came after `step`, and the scores."""
         if RANK:
             return
@@ -500,8 +497,8 @@ class Log:
             self.file.seek(0)
             lines = self.file.read().splitlines(keepends=True)
             self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
-        if tensorboard:
-            self.board = summary_writer()(Path(self.file.name).parent, purge_step=step)
+        if self.writer:
+            self.board = self.writer(Path(self.file.name).parent, purge_step=step)
 
     def add(self, entry: dict) -> None:
         """Adds a line, on the disk when this returns. What isn't finite becomes null."""
@@ -559,8 +556,7 @@ class Signals:
 
 
 class Progress:
-    """What happened since the last line: mean loss, speed, time left. On a terminal it is rewritten in place
-    twice a second."""
+    """What happened since the last line: mean loss, speed, time left; on a terminal, shown twice a second."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
@@ -658,15 +654,13 @@ class Run:
             self.forward = nn.parallel.DistributedDataParallel(self.forward, init_sync=False)
         self.size = args.batch // WORLD  # of this process's share of a batch
 
-        if args.tensorboard:
-            summary_writer()
         self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
-        self.log, self.first, self.losses = Log(self.folder), 0, []
+        self.log, self.first, self.losses = Log(self.folder, args.tensorboard), 0, []
         if args.resume:
             self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler)
         elif not RANK and (self.folder / "config.json").exists():
             raise InputError(f"{self.folder}: there is a run already: --resume it, or give another --out")
-        self.log.begin(self.first, args.tensorboard)
+        self.log.begin(self.first)
         self.say(f"{self.folder}: {vlm.config['adapter']} adapter, "
                  f"{sum(p.numel() for p in vlm.trained.values()):,} trained parameters, "
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")

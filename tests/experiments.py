@@ -1,4 +1,4 @@
-"""Compares settings of train.py at one budget: trains each from several seeds, prints a table, mean ± spread.
+"""Compares settings of train.py at one budget: trains each from several seeds and prints mean ± spread.
 
     python tests/experiments.py adapters [--seeds 3] [options of train.py for every run, such as --steps 400]
 
