@@ -586,10 +586,8 @@ class VLM(nn.Module):
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
         `<image>` (else `images` before it), and the caption, at most `max_tokens` long, with the newline or
         token that ends it; and which of the ids are targets: the caption's, with `prefix` the text's too.
-
         `tiles` yields rows and columns of each picture (unless given, all are seen as a whole). Text is data,
-        not read for special tokens; with `raw` it is, and is the whole prompt without a format.
-        """
+        not read for special tokens; with `raw` it is, and is the whole prompt without a format."""
         format = OURS if raw else self.format
         if IMAGE in text:
             images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
@@ -703,9 +701,8 @@ class VLM(nn.Module):
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in stack(rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What P pictures are to spell, a caption each: the places (K,) of their first embeddings among those
-        of all pictures, and the captions' tokens (K,). K is 0 with an adapter whose embeddings are places of
-        the picture, which can't be put in a caption's order."""
+        """What P pictures are to spell, a caption each: places (K,) among the embeddings of all, and tokens
+        (K,). K is 0 where embeddings are places of the picture, which can't be put in a caption's order."""
         Q = self.adapter.queries if self.adapter.side is None else 0
         ids = [self.tokenizer.encode(caption, special=False)[:Q] for caption in captions]
         places = [place for i, row in enumerate(ids) for place in range(i * Q, i * Q + len(row))]
@@ -716,8 +713,7 @@ class VLM(nn.Module):
                 targets: torch.Tensor | None = None,
                 spelling: tuple[torch.Tensor, torch.Tensor] | None = None):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
-        (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, of K
-        embeddings of images (see `spelling`), also the nats (K,) of what they spell."""
+        (B,T); given the `targets` (M,) there, their nats (M,) instead; with a `spelling`, its nats (K,) too."""
         V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where))

@@ -48,8 +48,8 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame. These come from
-    anywhere, and no list of what their readers may raise would be whole."""
+    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of what
+    their readers may raise would be whole."""
     try:
         yield
     except InputError:
@@ -620,8 +620,7 @@ class Captions(torch.utils.data.Dataset):
 
 def read_pairs(text: str):
     """Yields (image, question, caption) from the text of any of the formats that `Captions` lists."""
-    start = text.lstrip()[:1]
-    if start not in ("{", "["):
+    if text.lstrip()[:1] not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
         names = [name.strip() for name in rows.fieldnames or []]
         if names[:2] != ["image", "caption"]:
@@ -850,13 +849,11 @@ def draw_layout(weights: dict[str, float], seed: int, epoch: int, index: int) ->
 def arrange(layout: str, captions, index: int, seed: int, epoch: int,
             prompt_for: Callable[[str], str], others=None) -> tuple[str, str]:
     """The text, with IMAGE where picture `index` stands (before it all, if nowhere), and the answer to learn:
-    a pure function of its arguments. `prompt_for(question)` is the prompt of `image-text`; others have none.
-
-    image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
-    the rest. text-image: a caption, half the time any picture's (one of `others`, unless given of the whole
-    set), the picture, "match?", which tells this layout from the last; "yes" or "no" (image-text matching, as
-    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token).
-    """
+    a pure function of its arguments. image-text: `prompt_for(question)`; the caption. text-image-text: the
+    caption up to a word that is drawn, the picture; the rest. text-image: a caption, half the time any
+    picture's (of `others` or, unless given, of the whole set), the picture, "match?", which tells this layout
+    from the last; "yes" or "no" (image-text matching as BLIP's: Li et al., 2022, arXiv:2201.12086, but by
+    next token)."""
     question, caption = draw_caption(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text":

@@ -28,11 +28,9 @@ def row_norms(weight: torch.Tensor) -> torch.Tensor:
 
 class LoRALinear(nn.Module):
     """h = W₀x + s·BAx + b in place of an nn.Linear, with its `weight` W₀ (out,in) and `bias` b (out,).
-
-    A (r,in) and B (out,r) are float32, whatever W₀ is; the products are computed in x's dtype. `dropout`
-    falls on the x that A reads. m (out,), where given, makes it DoRA (Liu et al., 2024, arXiv:2402.09353):
-    h = m / ‖W₀ + s·BA‖ · (W₀x + s·BAx) + b, with the norm of each row, which gets no gradient.
-    """
+    A (r,in) and B (out,r) are float32, whatever W₀ is; products are computed in x's dtype. `dropout` falls
+    on the x that A reads. m (out,), if any, makes it DoRA (Liu et al., 2024, arXiv:2402.09353):
+    h = m / ‖W₀ + s·BA‖ · (W₀x + s·BAx) + b, with the norm of each row, which gets no gradient."""
 
     def __init__(self, linear: nn.Linear, A: nn.Parameter, B: torch.Tensor, scale: float,
                  dropout: float = 0.0, m: torch.Tensor | None = None):

@@ -90,8 +90,7 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
 
 
 def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, tuple[float, str]]]:
-    """Scores of generated captions {index: text} of a set, exact scenes and skills for shapes, else BLEU and
-    CIDEr-D; and how good each is, in a number and in words."""
+    """Scores of captions {index: text} of a set, and how good each of them is, in a number and in words."""
     if isinstance(captions, Shapes):
         judged = {i: judge(text, captions.scene(i)) for i, text in texts.items()}
         kept = {skill: [j[skill] for j in judged.values() if skill in j] for skill in ("exact", *SKILLS)}
@@ -241,12 +240,10 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
 def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
          raw: bool = False) -> list[tuple[str, torch.Tensor]]:
     """Where the LLM looked for each word of a `text` that it gave, from features (P,N,Dv) of the prompt's
-    pictures: the word, and what it paid to their patches (P,G,G).
-
-    That is the attention from the position that predicts a token to the image's embeddings, mean over heads
-    and layers (of `flamingo`: the gated blocks); where an adapter has queries, times that of each query to
-    the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
-    """
+    pictures: the word, and what it paid to their patches (P,G,G). That is the attention from the position
+    that predicts a token to the image's embeddings, mean over heads and layers (of `flamingo`: the gated
+    blocks); where an adapter has queries, times that of each query to the patches, mean over heads and the
+    layers that read them. A word of several tokens is their mean."""
     adapter, P = vlm.adapter, len(features)
     ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
     tokens, where, targets = stack([(ids, wanted)])
@@ -366,8 +363,7 @@ def newest_run() -> str:
 
 
 def pictures_of(name: str) -> list[str]:
-    """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
-    Raises InputError for a folder without pictures."""
+    """Files of a folder, of a pattern, or `name` itself. InputError for a folder without pictures."""
     if os.path.isdir(name):
         kinds = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
         found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import itertools
 import json
 import math
@@ -161,8 +160,7 @@ def flag(name: str) -> str:
 
 
 def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
-    """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one,
-    or an option there has a value that the command line couldn't give it."""
+    """The options of a run's folder. Raises InputError if it is none, or they have values of another kind."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
@@ -172,8 +170,7 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     for name, value in saved.items():
         if option := options.get(name):
             kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
-            fits = isinstance(value, kinds) and (not option.choices or value in option.choices)
-        if not option or not fits and not (value is option.default is None):
+        if not option or not (isinstance(value, kinds) or value is option.default is None):
             raise InputError(f"{path}: {name} can't be {value!r}")
     return saved
 
@@ -201,10 +198,9 @@ def read_options() -> argparse.Namespace:
             raise InputError(f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: "
                              "start as many")
         for option in parser._actions:
-            name = option.dest
+            name, spelled = option.dest, option.option_strings[0]
             if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
-                option, = option.option_strings[:1]
-                raise InputError(f"{option} can't change on --resume: the run has {saved[name]}")
+                raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
         args.out = args.resume
     if args.origin:
         for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout", "shots",
@@ -255,8 +251,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
 
 def adapter_sizes(args: argparse.Namespace) -> dict:
     """All sizes of the chosen adapter: those on the command line, else its defaults."""
-    signature = inspect.signature(ADAPTERS[args.adapter]).parameters.values()
-    sizes = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
     for option, size in SIZES.items():
         if (value := getattr(args, option)) is not None:
             if size not in sizes:
@@ -433,8 +428,7 @@ def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses
 
 
 def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
-    """Takes up what `save_checkpoint` left; returns the number of steps done, and the losses since the last
-    line. A run that came to no checkpoint starts anew."""
+    """Takes up what `save_checkpoint` left, if anything; returns the steps done, and the losses it kept."""
     path = folder / "state.safetensors"
     if not path.is_file() and not (folder / "adapter.safetensors").is_file():
         return 0, []
