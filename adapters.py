@@ -713,7 +713,7 @@ class VLM(nn.Module):
                 targets: torch.Tensor | None = None,
                 spelling: tuple[torch.Tensor, torch.Tensor] | None = None):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
-        (B,T); given the `targets` (M,) there, their nats (M,) instead; with a `spelling`, its nats (K,) too."""
+        (B,T); given the `targets` (M,) there, nats (M,) instead; with a `spelling`, its nats (K,) too."""
         V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where))

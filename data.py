@@ -113,7 +113,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there. Raises InputError."""
+    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
+    process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guard(path, "can't be written"):
         for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
@@ -565,7 +566,7 @@ def clean(caption: str) -> str:
 class Captions(torch.utils.data.Dataset):
     """Pictures on disk with one or more captions each. `file` is one of: Flickr8k-style CSV with the header
     `image,caption`; JSON lines with `image` and `caption` (a string or a list); COCO's captions_*.json;
-    LLaVA's conversations (each answer is a caption of the question before it; what was said earlier isn't
+    LLaVA's conversations (each answer is a caption, with the question before it; what was said earlier isn't
     read). Relative picture names are looked up in `images`, or beside the file. Raises InputError."""
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
@@ -681,9 +682,9 @@ class StrictHeader(tarfile.TarInfo):
 
 def read_shard(path: Path):
     """Yields the pairs of a tar in WebDataset's layout: members that stand together, NAME.jpg (jpeg, png,
-    webp) and NAME.txt, or NAME.json with "caption" (a string or a list); NAME is but a label. What is broken,
-    a pair or the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's,
-    without its folder, so that a seed draws the same wherever the shards lie."""
+    webp) and NAME.txt, or NAME.json with "caption" (a string or a list); NAME, up to the first dot, is but a
+    label. What is broken, a pair or the rest of the shard, comes as a pair with a `fault`. A pair's name
+    begins with the shard's, without its folder, so that a seed draws the same wherever the shards lie."""
     def members():
         try:
             mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
