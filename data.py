@@ -48,8 +48,8 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of what
-    their readers may raise would be whole."""
+    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of
+    what their readers may raise would be whole."""
     try:
         yield
     except InputError:
