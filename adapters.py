@@ -1,4 +1,4 @@
-"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins the three parts.
+"""The adapters, from patch features to embeddings the LLM reads as words, and the `VLM` that joins the parts.
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
@@ -12,11 +12,10 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from data import (IMAGE, Checkpoint, Family, FeedForward, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, skip, stack, write_file)
+                  read_metadata, read_tensors, skip, stack, write_tensors)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -35,10 +34,10 @@ class Adapter(nn.Module):
     Where an adapter has a method `between`, of what happens between the LLM's blocks, nothing of a picture
     stands among the words; of these blocks it is told in `join`.
     """
-    queries: int
-    side: int | None = None
+    queries: int  # Q
+    side: int | None = None  # root of Q where they are places of the picture, row by row; else None
     text = vocabulary = 0
-    readers: str = "(?!)"
+    readers = "(?!)"  # a regular expression of the names of its modules in which queries attend to patches
 
     def join(self, layers: int, width: int) -> None:
         """Called once with the number of the LLM's blocks and their width."""
@@ -57,8 +56,8 @@ class Linear(Adapter):
 
 
 class MLP(Adapter):
-    """Two layers with GELU, patch by patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744). `class_tokens`
-    before the patches are read as well."""
+    """Two layers with GELU, patch by patch and for the `class_tokens` before them, as LLaVA-1.5 (Liu et al.,
+    2023, arXiv:2310.03744)."""
 
     def __init__(self, vision_width: int, width: int, grid: int, *, class_tokens: int = 0):
         super().__init__()
@@ -70,11 +69,9 @@ class MLP(Adapter):
 
 
 class PixelShuffle(Adapter):
-    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features
-    of each square of `scale` × `scale` patches, row by row, are one long vector; then one projection.
-
-    Raises InputError where the patch grid can't be cut in such squares.
-    """
+    """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: features of
+    each square of `scale` × `scale` patches, row by row, are one long vector; then one projection. Raises
+    InputError where the patch grid can't be cut in such squares."""
 
     def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False):
         super().__init__()
@@ -121,25 +118,16 @@ class Attention(nn.Module):
 
 class Words(nn.Module):
     """The first `positions` tokens of a prompt in an adapter's own width: ids (P,L) of `vocabulary` words or,
-    where it is 0, the LLM's embeddings (P,L,D), to (P,L,W)."""
+    where it is 0, the LLM's embeddings (P,L,D)."""
 
     def __init__(self, llm_width: int, width: int, positions: int, vocabulary: int):
         super().__init__()
         self.words = nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(llm_width, width)
         self.positions = nn.Embedding(positions, width)
 
-    def forward(self, words, seen):
-        return self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
-
-
-def with_words(query: torch.Tensor, reader: Words | None, words: torch.Tensor | None,
-               seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Queries (P,Q,W) and, where there are any, the `words` behind them, (P,Q+L,W); and the mask of these
-    (P,1,1,Q+L)."""
-    if words is None:
-        return query, None
-    mask = F.pad(seen, (query.shape[1], 0), value=True)[:, None, None]
-    return torch.cat([query, reader(words, seen)], 1), mask
+    def forward(self, x, words, seen):  # queries (P,Q,W) to these and words, (P,Q+L,W), and mask (P,1,1,Q+L)
+        words = self.words(words) + self.positions((seen.cumsum(1) - 1).clamp(min=0))
+        return torch.cat([x, words], 1), F.pad(seen, (x.shape[1], 0), value=True)[:, None, None]
 
 
 def initialise(module: nn.Module) -> None:
@@ -192,8 +180,8 @@ class QFormer(Adapter):
     readers = r"blocks\.\d+\.cross"
 
     def __init__(self, vision_width: int, llm_width: int, grid: int, *, queries: int = 32, layers: int = 4,
-                 width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0, every: int = 2,
-                 text: int = 0, vocabulary: int = 0, eps: float = 1e-12):
+                 width: int = 256, heads: int = 8, mlp: int | None = None, dropout: float = 0.0,
+                 every: int = 2, text: int = 0, vocabulary: int = 0, eps: float = 1e-12):
         super().__init__()
         self.queries, self.text, self.vocabulary = queries, text, vocabulary
         self.query = nn.Parameter(torch.empty(queries, width))
@@ -208,7 +196,9 @@ class QFormer(Adapter):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
-        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
+        x, mask = self.query.expand(len(features), -1, -1), None
+        if words is not None:
+            x, mask = self.words(x, words, seen)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask, self.queries, features)
@@ -228,21 +218,20 @@ class QFormer(Adapter):
         return qformer.eval()
 
 
-def blip2_config(c: dict) -> dict:
+def qformer_sizes(c: dict) -> dict:
     q = c.get("qformer_config", {})
     if q.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act {q['hidden_act']!r} is not supported")
-    return dict(vision_width=q.get("encoder_hidden_size", 1408), llm_width=c["text_config"]["hidden_size"], grid=0,
-                queries=c.get("num_query_tokens", 32), layers=q.get("num_hidden_layers", 12),
+    words = dict(text=q.get("max_position_embeddings", 512), vocabulary=q.get("vocab_size", 30522))
+    return dict(queries=c.get("num_query_tokens", 32), layers=q.get("num_hidden_layers", 12),
                 width=q.get("hidden_size", 768), heads=q.get("num_attention_heads", 12),
                 mlp=q.get("intermediate_size", 3072), every=q.get("cross_attention_frequency", 2),
-                eps=q.get("layer_norm_eps", 1e-12))
+                eps=q.get("layer_norm_eps", 1e-12), **words if c["model_type"] == "instructblip" else {})
 
 
-def instructblip_config(c: dict) -> dict:
-    q = c.get("qformer_config", {})
-    return blip2_config(c) | dict(text=q.get("max_position_embeddings", 512),
-                                  vocabulary=q.get("vocab_size", 30522))
+def blip2_config(c: dict) -> dict:
+    return dict(vision_width=c.get("qformer_config", {}).get("encoder_hidden_size", 1408),
+                llm_width=c["text_config"]["hidden_size"], grid=0, **qformer_sizes(c))
 
 
 BLIP2 = Family(blip2_config, {
@@ -259,14 +248,15 @@ BLIP2 = Family(blip2_config, {
     "blocks.{}.norm3": "encoder.layer.{}.output_query.LayerNorm",
     "projection": "language_projection",
 }, r"(vision_model|language_model)\..*|.*position_ids")
-INSTRUCTBLIP = Family(instructblip_config, BLIP2.names | {
+INSTRUCTBLIP = BLIP2._replace(names=BLIP2.names | {
     "norm": "embeddings.layernorm",
     "words.words": "embeddings.word_embeddings",
     "words.positions": "embeddings.position_embeddings",
     "blocks.{}.text_mlp.up": "encoder.layer.{}.intermediate.dense",
     "blocks.{}.text_mlp.down": "encoder.layer.{}.output.dense",
     "blocks.{}.text_norm": "encoder.layer.{}.output.LayerNorm",
-}, BLIP2.unused)
+})
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Flamingo's resampler
@@ -379,7 +369,9 @@ class TwoWay(Adapter):
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
         image = self.project_in(features[:, -len(self.places):])  # (P,G²,W)
-        x, mask = with_words(self.query.expand(len(features), -1, -1), self.words, words, seen)
+        x, mask = self.query.expand(len(features), -1, -1), None
+        if words is not None:
+            x, mask = self.words(x, words, seen)
         marks = x
         for block in self.blocks:
             x, image = block(x, image, marks, self.places, mask)
@@ -451,7 +443,8 @@ class Flamingo(Adapter):
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
                 if layer not in kept:
                     kept[layer] = block.attention.keys(images, images)
-                *kv, since = (t.repeat_interleave(len(x) // len(t), 0) for t in (*kept[layer], begins))  # of beams
+                beams = len(x) // len(begins)
+                *kv, since = (t.repeat_interleave(beams, 0) for t in (*kept[layer], begins))
                 last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
                 seen = (last == which).repeat_interleave(Q, -1)  # (B,T,M·Q)
                 return block(x.float(), kv, seen).to(x.dtype)
@@ -493,9 +486,9 @@ class Format(NamedTuple):
     """
     chat: Callable[[int, str], str]
     image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
-    question: str = "Describe this image."
-    images_first: bool = False
-    end: str = ""
+    question: str = "Describe this image."  # where there is no text
+    images_first: bool = False  # images at the head of a prompt come even before the start token
+    end: str = ""  # what ends an answer where config.json names no such token
 
 
 BEGIN, END = "<image begin>", "<image end>"
@@ -508,44 +501,36 @@ IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
-    In the ids of a prompt, `placeholder` stands where an image embedding goes, once for each of the adapter's
-    queries. The vocabulary (V ids) of a VLM of ours grows by three: V and V+1, learned embeddings (`markers`)
-    that begin and end an image, and V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in
-    their vocabulary. `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from"
-    (the name of a public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own),
-    "layer" (of the ViT; null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position",
-    "prompt", "split" (whether pictures are seen in tiles too, where the family does so), "train" (the parts
-    that were trained whole, of "adapter", "llm", "vit"; the adapter, where config.json says nothing), and what
-    train.py adds. `dtype` is what is computed in, unless given that of
-    the LLM's weights; parts that are trained whole are held in float32 meanwhile. `file` holds the tensors
-    that the adapter is to take: where they aren't of the sizes in `config`, that is an InputError before any
-    are made.
+    In the ids of a prompt, `placeholder` stands for each embedding of an image. The vocabulary (V ids) of a
+    VLM of ours grows by three: V and V+1, learned embeddings (`markers`) that begin and end an image, and
+    V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in their vocabulary. `dtype` is what is
+    computed in (unless given, that of the LLM's weights); what is trained whole is held in float32.
 
-    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` takes the next one
-    for each, as for words, and is what is meant where config.json says nothing; `shared` takes one for all;
-    `xy` does too, but adds a learned embedding of its row and one of its column to each patch's features
-    before the adapter; `sequence+xy` does both; `rope-xy` gives a word (t, t, t) and an image's embedding (t,
-    t + row, t + column), as Qwen2-VL does, which takes an adapter that keeps the grid of patches and an LLM
-    with rotary positions.
+    `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from" (the name of a
+    public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT;
+    null: the last), "adapter" (a name in ADAPTERS), "adapter_sizes", "image_position", "prompt", "split"
+    (whether pictures are seen in tiles too, where the family does so), "train" (what was trained whole, of
+    "adapter", "llm" and "vit"; where it is missing, the adapter), and what train.py adds.
+
+    What an image's embeddings have for positions in the LLM ("image_position"): `sequence` (the default) the
+    next one for each, as words; `shared` one for all; `xy` too, but a learned embedding of its row and one of
+    its column are added to each patch's features before the adapter; `sequence+xy` both; `rope-xy` gives a
+    word (t, t, t) and an image's embedding (t, t + row, t + column), as Qwen2-VL does, which takes an adapter
+    that keeps the grid of patches and an LLM with rotary positions.
     """
 
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS,
-                 dtype: torch.dtype | None = None, file: Path | None = None):
+                 dtype: torch.dtype | None = None):
         super().__init__()
         self.format, self.dtype, V = format, dtype or llm.dtype, llm.config.vocabulary
         self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
         self.placeholder = config.get("placeholder", V + 2)
         tokenizer.add(IMAGE, self.placeholder)
         self.split = config.get("split", True)
-        self.image_position = config.get("image_position", "sequence")
-        one_of(IMAGE_POSITIONS, "image position", self.image_position)
+        position = config.get("image_position", "sequence")
+        self.image_position = one_of(IMAGE_POSITIONS, "image position", position)
         self.vit, self.llm = vit.requires_grad_(False), llm.requires_grad_(False)
         self.tokenizer, self.config = tokenizer, config
-        if file:
-            with torch.device("meta"):
-                adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
-            found = read_tensors(file)
-            compare(adapter, {name: found[name] for name in found if name.startswith("adapter.")}, file)
         with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
             self.adapter = make_adapter(config, vit, llm)
         self.slots = 0 if hasattr(self.adapter, "between") else self.adapter.queries  # of an image in the ids
@@ -634,7 +619,8 @@ class VLM(nn.Module):
         prompt, plain = head + text + tail, range(len(head), len(head + text) * (not raw))
         ids = self.tokenizer.encode(prompt, plain=plain)
         if ids.count(self.placeholder) != prompt.count(IMAGE):
-            raise InputError(f"token {self.placeholder} stands for a picture, and for a word of the prompt too")
+            raise InputError(f"token {self.placeholder} stands for a picture, and for a word of the prompt "
+                             "too")
         first = len(list(itertools.takewhile(self.placeholder.__eq__, ids))) * self.format.images_first
         ids = ids[:first] + self.start + ids[first:]
         ids = [i for id in ids
@@ -649,15 +635,15 @@ class VLM(nn.Module):
         return ids + target, words + [True] * len(target)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (P,3,H,W) to the encoder's features (P,N,Dv), with gradients where something in it is trained."""
+        """Pixels (P,3,H,W) to the encoder's features (P,N,Dv), with gradients where any of it is trained."""
         trained, held = any(p.requires_grad for p in self.vit.parameters()), self.vit.positions.dtype
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()), self.autocast(held):
             return self.vit(pixels, self.config.get("layer"))
 
     def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Ids (P,L) of what the adapter may read with each of P pictures: the words in its row of the ids
-        (B,T), up to the first of the places `where` (M,) of targets, no more than the adapter's `text`; -1
-        where there are no more. None for an adapter that reads no words."""
+        """Ids (P,L), in the adapter's own vocabulary where it has one, of what it may read with each of P
+        pictures: the words in its row of the ids (B,T), up to the first of the places `where` (M,) of
+        targets, at most as many as its `text`, then -1. None for an adapter that reads no words."""
         if not self.adapter.text:
             return None
         B, T = tokens.shape
@@ -677,7 +663,8 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
         return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
 
-    def images(self, features: torch.Tensor | None, prompt: torch.Tensor | None = None) -> torch.Tensor | None:
+    def images(self, features: torch.Tensor | None,
+               prompt: torch.Tensor | None = None) -> torch.Tensor | None:
         """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
         ids of the adapter's own vocabulary, where it has one. None of no features."""
         if features is None:
@@ -735,7 +722,7 @@ class VLM(nn.Module):
               prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(text, answer) pairs, with pictures of these `tiles`, to what `forward` takes: see `encode` and
         `data.stack`."""
-        rows = [self.encode(text, answer, max_tokens, tiles=tiles, prefix=prefix) for text, answer in examples]
+        rows = [self.encode(*pair, max_tokens, tiles=tiles, prefix=prefix) for pair in examples]
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in stack(rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -766,19 +753,19 @@ class VLM(nn.Module):
             places, letters = spelling
             return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words))
 
-    def read_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
-        """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that could
-        be read, and their pixels as Views (None if there are none); counts the others in `bad`, {index: reason}.
-        `split`: as for `caption`. Raises InputError as `data.skip` does."""
+    def read_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
+        """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that
+        can be read, and their pixels as Views (None if there are none); counts the others in `bad`, {index:
+        reason}. `split`: as for `caption`. Raises InputError as `data.skip` does."""
         cuda = self.device.type == "cuda"
         pictures = Pixels(captions, self.vit.preprocess, self.split if split is None else split)
         for indices, views, found in torch.utils.data.DataLoader(
-                pictures, batch_sampler=batches, collate_fn=Pixels.collate, num_workers=workers, pin_memory=cuda,
-                worker_init_fn=ignore_signals):
+                pictures, batch_sampler=batches, collate_fn=Pixels.collate, num_workers=workers,
+                pin_memory=cuda, worker_init_fn=ignore_signals):
             skip(bad, found, captions)
             yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda))
 
-    def encode_pictures(self, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
+    def encode_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
         """As `read_pictures`, but yields features in place of the pixels."""
         for indices, views in self.read_pictures(captions, batches, bad, workers, split):
             yield indices, views and views._replace(x=self.features(views.x))
@@ -787,7 +774,7 @@ class VLM(nn.Module):
             split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:
         """Ids of a prompt for each entry of `pictures`, and the pixels (V,3,S,S) of all (None if V is 0); see
         `caption`."""
-        prompt = self.config.get("prompt", "") if prompt is None else prompt
+        prompt = self.prompt_for("") if prompt is None else prompt
         split = self.split if split is None else split
         groups = [picture if isinstance(picture, (list, tuple)) else [picture] for picture in pictures]
         if any(len(group) != prompt.count(IMAGE) for group in groups) and IMAGE in prompt:
@@ -802,10 +789,9 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
                **decoding) -> list[str]:
-        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all views of their pictures
-        (None if V is 0); a VLM of ours gives one line, without its newline. `decoding`: see `LLM.generate`."""
-        tokens = [torch.tensor(row, device=self.device) for row in rows]
-        tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
+        (None if V is 0); a VLM of ours gives one line, newline taken off. `decoding`: see `LLM.generate`."""
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
@@ -831,14 +817,11 @@ class VLM(nn.Module):
             if lora_layers(getattr(self, part)):
                 save_lora(getattr(self, part), folder / "lora" / part)
         for part in sorted({"adapter", *self.config.get("train", ())}, reverse=True):
-            state = {name: p.detach().cpu().contiguous() for name, p in self.weights(part).items()}
-            write_file(folder / f"{part}.safetensors",
-                       lambda path: save_file(state, path, {"step": str(step)}))
+            write_tensors(folder / f"{part}.safetensors", self.weights(part), {"step": str(step)})
 
     def catch_up(self, folder: Path) -> None:
-        """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. Where the
-        process ended in between they are of two steps, but the first has all of the later one: that is
-        taken."""
+        """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. If the process
+        ended in between, they are of two steps, and what the first has of the later one is taken."""
         path = folder / "state.safetensors"
         if not path.is_file():
             return
@@ -860,15 +843,15 @@ class VLM(nn.Module):
         config = read_json(path)
         with guard(path, "not the folder of a run"):
             if family_of(config) in PUBLIC:
-                return public(name, dtype).eval()
+                return build({"from": name}, dtype).eval()
             check_run(config)
-        parts = {part: folder / f"{part}.safetensors" for part in {"adapter", *config.get("train", ())}}
-        for file in parts.values():
+        files = {part: folder / f"{part}.safetensors" for part in {"adapter", *config.get("train", ())}}
+        for file in files.values():
             if not file.is_file():
                 raise InputError(f"{file}: no such file (was the run stopped before its first checkpoint?)")
         with guard(path, "not the config of a run"):
-            vlm = build(config, dtype, file=parts["adapter"])
-        for part, file in parts.items():
+            vlm = build(config, dtype, file=files["adapter"])
+        for part, file in files.items():
             take_over(vlm.weights(part), read_tensors(file), file)
         for part in ("llm", "vit"):
             if (folder / "lora" / part).is_dir():
@@ -889,8 +872,9 @@ def check_run(config: dict) -> None:
     for name in ("from",) if config.get("from") else ("vit", "llm", "adapter", "adapter_sizes"):
         if config.get(name) is None:
             raise ValueError(f"{name!r} is missing")
-    sizes = dict.fromkeys((config.get("adapter_sizes") or {}).values(), (int, float))
-    for value, kind in [*((config.get(name), kind) for name, kind in KINDS.items()), *sizes.items()]:
+    values = [(config.get(name), kind) for name, kind in KINDS.items()]
+    values += [(size, (int, float)) for size in (config.get("adapter_sizes") or {}).values()]
+    for value, kind in values:
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{value!r} is out of place")
     if not {*config.get("train", ())} <= {"adapter", "llm", "vit"}:
@@ -916,14 +900,20 @@ def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor
 def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = (),
           file: Path | None = None) -> VLM:
     """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but in float32 those that are
-    to be trained `whole`; adapter in float32. `file`: see VLM."""
-    if config.get("from"):
-        return public(config["from"], dtype, config, whole)
+    to be trained `whole`; adapter in float32. `file` has the tensors that the adapter will take: other sizes
+    in `config` are an InputError before any are made."""
     vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
-    parts = (ViT.from_pretrained(config["vit"], vit, config.get("image_size")),
-             LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"]))
+    if config.get("from"):
+        return public(config, dtype, vit, llm)
+    vit = ViT.from_pretrained(config["vit"], vit, config.get("image_size"))
+    llm, tokenizer = LLM.from_pretrained(config["llm"], llm), Tokenizer.from_pretrained(config["llm"])
     with named(file.with_name("config.json")) if file else contextlib.nullcontext():
-        return VLM(*parts, config, dtype=dtype, file=file)
+        if file:
+            with torch.device("meta"):
+                adapter = dict(make_adapter(config, vit, llm).named_parameters("adapter"))
+            found = {name: t for name, t in read_tensors(file).items() if name.startswith("adapter.")}
+            compare(adapter, found, file)
+        return VLM(vit, llm, tokenizer, config, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -948,10 +938,9 @@ def family_of(c: dict) -> str | None:
     return c.get("model_type", "nanovlm" if "mp_pixel_shuffle_factor" in c else None)
 
 
-def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[str, ...] = ()) -> VLM:
-    """A public VLM (a folder or a hub name), with its adapter; `run` is the config of one that was trained
-    from it; `whole` as for `build`."""
-    checkpoint = Checkpoint(name)
+def public(run: dict, dtype: torch.dtype, vit: torch.dtype, llm: torch.dtype) -> VLM:
+    """The public VLM that the config of a run is "from", its weights as it was published: see `build`."""
+    checkpoint = Checkpoint(name := run["from"])
     checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.family(PUBLIC)
     parts = [checkpoint.part(prefixes, part) for prefixes, part in (
@@ -961,14 +950,13 @@ def public(name: str, dtype: torch.dtype, run: dict | None = None, whole: tuple[
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
     other = config.pop("tokenizer", name)
     tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
-    vit, llm = (torch.float32 if part in whole else dtype for part in ("vit", "llm"))
     vit, llm = ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm)
     with guard(path := checkpoint.folder / "config.json"), named(path):
         for token, id in config.pop("tokens", {}).items():
             tokenizer.add(token, id, special=True)
         format = config.pop("format", None) or next(
             format for token, format in row.formats.items() if not token or token in tokenizer.special)
-        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | (run or {}), format, dtype)
+        vlm = VLM(vit, llm, tokenizer, {"from": name} | config | run, format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
     load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
@@ -1013,18 +1001,16 @@ LLAVA = {  # its prompts follow the language model's
     "<|start_header_id|>": Format(lambda images, text: (
         f"<|start_header_id|>user<|end_header_id|>\n\n{IMAGE_LINE * images}{text}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")),
-    "<|user|>": Format(lambda images, text: (
-        f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n")),
+    "<|user|>": Format(lambda images, text: f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n"),
     "": Format(lambda images, text: f"USER: {IMAGE_LINE * images}{text} ASSISTANT:"),
 }
 
+
 def blip_config(c: dict) -> tuple[dict, dict, dict]:
-    sizes = INSTRUCTBLIP.config(c) if c["model_type"] == "instructblip" else BLIP2.config(c)
-    for name in ("vision_width", "llm_width", "grid"):
-        del sizes[name]
     placeholder = c.get("image_token_index")  # older files have none
     return c.get("vision_config", {}) | {"model_type": "blip_2_vision_model"}, text_config(c, "opt"), dict(
-        adapter="qformer", adapter_sizes=sizes, **{"placeholder": placeholder} if placeholder else {})
+        adapter="qformer", adapter_sizes=qformer_sizes(c),
+        **{"placeholder": placeholder} if placeholder else {})
 
 
 def idefics3_config(c: dict) -> tuple[dict, dict, dict]:
@@ -1035,11 +1021,10 @@ def idefics3_config(c: dict) -> tuple[dict, dict, dict]:
 
 
 def idefics3_image(queries: int, rows: int, columns: int) -> str:
-    around, whole = "<fake_token_around_image>", f"<global-img>{IMAGE * queries}"
-    tile = "{}<row_{}_col_{}>{}".format
-    tiles = ["".join(tile(around, y + 1, x + 1, IMAGE * queries) for x in range(columns))
+    around, seen = "<fake_token_around_image>", IMAGE * queries
+    tiles = ["".join(f"{around}<row_{y + 1}_col_{x + 1}>{seen}" for x in range(columns)) + "\n"
              for y in range(rows)]
-    return "".join(row + "\n" for row in tiles) + "\n" * (rows > 0) + around + whole + around
+    return "".join(tiles) + "\n" * (rows > 0) + f"{around}<global-img>{seen}{around}"
 
 
 def idefics3_chat(images: int, text: str) -> str:
@@ -1051,6 +1036,7 @@ IDEFICS3 = {
     "": Format(idefics3_chat, idefics3_image)}
 idefics3 = Public(idefics3_config, r"(model\.)?vision_model\.", r"(model\.)?text_model\.|lm_head\.",
                   r"(model\.)?connector\.", {"projection": "modality_projection.proj"}, IDEFICS3)
+
 
 def nanovlm_config(c: dict) -> tuple[dict, dict, dict]:
     if c.get("vit_cls_flag"):
@@ -1086,6 +1072,7 @@ def nanovlm_format(c: dict, extra: dict) -> Format:
             for y in range(max(rows, least)) for x in range(max(columns, least)))
 
     return Format(chat, image, end="<|im_end|>")
+
 
 BLIP2_CHAT = Format(lambda images, text: IMAGE * images + (f"Question: {text} Answer:" if text else ""),
                     question="", images_first=True)

@@ -1,8 +1,8 @@
 """What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
 
 Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)`, `s.captions(i)` and as
-many `s.questions(i)`; i is a number below its length, or, of `Shards`, a `Pair` as it was read.
+safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which
+are (question, caption), "" for no question; i is a number below its length or, of `Shards`, a `Pair`.
 """
 import contextlib
 import copy
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,8 +49,8 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame. These come from
-    anywhere, and no list of what their readers may raise would be whole."""
+    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of
+    what their readers may raise would be whole."""
     try:
         yield
     except InputError:
@@ -95,8 +96,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, its output in UTF-8: an InputError is one line on stderr, exit code 2, as
     is a GPU's want of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if not gc.get_freeze_count():  # to look through all that was imported for garbage takes longer than to
-        gc.freeze()  # load a small model
+    if not gc.get_freeze_count():
+        gc.freeze()  # to look for garbage in all that was imported takes longer than to load a small model
     try:
         try:
             main()
@@ -113,7 +114,7 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
+    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
     process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guard(path, "can't be written"):
@@ -134,8 +135,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
-               marks: Callable[[], list[bool]]) -> None:
+def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
     """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
     the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
     kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
@@ -151,8 +151,21 @@ def write_rows(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks,
         file.write(bytes(marks()))
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda file: save_file(tensors, file, metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value) -> None:
-    write_file(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    write_file(path, lambda file: picture.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -173,8 +186,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file whose names begin with `prefix`, by the rest of their names. Raises
-    InputError."""
+    """Tensors of a safetensors file whose names begin with `prefix`, by the rest. Raises InputError."""
     with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
                 if name.startswith(prefix)}
@@ -229,9 +241,8 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
 
 
 def download(name: str, repository: Path, weights: bool) -> Path:
-    """Fetches a checkpoint's files, those of its `weights` or only the small ones, into `repository` (the
-    cache's own layout); returns the snapshot folder. `refs/main` is written last, so that a download cut
-    short is never taken for a whole one."""
+    """Fetches a checkpoint's files into `repository`, in the cache's own layout; returns the snapshot folder.
+    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def fetch(file: str) -> None:
@@ -266,7 +277,7 @@ def download(name: str, repository: Path, weights: bool) -> Path:
             for shard in shards(snapshot) if weights else ():
                 fetch(shard.name)
             reference.parent.mkdir(exist_ok=True)
-            write_file(reference, lambda path: path.write_text(revision))
+            write_text(reference, revision)
             return snapshot
         except urllib.error.HTTPError as error:
             hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
@@ -277,7 +288,7 @@ def download(name: str, repository: Path, weights: bool) -> Path:
 
 
 class Checkpoint:
-    """A checkpoint folder: `config` (config.json), and tensors read by name straight from the mapped files."""
+    """A checkpoint's folder: `config` (config.json), and tensors read by name from the mapped files."""
 
     def __init__(self, name: str):
         self.name, self.folder = name, find_checkpoint(name)
@@ -291,7 +302,7 @@ class Checkpoint:
                 self.where.update((name, path) for name in file.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as it lies in the mapped file. The file is mapped anew every 128 MiB: where converted copies replace
+        """A tensor as it lies in the file, which is mapped anew every 128 MiB: where converted copies replace
         the tensors, the pages read so far are let go, so that the weights are never held twice."""
         path = self.where[name]
         if path != self.mapped[0] or self.mapped[2] > 1 << 27:
@@ -359,16 +370,16 @@ class Family(NamedTuple):
         module, _, leaf = name.rpartition(".")
         entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
         function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
-        return function, [d.replace("{}", number[1] if number else "").replace("|", leaf + "|") + leaf for d in disk]
+        block = number[1] if number else ""
+        return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
 
 
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
     """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
     _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
-    prefix = next((name[:-len(anchor)] for name in checkpoint.where if name == anchor or name.endswith("." + anchor)), "")
-    # lm_head has a shorter one, or none
-    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
+    prefix = next((name[:-len(anchor)] for name in checkpoint.where if f".{name}".endswith(f".{anchor}")), "")
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one
     left, state = set(checkpoint.where), {}
     for name, parameter in module.named_parameters():
         function, disk = family.source(name)
@@ -389,11 +400,12 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
             tensor = tensors[0]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; {name} wants {tuple(parameter.shape)}"
-                             + (f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""))
+            made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
+            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; "
+                             f"{name} wants {tuple(parameter.shape)}{made}")
         state[name] = tensor.to(dtype).contiguous()
     for name in sorted(left):
-        if not re.fullmatch(family.unused, name.removeprefix(prefix)) and not re.fullmatch(family.unused, name):
+        if not any(re.fullmatch(family.unused, known) for known in (name, name.removeprefix(prefix))):
             kind = checkpoint.config.get("model_type")
             raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
     module.load_state_dict(state, assign=True)
@@ -528,9 +540,8 @@ def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
 # Pictures
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. What is transparent shows white behind it. 16- and 32-bit greys, which Pillow
-    would clip at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is
-    broken."""
+    """Any Pillow mode to RGB, white behind what is transparent. 16- and 32-bit greys, which Pillow would clip
+    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
@@ -548,8 +559,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(path: "str | Path | Pair") -> Image.Image:
-    """Reads a picture file, "-" being standard input, whole: upright as its EXIF says, in RGB. Raises
-    InputError, also above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
+    """Reads a picture file ("-": standard input): upright as its EXIF says, in RGB. Raises InputError, also
+    above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
     with guard(path, "broken picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of faults that Pillow reads past
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -580,14 +591,10 @@ def clean(caption: str) -> str:
 
 
 class Captions(torch.utils.data.Dataset):
-    """Pictures on disk with one or more captions each.
-
-    `file` is one of: Flickr8k-style CSV with the header `image,caption`; JSON lines with `image` and
-    `caption` (a string or a list); COCO's captions_*.json; LLaVA's conversation JSON (each answer is a
-    caption, with the question before it; what was said earlier isn't read). Relative picture names are looked
-    up in `images`, or beside the file. `questions(i)` are what a picture's captions answer, "" where the file
-    doesn't say. Raises InputError.
-    """
+    """Pictures on disk with one or more captions each. `file` is one of: Flickr8k-style CSV with the header
+    `image,caption`; JSON lines with `image` and `caption` (a string or a list); COCO's captions_*.json;
+    LLaVA's conversations (each answer is a caption, with the question before it; what was said earlier isn't
+    read). Relative picture names are looked up in `images`, or beside the file. Raises InputError."""
 
     def __init__(self, file: str | Path, images: str | Path | None = None):
         self.file, folder = Path(file), Path(images or Path(file).parent)
@@ -595,15 +602,15 @@ class Captions(torch.utils.data.Dataset):
             raise InputError(f"{folder}: no such folder of pictures")
         with guard(self.file, "not UTF-8 text"):
             text = self.file.read_text(encoding="utf-8-sig")
-        pairs: dict[str, list[tuple[str, str]]] = {}
+        found: dict[str, list[tuple[str, str]]] = {}
         with guard(self.file, "not a caption file that can be read"):
-            for image, caption, question in read_pairs(text):
+            for image, question, caption in read_pairs(text):
                 caption = clean(caption) if isinstance(caption, str) else ""
                 if isinstance(image, str) and image and any(map(str.isalnum, caption)):
-                    pairs.setdefault(whole(image), []).append((caption, clean(question)))
-        if not pairs:
+                    found.setdefault(whole(image), []).append((clean(question), caption))
+        if not found:
             raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths, self.pairs = [folder / image for image in pairs], [*pairs.values()]
+        self.paths, self.said = [folder / image for image in found], [*found.values()]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -611,11 +618,8 @@ class Captions(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         return open_picture(self.paths[i])
 
-    def captions(self, i: int) -> list[str]:
-        return [caption for caption, _ in self.pairs[i]]
-
-    def questions(self, i: int) -> list[str]:
-        return [question for _, question in self.pairs[i]]
+    def pairs(self, i: int) -> list[tuple[str, str]]:
+        return self.said[i]
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
@@ -632,7 +636,7 @@ class Captions(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.pairs = ([of[i] for i in indices] for of in (self.paths, self.pairs))
+        part.paths, part.said = ([of[i] for i in indices] for of in (self.paths, self.said))
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
@@ -643,9 +647,8 @@ class Captions(torch.utils.data.Dataset):
 
 
 def read_pairs(text: str):
-    """Yields (image, caption, question) from the text of any of the formats that `Captions` lists."""
-    start = text.lstrip()[:1]
-    if start not in ("{", "["):
+    """Yields (image, question, caption) from the text of any of the formats that `Captions` lists."""
+    if text.lstrip()[:1] not in ("{", "["):
         rows = csv.DictReader(io.StringIO(text, newline=""))
         names = [name.strip() for name in rows.fieldnames or []]
         if names[:2] != ["image", "caption"]:
@@ -653,7 +656,7 @@ def read_pairs(text: str):
         rows.fieldnames = names
         for row in rows:
             # an unquoted comma splits a caption: what csv puts under None is the rest of it
-            yield row["image"], ",".join([row["caption"] or "", *(row.get(None) or [])]), ""
+            yield row["image"], "", ",".join([row["caption"] or "", *(row.get(None) or [])])
         return
     try:
         data = json.loads(text)
@@ -662,20 +665,20 @@ def read_pairs(text: str):
     if isinstance(data, dict) and "annotations" in data:  # COCO
         files = {image["id"]: image["file_name"] for image in data["images"]}
         for note in data["annotations"]:
-            yield files[note["image_id"]], note["caption"], ""
+            yield files[note["image_id"]], "", note["caption"]
         return
     for item in data if isinstance(data, list) else [data]:
         if "conversations" in item:  # LLaVA; text-only conversations have no image
             question = ""
             for turn in item["conversations"]:
                 if turn["from"] in ("gpt", "assistant"):
-                    yield item.get("image"), turn["value"], question
+                    yield item.get("image"), question, turn["value"]
                 else:
                     question = turn["value"]
         else:
             captions = item["caption"]
             for caption in captions if isinstance(captions, list) else [captions]:
-                yield item["image"], caption, ""
+                yield item["image"], "", caption
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -740,9 +743,7 @@ def read_shard(path: Path):
 class Shards:
     """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
     set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
-
-    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError.
-    """
+    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
 
     def __init__(self, names: str, buffer: int = 1000):
         self.buffer, self.size = buffer, 1000
@@ -767,26 +768,22 @@ class Shards:
         finally:
             pair.file = b""
 
-    def captions(self, pair: Pair) -> list[str]:
-        return pair.captions
-
-    def questions(self, pair: Pair) -> list[str]:
-        return [""] * len(pair.captions)
+    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
+        return [("", caption) for caption in pair.captions]
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
         """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
         rest, out = copy.copy(self), Captions.__new__(Captions)
         rest.paths = self.paths[1:]
         out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
-        out.pairs = [[(caption, "") for caption in pair.captions] for pair in out.paths]
+        out.said = [*map(self.pairs, out.paths)]
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
         return rest, out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
-        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In each
-        epoch every shard is one process's, and pairs are drawn from a buffer that its shards run through.
-        Raises InputError."""
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
+        epoch a shard is one process's; pairs are drawn from a buffer it runs through. Raises InputError."""
         if len(self.paths) < world:
             raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
 
@@ -817,7 +814,7 @@ def is_shards(names: str) -> bool:
 
 
 def listed(names: str) -> list[str]:
-    """A list that is separated by commas; those within braces don't."""
+    """What commas separate; those within braces don't."""
     return re.split(r",(?![^{}]*\})", names)
 
 
@@ -844,22 +841,15 @@ def skip(bad: dict[int, str], found: dict[int, str], captions) -> None:
         raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {last}")
 
 
-def list_unreadable(folder: Path, bad: list[dict[int, str]]) -> None:
-    """Lists the pictures that were skipped, if any, in the run's folder."""
-    text = "".join(f"{reason}\n" for found in bad for reason in found.values())
-    if text:
-        write_file(folder / "unreadable.txt", lambda path: path.write_text(text, encoding="utf-8"))
-
-
 def references(captions, i: int) -> list[str]:
     """What a caption of picture `i` is compared with: its captions that answer its first question."""
-    questions = captions.questions(i)
-    return [caption for question, caption in zip(questions, captions.captions(i)) if question == questions[0]]
+    pairs = captions.pairs(i)
+    return [caption for question, caption in pairs if question == pairs[0][0]]
 
 
-def draw_caption(captions: list, seed: int, epoch: int, index: int):
-    """The one of its captions that picture `index` shows in `epoch`: a pure function of its arguments."""
-    return captions[random.Random(f"{seed} {epoch} {index}").randrange(len(captions))]
+def draw_caption(captions, index: int, seed: int, epoch: int) -> tuple[str, str]:
+    """The pair that picture `index` of a set shows in `epoch`: a pure function of its arguments."""
+    return random.Random(f"{seed} {epoch} {index}").choice(captions.pairs(index))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -870,8 +860,7 @@ LAYOUTS = ("image-text", "text-image-text", "text-image")
 
 
 def layout_weights(mix: str) -> dict[str, float]:
-    """Reads "image-text" or "image-text:0.6,text-image:0.4": layouts and how often each is drawn, of their
-    sum. Raises InputError."""
+    """Reads "image-text" or "image-text:3,text-image:2": how often each is drawn. Raises InputError."""
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
@@ -889,15 +878,12 @@ def draw_layout(weights: dict[str, float], seed: int, epoch: int, index: int) ->
 def arrange(layout: str, captions, index: int, seed: int, epoch: int,
             prompt_for: Callable[[str], str], others=None) -> tuple[str, str]:
     """The text, with IMAGE where picture `index` stands (before it all, if nowhere), and the answer to learn:
-    a pure function of its arguments. `prompt_for(question)` is the prompt of `image-text`; others have none.
-
-    image-text: the prompt; the caption. text-image-text: the caption up to a word that is drawn, the picture;
-    the rest. text-image: a caption, half the time any picture's (one of `others`, unless given of the whole
-    set), the picture, "match?", which tells this layout from the last; "yes" or "no" (image-text matching, as
-    BLIP's: Li et al., 2022, arXiv:2201.12086, but by next token).
-    """
-    pairs = [*zip(captions.questions(index), captions.captions(index))]
-    question, caption = draw_caption(pairs, seed, epoch, index)
+    a pure function of its arguments. image-text: `prompt_for(question)`; the caption. text-image-text: the
+    caption up to a word that is drawn, the picture; the rest. text-image: a caption, half the time any
+    picture's (of `others` or, unless given, of the whole set), the picture, "match?", which tells this layout
+    from the last; "yes" or "no" (image-text matching as BLIP's: Li et al., 2022, arXiv:2201.12086, but by
+    next token)."""
+    question, caption = draw_caption(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text":
         return prompt_for(question), caption
@@ -906,8 +892,9 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         cut = rng.randrange(len(words))
         return " ".join(words[:cut]) + IMAGE, " ".join(words[cut:])
     if rng.random() < 0.5:
-        caption = rng.choice(captions.captions(rng.choice(others or range(len(captions)))))
-    return f"{caption}{IMAGE} match?", "yes" if caption in captions.captions(index) else "no"
+        _, caption = rng.choice(captions.pairs(rng.choice(others or range(len(captions)))))
+    own = [said for _, said in captions.pairs(index)]
+    return f"{caption}{IMAGE} match?", "yes" if caption in own else "no"
 
 
 def gap(text: str) -> str:
@@ -940,11 +927,6 @@ class Views(NamedTuple):
     x: torch.Tensor
     counts: list[int]
     tiles: list[tuple[int, int]]
-
-    @staticmethod
-    def whole(x: torch.Tensor) -> "Views":
-        """Of pictures that have a view each."""
-        return Views(x, [1] * len(x), [(0, 0)] * len(x))
 
     def pick(self, order) -> "Views":
         """The views of these of the pictures."""
@@ -987,8 +969,9 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def in_order(size: int, batch: int) -> list[range]:
-    return [range(i, min(i + batch, size)) for i in range(0, size, batch)]
+def cut(sequence, size: int) -> list:
+    """A sequence in pieces of `size`, the last of what is left."""
+    return [sequence[i:i + size] for i in range(0, len(sequence), size)]
 
 
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
@@ -1085,8 +1068,7 @@ class Scene(NamedTuple):
         return image
 
     def captions(self) -> list[str]:
-        """Four captions in different wordings; each names every thing from left to right and, of two or more,
-        how the first lies to the second."""
+        """Four wordings; each names every thing from left to right and, of two or more, a relation."""
         rng = random.Random(self.seed + " captions")
         return [self.caption(rng, wording) for wording in range(4)]
 
@@ -1157,11 +1139,8 @@ class Shapes(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         return self.scene(i).picture()
 
-    def captions(self, i: int) -> list[str]:
-        return self.scene(i).captions()
-
-    def questions(self, i: int) -> list[str]:
-        return [""] * 4
+    def pairs(self, i: int) -> list[tuple[str, str]]:
+        return [("", caption) for caption in self.scene(i).captions()]
 
     def stamp(self) -> str:
         return f"{self.size} of {self.split} {self.seed}, drawn as {zlib.crc32(self.picture(0).tobytes())}"

@@ -1,7 +1,7 @@
 """Low-rank updates of any nn.Linear, and the files that PEFT keeps them in.
 
-LoRA (Hu et al., 2021, arXiv:2106.09685): h = W₀x + s·BAx. W₀ (out,in) stays frozen, A (r,in) and B (out,r)
-are trained, s = α/r. B is zero at first, so that nothing changes before the first step.
+LoRA (Hu et al., 2021, arXiv:2106.09685): h = W₀x + s·BAx. W₀ (out,in) stays frozen, A (r,in) and B
+(out,r) are trained, s = α/r. B is zero at first, so that nothing changes before the first step.
 
 PEFT names modules as the reference's class does, and that class may hold in one matrix what we hold in
 several: GPT-2's c_attn is our q, k and v. Of such a matrix each of ours takes its rows of B, and A
@@ -18,9 +18,8 @@ import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from data import InputError, guard, named, read_json, read_tensors, write_file, write_json
+from data import InputError, guard, named, read_json, read_tensors, write_json, write_tensors
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -29,11 +28,9 @@ def row_norms(weight: torch.Tensor) -> torch.Tensor:
 
 class LoRALinear(nn.Module):
     """h = W₀x + s·BAx + b in place of an nn.Linear, with its `weight` W₀ (out,in) and `bias` b (out,).
-
-    A (r,in) and B (out,r) are float32, whatever W₀ is; the products are computed in x's dtype. `dropout`
-    falls on the x that A reads. m (out,), where given, makes it DoRA (Liu et al., 2024, arXiv:2402.09353):
-    h = m / ‖W₀ + s·BA‖ · (W₀x + s·BAx) + b, with the norm of each row, which gets no gradient.
-    """
+    A (r,in) and B (out,r) are float32, whatever W₀ is; products are computed in x's dtype. `dropout` falls
+    on the x that A reads. m (out,), if any, makes it DoRA (Liu et al., 2024, arXiv:2402.09353):
+    h = m / ‖W₀ + s·BA‖ · (W₀x + s·BAx) + b, with the norm of each row, which gets no gradient."""
 
     def __init__(self, linear: nn.Linear, A: nn.Parameter, B: torch.Tensor, scale: float,
                  dropout: float = 0.0, m: torch.Tensor | None = None):
@@ -84,11 +81,9 @@ def put(module: nn.Module, layers: dict[str, nn.Module]) -> None:
 def add_lora(module: nn.Module, rank: int, alpha: float, targets=("q", "v"), dropout: float = 0.0,
              rslora: bool = False, dora: bool = False) -> None:
     """Freezes `module` and gives the nn.Linear layers in it a LoRA of `rank` each, which changes nothing yet.
-
-    targets: our names, or their ends ("q", "attention.out"), or "all". rslora (Kalajdzievski, 2023,
-    arXiv:2312.03732): s = α/√r, so that a higher rank doesn't learn more slowly. dora: see LoRALinear. Raises
-    InputError where a target is no layer's name.
-    """
+    `targets`: our names, or their ends ("q", "attention.out"), or "all". `rslora` (Kalajdzievski, 2023,
+    arXiv:2312.03732): s = α/√r, so that a higher rank doesn't learn more slowly. `dora`: see LoRALinear.
+    Raises InputError where a target is no layer's name."""
     if rank < 1:
         raise InputError(f"the rank of a LoRA must be at least 1, not {rank}")
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
@@ -109,7 +104,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets=("q", "v"), dro
 
 
 def merge_lora(module: nn.Module) -> Callable[[], None]:
-    """Folds W₀ + s·BA into one weight, in W₀'s dtype. Returns what undoes it: the same layers come back."""
+    """Folds W₀ + s·BA into one weight, in W₀'s dtype. Returns what brings the same layers back."""
     layers = lora_layers(module)
     for name, layer in layers.items():
         module.set_submodule(name, layer.merged())
@@ -309,8 +304,8 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
     (alpha, _), = Counter(alphas.values()).most_common(1)
     with guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    state = {ROOT + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(folder / WEIGHTS, lambda path: save_file(state, path, {"format": "pt"}))
+    tensors = {ROOT + name: tensor for name, tensor in tensors.items()}
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, dict(
         peft_type="LORA", task_type="CAUSAL_LM" if hasattr(module, "generate") else None,
         base_model_name_or_path=getattr(module, "name", None), inference_mode=True,

@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, few_shot,
-                  in_order, judge, nearest, one_of, open_picture, references, run, stack, watch,
-                  write_file)
+from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, cut, few_shot,
+                  judge, nearest, one_of, open_picture, references, run, stack, watch, write_picture,
+                  write_text)
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
 # Scores
-
 
 SHARES = ("exact", *SKILLS, "matching")
 
@@ -164,7 +163,7 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
         cells = [join([ImageOps.contain(picture, (side, side)),
                        *(label(text, 15, colour, side) for text, colour in lines)], 7, down=True)
                  for picture, lines in cells]
-        rows += [join(cells[i:i + columns], gap) for i in range(0, len(cells), columns)]
+        rows += [join(row, gap) for row in cut(cells, columns)]
     return ImageOps.expand(join(rows, gap, down=True), gap, "white")
 
 
@@ -234,7 +233,7 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
     """Sections for `contact_sheet`: the best and the worst of a set's generated captions, with references."""
     order = sorted(texts, key=lambda i: -ratings[i][0])
     return [(f"{name}: the {which} of {len(order)}", [
-        (captions.picture(i), [(texts[i], INK), (f"reference: {captions.captions(i)[0]}", BLUE),
+        (captions.picture(i), [(texts[i], INK), (f"reference: {references(captions, i)[0]}", BLUE),
                                (ratings[i][1], GREY)]) for i in some])
             for which, some in (("best", order[:most]), ("worst", order[most:][:-most - 1:-1])) if some]
 
@@ -243,12 +242,10 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
 def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
          raw: bool = False) -> list[tuple[str, torch.Tensor]]:
     """Where the LLM looked for each word of a `text` that it gave, from features (P,N,Dv) of the prompt's
-    pictures: the word, and what it paid to their patches (P,G,G).
-
-    That is the attention from the position that predicts a token to the image's embeddings, mean over heads
-    and layers (of `flamingo`: the gated blocks); where an adapter has queries, times that of each query to
-    the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
-    """
+    pictures: the word, and what it paid to their patches (P,G,G). That is the attention from the position
+    that predicts a token to the image's embeddings, mean over heads and layers (of `flamingo`: the gated
+    blocks); where an adapter has queries, times that of each query to the patches, mean over heads and the
+    layers that read them. A word of several tokens is their mean."""
     adapter, P = vlm.adapter, len(features)
     ids, wanted = vlm.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
     tokens, where, targets = stack([(ids, wanted)])
@@ -280,8 +277,7 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
 def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
                side: int = 150) -> list[tuple[Image.Image, list]]:
     """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word
-    of `looks` paid a larger share than the words did on average; for all words pay the most to the same few
-    patches."""
+    of `looks` paid a larger share than words do on average: all pay the most to the same few patches."""
     black, white = (vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), c)) for c in ("black", "white"))
     views = F.interpolate((pixels - black) / (white - black), (side, side), mode="bilinear", antialias=True)
     cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
@@ -386,7 +382,7 @@ def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str
     features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
     texts, K = {}, len(shots)
     for indices, features in batches:
-        asked = [vlm.prompt_for(captions.questions(i)[0]) if prompt is None else prompt for i in indices]
+        asked = [vlm.prompt_for(captions.pairs(i)[0][0]) if prompt is None else prompt for i in indices]
         asked = [few_shot([*((text, said) for _, said in shots), (text, "")])[0] for text in asked]
         shown = Views(torch.cat([*(shot[None] for shot, _ in shots), features.x]),
                       [1] * K + features.counts, [(0, 0)] * K + features.tiles)
@@ -398,8 +394,7 @@ def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str
 
 
 def as_read(vlm: VLM, ids: list[int]) -> str:
-    """A prompt as the language model reads it, special tokens and all; an image's embeddings as <image>×their
-    number."""
+    """A prompt as the LLM reads it, special tokens and all; an image as <image>×number of embeddings."""
     text = vlm.tokenizer.decode(ids)
     return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
@@ -486,7 +481,8 @@ def main() -> None:
     args.split = not args.attention and (vlm.split if args.split is None else args.split)
     args.split = args.split and "max_image_size" in vlm.vit.preprocess.settings
     args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
-    decoding = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "beams")}
+    decoding = {name: getattr(args, name) for name in (
+        "max_tokens", "temperature", "top_k", "top_p", "beams")}
     decoding["generator"] = torch.Generator(device).manual_seed(args.seed)
     shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
     (score_sets if args.data else caption_files)(vlm, given, shots, decoding, args)
@@ -501,8 +497,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     if len(files) % size:
         raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
     prompt, _ = few_shot([*((prompt, caption) for _, caption in shots), (prompt, "")])
-    groups = [files[i:i + size] for i in range(0, len(files), size)]
-    batches = [groups[i:i + args.batch] for i in range(0, len(groups), args.batch)]
+    batches = cut(cut(files, size), args.batch)
     failed, sections = False, []
     while batches:
         batch = batches.pop(0)
@@ -532,8 +527,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
                 sections.append((text, spotlights(vlm, pixels[mine].cpu(), looks)))
     if sections:
-        sheet = contact_sheet(sections, 7, 150)
-        write_file(Path(args.attention), lambda path: sheet.save(path, "PNG"))
+        write_picture(Path(args.attention), contact_sheet(sections, 7, 150))
     sys.exit(2 if failed else 0)
 
 
@@ -546,7 +540,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         bad = {}
 
         def read():
-            batches = in_order(len(captions), args.batch)
+            batches = cut(range(len(captions)), args.batch)
             for indices, features in vlm.encode_pictures(captions, batches, bad, args.workers, args.split):
                 if indices:
                     yield indices, features
@@ -561,7 +555,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
     print(lines * args.json, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)
     if args.save:
-        write_file(Path(args.save), lambda path: path.write_text(lines, encoding="utf-8"))
+        write_text(Path(args.save), lines)
 
 
 if __name__ == "__main__":

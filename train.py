@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import itertools
 import json
 import math
@@ -28,18 +27,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors.torch import save_file
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (InputError, Shapes, Shards, Views, arrange, caption_data, draw_caption, draw_layout, draw_shots,
-                  few_shot, guard, in_order, is_shards, layout_weights, list_unreadable, listed, one_of,
-                  read_json, read_metadata, read_tensors, run, shuffled, write_file, write_json, write_rows)
+from data import (InputError, Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout,
+                  draw_shots, few_shot, guard, is_shards, layout_weights, listed, one_of, read_json,
+                  read_metadata, read_tensors, run, shuffled, write_file, write_json, write_picture,
+                  write_rows, write_tensors, write_text)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
 
-# of an adapter, as options of the command line
-SIZES = ("queries", "scale", "layers", "width", "heads", "every", "dropout", "text")
+SIZES = {"queries": "queries", **{f"adapter_{size}": size for size in (  # option -> the adapter's argument
+    "scale", "layers", "width", "heads", "every", "dropout", "text")}}
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
         "quiet")  # may change on --resume
 PATIENCE = 10  # steps without finite gradients, one after the other, after which there is no hope
@@ -94,11 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", metavar="FILE",
-        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; tar shards, as "
-             "\"shards/{000..099}.tar\", of NAME.jpg and NAME.txt; or shapes, the built-in world")
+        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; tar shards, "
+             "as \"shards/{000..099}.tar\", of NAME.jpg and NAME.txt; or shapes, the built-in world")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
     add("--val", metavar="FILE",
-        help="captions to validate on, of --images too, or shards (default: a part of --data; the first shard)")
+        help="captions to validate on, of --images too, or shards (default: a part of --data; the first "
+             "shard)")
     add("--val-size", type=int, default=500, help="pictures to validate on, at most")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=int, default=1000, metavar="PAIRS",
@@ -155,6 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one,
     or an option there has a value that the command line couldn't give it."""
@@ -167,8 +171,7 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     for name, value in saved.items():
         if option := options.get(name):
             kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
-            fits = isinstance(value, kinds) and (not option.choices or value in option.choices)
-        if not option or not fits and not (value is option.default is None):
+        if not option or not (isinstance(value, kinds) or value is option.default is None):
             raise InputError(f"{path}: {name} can't be {value!r}")
     return saved
 
@@ -193,20 +196,18 @@ def read_options() -> argparse.Namespace:
         make_absolute(args)
         processes = read_json(Path(args.resume, "config.json")).get("processes", WORLD)
         if processes != WORLD:
-            raise InputError(
-                f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: start as many")
+            raise InputError(f"{args.resume}: a run of {processes} processes can't go on with {WORLD}: "
+                             "start as many")
         for option in parser._actions:
-            name, flag = option.dest, option.option_strings[0]
+            name, spelled = option.dest, option.option_strings[0]
             if name in saved.keys() - {*FREE} and getattr(args, name) != saved[name]:
-                raise InputError(f"{flag} can't change on --resume: the run has {saved[name]}")
+                raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
         args.out = args.resume
     if args.origin:
-        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout",
-                     "shots", "prefix_loss",
-                     *(size if size == "queries" else f"adapter_{size}" for size in SIZES)):
+        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout", "shots",
+                     "prefix_loss", *SIZES):
             if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"--{name.replace('_', '-')} means nothing with --from: "
-                                 f"{args.origin} has its own")
+                raise InputError(f"{flag(name)} means nothing with --from: {args.origin} has its own")
     layout_weights(args.layout)
     whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     if "adapter" not in whole and not args.origin:
@@ -225,7 +226,7 @@ def read_options() -> argparse.Namespace:
     for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
                  "save_every"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+            raise InputError(f"{flag(name)} must be at least 1, not {getattr(args, name)}")
     if args.batch % (WORLD * args.accumulate):
         raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts"
                          + f" in each of {WORLD} processes" * (WORLD > 1))
@@ -252,15 +253,13 @@ def caption_sets(args: argparse.Namespace) -> tuple:
 
 def adapter_sizes(args: argparse.Namespace) -> dict:
     """All sizes of the chosen adapter: those on the command line, else its defaults."""
-    signature = inspect.signature(ADAPTERS[args.adapter]).parameters.values()
-    sizes = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
-    for size in SIZES:
-        option = size if size == "queries" else f"adapter_{size}"
+    sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
+    for option, size in SIZES.items():
         if (value := getattr(args, option)) is not None:
             if size not in sizes:
-                raise InputError(f"--{option.replace('_', '-')} means nothing to the {args.adapter} adapter")
+                raise InputError(f"{flag(option)} means nothing to the {args.adapter} adapter")
             if value < (least := 0 if size in ("dropout", "text") else 1):
-                raise InputError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
+                raise InputError(f"{flag(option)} must be at least {least}, not {value}")
             sizes[size] = value
     return sizes
 
@@ -351,7 +350,7 @@ class Encoded:
             self.encode()
 
     def encode(self) -> None:
-        """Computes the features, or with --features takes them from a mapped file, which may be there already."""
+        """Computes the features, or with --features takes them from a file, which may be there already."""
         vlm, captions, args = self.vlm, self.captions, self.args
         side = vlm.vit.config.image_size
         with torch.no_grad():
@@ -374,15 +373,16 @@ class Encoded:
                 else:
                     write_file(path, write)
                 total(torch.zeros(1, device=vlm.device))  # the file is there
-            self.features, marks = (read_tensors(path)[name] for name in ("rows", "marks"))
-            for i in (~marks).nonzero().flatten().tolist():
+            found = read_tensors(path)
+            self.features = found["rows"]
+            for i in (~found["marks"]).nonzero().flatten().tolist():
                 self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
 
     @torch.no_grad()
     def encoded(self, one: torch.Tensor):
         """Yields indices and their features, chunk by chunk; `one`: features (1,N,Dv) of the same kind."""
         vlm, captions, args, start = self.vlm, self.captions, self.args, time.time()
-        chunks = in_order(len(captions), 64 * WORLD)
+        chunks = cut(range(len(captions)), 64 * WORLD)
         mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], self.bad, args.workers)
         for chunk, (indices, features) in zip(chunks, mine):
             rows = one.new_zeros(len(chunk), *one.shape[1:])
@@ -392,7 +392,8 @@ class Encoded:
             yield chunk, rows
         self.bad.update(united(self.bad))
         if not args.quiet:
-            print(f"encoded {len(captions) - len(self.bad)} pictures in {time.time() - start:.0f} s", flush=True)
+            count, seconds = len(captions) - len(self.bad), time.time() - start
+            print(f"encoded {count} pictures in {seconds:.0f} s", flush=True)
 
     def key(self) -> str:
         """A digest of what the features depend on: the encoder, weights and all, how it sees, and what."""
@@ -409,29 +410,25 @@ class Encoded:
         return [i for i in range(len(self.captions)) if i not in self.bad]
 
     def of(self, indices: list[int]) -> Views:
-        """The kept features of these pictures."""
-        return Views.whole(self.features[indices].to(self.vlm.device))
+        """The kept features of these pictures, which are seen as a whole."""
+        return Views(self.features[indices].to(self.vlm.device), [1] * len(indices), [(0, 0)] * len(indices))
 
     def batches(self, size: int, first: int = 0):
         """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
-        readable = self.readable[first:]
-        batches = [readable[i:i + size] for i in range(0, len(readable), size)]
-        if self.features is not None:
-            yield from ((indices, self.of(indices)) for indices in batches)
-            return
-        for indices, features in self.vlm.encode_pictures(self.captions, batches, self.bad, self.args.workers):
-            if indices:
-                yield indices, features
+        batches, vlm = cut(self.readable[first:], size), self.vlm
+        found = (vlm.encode_pictures(self.captions, batches, self.bad, self.args.workers)
+                 if self.features is None else ((indices, self.of(indices)) for indices in batches))
+        yield from (batch for batch in found if batch[0])
 
 
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
-    """state.safetensors for --resume, complete in itself, with the `losses` since the last line of
+    """Writes state.safetensors for --resume, complete in itself, with the `losses` since the last line of
     metrics.jsonl; then what `VLM.from_pretrained` reads, see `VLM.catch_up`."""
-    state = {f"{key}.{name}": value.detach().cpu().contiguous() for name, p in vlm.trained.items()
+    state = {f"{key}.{name}": value for name, p in vlm.trained.items()
              for key, value in {"weight": p, **optimizer.state[p]}.items()}
     state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
     state["losses"] = torch.tensor([loss.item() for loss in losses])
-    write_file(folder / "state.safetensors", lambda path: save_file(state, path, {"step": str(step)}))
+    write_tensors(folder / "state.safetensors", state, {"step": str(step)})
     vlm.save(folder, step)
 
 
@@ -453,28 +450,24 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
         return step, list(state["losses"])
 
 
-def summary_writer() -> type:
-    """TensorBoard's writer. Raises InputError where its package isn't there."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs its package: pip install tensorboard") from None
-    return SummaryWriter
-
-
 class Log:
-    """A run's metrics.jsonl, a line of JSON an entry, and TensorBoard's, if asked for. Makes the folder, and keeps
-    every other process from training in it until it is closed. Of torchrun's processes the first alone
-    writes. Raises InputError."""
+    """A run's metrics.jsonl, and TensorBoard's if asked for. Makes the folder, and until it is closed keeps
+    others from training in it. Of torchrun's processes the first alone writes. Raises InputError."""
 
-    def __init__(self, folder: Path):
-        self.file = self.board = None
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        self.file = self.writer = self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs its package: pip install tensorboard") from None
         if RANK:
             return
-        path = folder / "metrics.jsonl"
         with guard(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("ab+", buffering=0)  # to close another handle of it would give up the lock
+            # to close another handle of it would give up the lock
+            self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
             try:
                 if os.name == "nt":
                     import msvcrt
@@ -482,13 +475,13 @@ class Log:
                     msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
                 else:
                     import fcntl
-                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker inherits it
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's a worker would inherit
             except (BlockingIOError, PermissionError):
                 raise InputError(f"{folder}: another process is training in it") from None
             for left in folder.rglob(".*tmp*"):  # by a process that was killed
                 left.unlink()
 
-    def begin(self, step: int, tensorboard: bool) -> None:
+    def begin(self, step: int) -> None:
         """Takes off what came after `step`, and the scores."""
         if RANK:
             return
@@ -504,8 +497,8 @@ class Log:
             self.file.seek(0)
             lines = self.file.read().splitlines(keepends=True)
             self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
-        if tensorboard:
-            self.board = summary_writer()(Path(self.file.name).parent, purge_step=step)
+        if self.writer:
+            self.board = self.writer(Path(self.file.name).parent, purge_step=step)
 
     def add(self, entry: dict) -> None:
         """Adds a line, on the disk when this returns. What isn't finite becomes null."""
@@ -564,8 +557,7 @@ class Signals:
 
 
 class Progress:
-    """What happened since the last line: mean loss, speed, time left. On a terminal the line is rewritten in
-    place twice a second; in a log it appears every `--log-every` steps."""
+    """What happened since the last line: mean loss, speed, time left; on a terminal, shown twice a second."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps, self.quiet, self.terminal, self.drawn = args.steps, args.quiet, sys.stdout.isatty(), 0.0
@@ -585,8 +577,7 @@ class Progress:
         skipped = losses.isnan().sum().item()
         return {"step": step + 1, "loss": losses.nanmean().item(),
                 **({"skipped": skipped} if skipped else {}),
-                "images_per_s": self.images / seconds,
-                "tokens_per_s": self.tokens / seconds,
+                "images_per_s": self.images / seconds, "tokens_per_s": self.tokens / seconds,
                 "s_left": (self.steps - step - 1) * seconds / len(self.losses)}
 
     def show(self, line: dict, end: str = "\n") -> None:
@@ -627,10 +618,10 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
         adapter_sizes=adapter_sizes(args), image_position=args.image_position)
     versions = {name: importlib.metadata.version(name) for name in (
         "torch", "numpy", "tiktoken", "safetensors", "pillow")}
-    whole = args.train.split(",")
-    config = dict(**parts, prompt=args.prompt, split=args.split, train=whole, layout=args.layout, processes=WORLD,
-                  training=vars(args), versions=dict(python=platform.python_version(), **versions))
-    vlm = build(config, dtype, whole)
+    config = dict(**parts, prompt=args.prompt, split=args.split, train=args.train.split(","),
+                  layout=args.layout, processes=WORLD, training=vars(args),
+                  versions=dict(python=platform.python_version(), **versions))
+    vlm = build(config, dtype, config["train"])
     if args.split and "max_image_size" not in vlm.vit.preprocess.settings:
         raise InputError("--split: this model sees every picture as a whole alone")
     choose_trained(vlm, args)
@@ -660,20 +651,18 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
         compiled = self.device.type == "cuda" if args.compile is None else args.compile
-        self.forward = torch.compile(vlm, dynamic=True) if compiled else vlm  # lengths differ from step to step
+        self.forward = torch.compile(vlm, dynamic=True) if compiled else vlm  # steps differ in length
         if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
             self.forward = nn.parallel.DistributedDataParallel(self.forward, init_sync=False)
         self.size = args.batch // WORLD  # of this process's share of a batch
 
-        if args.tensorboard:
-            summary_writer()
         self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
-        self.log, self.first, self.losses = Log(self.folder), 0, []
+        self.log, self.first, self.losses = Log(self.folder, args.tensorboard), 0, []
         if args.resume:
             self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler)
         elif not RANK and (self.folder / "config.json").exists():
             raise InputError(f"{self.folder}: there is a run already: --resume it, or give another --out")
-        self.log.begin(self.first, args.tensorboard)
+        self.log.begin(self.first)
         self.say(f"{self.folder}: {vlm.config['adapter']} adapter, "
                  f"{sum(p.numel() for p in vlm.trained.values()):,} trained parameters, "
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
@@ -684,7 +673,7 @@ class Run:
             args.cache_features = cache  # for good: kept features differ from others in the last bits
             write_json(self.folder / "config.json", vlm.config)
         self.kept = Encoded(vlm, self.train, args) if cache else None
-        self.bad = self.kept.bad if self.kept else {}  # pictures to train on that can't be read {index: reason}
+        self.bad = self.kept.bad if self.kept else {}  # {index: reason} of what can't be read
 
     def say(self, text: str) -> None:
         if not self.args.quiet:
@@ -720,14 +709,14 @@ class Run:
         """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
         the pictures of all texts, in their order, where they are in `indices`, and what they are to spell."""
         args, examples, order = self.args, [], []
+        others = indices if self.streamed else range(len(self.train))
         for at, i in enumerate(indices):
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
-            examples.append(few_shot([
-                arrange(layout, self.train, indices[j], args.seed, epoch, self.vlm.prompt_for,
-                        indices * self.streamed) for j in shown]))
+            examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)
+                                      for j in shown]))
             order += shown
-        return examples, order, [self.train.captions(indices[j])[0] for j in order]
+        return examples, order, [self.train.pairs(indices[j])[0][1] for j in order]
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole, NaN where its gradients
@@ -740,7 +729,7 @@ class Run:
         epoch = step if self.streamed else step * args.batch // len(self.train)
         spell = args.spell * (step < 0.6 * args.steps)
         batches = []
-        for part in in_order(len(indices), self.size // args.accumulate):
+        for part in cut(range(len(indices)), self.size // args.accumulate):
             views = inputs.pick(part)
             examples, order, captions = self.draw([indices[i] for i in part], epoch)
             tokens = vlm.batch(examples, args.max_tokens, (views.tiles[i] for i in order), args.prefix_loss)
@@ -769,6 +758,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return total(loss).masked_fill(broken, torch.nan), sum(tokens.numel() for tokens, *_ in batches)
 
+    def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> tuple[str, str]:
+        return arrange(layout, captions, i, self.args.seed, epoch, self.vlm.prompt_for, others)
+
     # All processes validate alike: for one of them the others would have to wait.
     def validate(self) -> dict[str, float]:
         """Nats a token on the validation set, one caption a picture, whatever layouts are trained; and how
@@ -784,9 +776,8 @@ class Run:
     def loss(self, data: Encoded) -> float:
         nats = count = 0
         for indices, features in data.batches(self.size):
-            tokens, where, targets = self.vlm.batch(
-                [arrange("image-text", data.captions, i, self.args.seed, 0, self.vlm.prompt_for) for i in indices],
-                self.args.max_tokens, iter(features.tiles))
+            examples = [self.arrange("image-text", data.captions, i) for i in indices]
+            tokens, where, targets = self.vlm.batch(examples, self.args.max_tokens, iter(features.tiles))
             nats += self.forward(tokens, features.x, where, targets).sum().item()
             count += len(targets)
         return nats / count
@@ -796,8 +787,7 @@ class Run:
         """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
         right = 0
         for indices, features in data.batches(self.size):
-            asked = [arrange("text-image", data.captions, i, self.args.seed, 0, self.vlm.prompt_for)
-                     for i in indices]
+            asked = [self.arrange("text-image", data.captions, i) for i in indices]
             losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
                 tokens, where, targets = self.vlm.batch([(text, answer) for text, _ in asked])
@@ -809,7 +799,8 @@ class Run:
 
     def learn(self, signals: Signals) -> None:
         """The steps that are left, with lines of progress, validations and checkpoints."""
-        args, folder, source, progress, in_a_row = self.args, self.folder, self.pictures(), Progress(self.args), 0
+        args, folder, source, in_a_row = self.args, self.folder, self.pictures(), 0
+        progress = Progress(args)
         for step in range(self.first, args.steps):
             indices, inputs = next(source)
             if step == self.first:
@@ -822,18 +813,19 @@ class Run:
             if save or (step + 1) % args.log_every == 0:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
-                    raise InputError(f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start "
-                                     "anew with a lower --lr, a longer --warmup or --precision float32 (the last "
-                                     "checkpoint, if there is one, is as it was)")
+                    raise InputError(
+                        f"{folder}: the gradients of the last {in_a_row:.0f} steps were not finite: start "
+                        "anew with a lower --lr, a longer --warmup or --precision float32 (the last "
+                        "checkpoint, if there is one, is as it was)")
                 if save:
                     line |= self.validate()
                     found = [united(self.bad), self.val.bad]
                 progress.show(line)
                 self.log.add(line)
                 if save and not RANK:
-                    list_unreadable(folder, found)
-                    image = curves(self.log.entries(), folder.name)
-                    write_file(folder / "curves.png", lambda path: image.save(path, "PNG"))
+                    write_picture(folder / "curves.png", curves(self.log.entries(), folder.name))
+                    if reasons := [f"{reason}\n" for bad in found for reason in bad.values()]:
+                        write_text(folder / "unreadable.txt", "".join(reasons))
                 progress.begin()
             if (asked := signals.agreed(step, self.device)) or save:
                 if not RANK:
@@ -855,7 +847,7 @@ class Run:
         shots = []
         if args.shots:
             indices, views = next(self.val.batches(args.shots))
-            shots = [(x, draw_caption(val.captions(i), args.seed, 0, i)) for i, x in zip(indices, views.x)]
+            shots = [(x, draw_caption(val, i, args.seed, 0)[1]) for i, x in zip(indices, views.x)]
         scores, sections = {}, []
         for label, data in sets.items():
             texts = caption_set(vlm, data.captions, data.batches(64))
@@ -869,13 +861,11 @@ class Run:
                 row["matching"] = self.matching(data)
             if RANK:
                 continue
-            lines = as_lines(data.captions, texts)
-            write_file(folder / f"captions-{label}.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+            write_text(folder / f"captions-{label}.jsonl", as_lines(data.captions, texts))
             sections += best_and_worst(label, data.captions, texts, ratings)
         self.log.add({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
         if not RANK:
-            sheet = contact_sheet(sections)
-            write_file(folder / "samples.png", lambda path: sheet.save(path, "PNG"))
+            write_picture(folder / "samples.png", contact_sheet(sections))
         return scores
 
 

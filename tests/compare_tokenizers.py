@@ -1,9 +1,10 @@
 """Compares `Tokenizer` with the reference library, `tokenizers`, family by family: ids, decoded text, speed.
 
-    python tests/compare_tokenizers.py TEXT [--strings 20000] [--vocabulary 8000] [--families ...] [--folders ...]
+    python tests/compare_tokenizers.py TEXT [--strings 20000] [--vocabulary 8000] [--families NAME ...]
+        [--folders FOLDER ...]
 
-TEXT is a file of ordinary text of about a megabyte, on which each family's tokenizer is trained and timed. A folder
-is a checkpoint's, with a tokenizer.json to compare as it is. Prints a table.
+TEXT is a file of ordinary text of about a megabyte, on which each family's tokenizer is trained and timed.
+A folder is a checkpoint's, with a tokenizer.json to compare as it is. Prints a table.
 """
 import argparse
 import random
@@ -24,16 +25,19 @@ NUMBERS = [c for c in ASSIGNED if unicodedata.category(c)[0] == "N"]
 WORDS = """the a dog Dogs runs ran swimming über naïve café straße ﬁne İstanbul ǅungla ΑΣΣ книга שלום العربية हिन्दी ไทย 日本語
     한국어 中文字 I'm it's DON'T They'LL we'Ve 'S 'ſ 'Ll ’s don’t isn't'd x'' e.g. U.S.A. http://a.b/c?d=e&f#g a_b __init__ camelCase
     HTTPServer 3.14 1,000,000 2024-01-31 0x1F 1e-9 v2.0b1 ½ ² Ⅻ ٣٤ १२ 12th 4K #1 $5 50% €9 (a) [b] {c} <d> "e" --- ... ?! ;; // ==""".split()
-CODE = ["def f(x):\n    return x  # why\n\n", "\tif (a[i] != b) {\r\n\t\tx += 1;\r\n\t}\n", "<td>\n<b>x</b></td>", "a=b+c*d//e",
+CODE = ["def f(x):\n    return x  # why\n\n", "\tif (a[i] != b) {\r\n\t\tx += 1;\r\n\t}\n",
+        "<td>\n<b>x</b></td>", "a=b+c*d//e",
         "\n\n\n", "    " * 3]
 EMOJI = ["👩‍👩‍👧", "🇫🇷🇩🇪", "👍🏽", "❤️", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "😀", "\u200d", "\ufe0f", "🤷🏿‍♀️"]
-FIXED = ["", " ", "  ", "▁", " ▁", "a", " a", "a ", "\0", "a\0b", "�", "\U0010ffff", "\ufffe", "x" * 300, "ab" * 200,
-         " " * 700, "\n" * 300 + "a", "a" + " \n" * 200 + "1", "1" * 200, "é" * 100, "e\u0301" * 100, "👍" * 50,
+FIXED = ["", " ", "  ", "▁", " ▁", "a", " a", "a ", "\0", "a\0b", "�", "\U0010ffff", "\ufffe",
+         "x" * 300, "ab" * 200, " " * 700, "\n" * 300 + "a", "a" + " \n" * 200 + "1", "1" * 200, "é" * 100,
+         "e\u0301" * 100, "👍" * 50,
          "<0x0A>", "<0x41> <unk>", "\r\n a\r\n", "'" * 60]
 
 
 def hard_strings(count: int, added: list[str], seed: int = 0):
-    """`count` texts in which tokenizers have been known to differ, as (category, text); `added` are spelled in some."""
+    """`count` texts in which tokenizers have been known to differ, as (category, text); `added` are spelled
+    in some."""
     rng = random.Random(seed)
 
     def many(make, most: int = 8, between: str = "") -> str:
@@ -56,7 +60,8 @@ def hard_strings(count: int, added: list[str], seed: int = 0):
 
     def marks() -> str:
         often = list("\u0301\u0323\u0345\u0334\u1161\u11a8") * 40
-        return rng.choice("aeonAΑаåகक가ᄀ一1 \U00011935") + many(lambda: rng.choice(MARKS + often), 4)
+        letter = rng.choice("aeonAΑаåகक가ᄀ一1 \U00011935")
+        return letter + many(lambda: rng.choice(MARKS + often), 4)
 
     kinds = dict(
         planes=lambda: many(plane, 12),
@@ -84,7 +89,8 @@ def hard_strings(count: int, added: list[str], seed: int = 0):
 
 
 def differences(tokenizer, reference, texts: list[str], seed: int = 0) -> list[tuple]:
-    """The texts, or ids, on which the two differ: encoded with and without special tokens, decoded whole and cut."""
+    """The texts, or ids, on which the two differ: encoded with and without special tokens, decoded whole and
+    cut."""
     rng, found, size = random.Random(seed), [], reference.get_vocab_size()
 
     def compare(what: str, given, special: bool, ours, theirs) -> None:
@@ -96,7 +102,8 @@ def differences(tokenizer, reference, texts: list[str], seed: int = 0) -> list[t
         for text in texts:
             ids = reference.encode(text, add_special_tokens=False).ids
             compare("encode", text, special, tokenizer.encode(text, special), ids)
-            ids = ids[rng.randint(0, 2):len(ids) - rng.randint(0, 2)] + rng.choices(range(size), k=rng.randint(0, 3))
+            ids = ids[rng.randint(0, 2):len(ids) - rng.randint(0, 2)]
+            ids += rng.choices(range(size), k=rng.randint(0, 3))
             for shown in (True, False):
                 theirs = reference.decode(ids, skip_special_tokens=not shown)
                 compare("decode", ids, shown, tokenizer.decode(ids, shown), theirs)
@@ -106,8 +113,8 @@ def differences(tokenizer, reference, texts: list[str], seed: int = 0) -> list[t
 
 
 def speeds(make_ours, make_reference, texts: list[str], runs: int = 5) -> tuple[float, float, float]:
-    """Ours and the reference's MB/s, and the ratio, one text after another: medians of interleaved runs, each of a new
-    tokenizer, so that no run finds its words in a cache."""
+    """Ours and the reference's MB/s, and the ratio, one text after another: medians of interleaved runs, each
+    of a new tokenizer, so that no run finds its words in a cache."""
     size = sum(len(text.encode()) for text in texts) / 1e6
 
     def seconds(encode) -> float:
@@ -119,7 +126,8 @@ def speeds(make_ours, make_reference, texts: list[str], runs: int = 5) -> tuple[
     def reference_ids(encode):
         return lambda text: encode(text, add_special_tokens=False).ids
 
-    pairs = [(seconds(make_ours().encode), seconds(reference_ids(make_reference().encode))) for _ in range(runs)]
+    pairs = [(seconds(make_ours().encode), seconds(reference_ids(make_reference().encode)))
+             for _ in range(runs)]
     ours, theirs = (statistics.median(column) for column in zip(*pairs))
     return size / ours, size / theirs, statistics.median(b / a for a, b in pairs)
 
@@ -137,7 +145,8 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=3, help="differences to print for each family")
     args = parser.parse_args()
     lines = args.text.read_text(encoding="utf-8").splitlines(keepends=True)
-    print("| family | strings | differences | lines: ours MB/s | reference | ratio | one text: ours | reference | ratio |")
+    print("| family | strings | differences | lines: ours MB/s | reference | ratio "
+          "| one text: ours | reference | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
 
     def row(name: str, folder: str, reference) -> None:
@@ -146,7 +155,8 @@ def main() -> None:
         found = differences(tokenizer, reference, [text for _, text in hard_strings(args.strings, added)])
         cells = [cell for texts in (lines, ["".join(lines)]) for cell in speeds(
             lambda: Tokenizer.from_pretrained(folder), lambda: reference.from_str(reference.to_str()), texts)]
-        print(f"| {name} | {args.strings} | {len(found)} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |", flush=True)
+        cells = [name, args.strings, len(found), *(f"{cell:.2f}" for cell in cells)]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
         for difference in found[:args.show]:
             print(*map(ascii, difference), file=sys.stderr)
 

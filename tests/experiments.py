@@ -1,4 +1,4 @@
-"""Compares settings of train.py at one budget: trains each from several seeds and prints a table, mean ± spread.
+"""Compares settings of train.py at one budget: trains each from several seeds and prints mean ± spread.
 
     python tests/experiments.py adapters [--seeds 3] [options of train.py for every run, such as --steps 400]
 
@@ -87,7 +87,8 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     for path in folder.rglob("*.safetensors"):
         if path.name != "state.safetensors":
             with safe_open(path, framework="pt") as file:
-                row["trained parameters"] += sum(math.prod(file.get_slice(n).get_shape()) for n in file.keys())
+                row["trained parameters"] += sum(math.prod(file.get_slice(n).get_shape())
+                                                 for n in file.keys())
     row["embeddings a picture"] = lines[-1]["embeddings"]
     row["ms a step"] = 1000 * config["training"]["batch"] / statistics.median(
         line["images_per_s"] for line in lines if "images_per_s" in line)
@@ -95,10 +96,12 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="runs at a time, which share the cores (default: 1)")
     args, common = parser.parse_known_args()
     if args.comparison == "from":
         start.make(ROOT / PUBLIC)

@@ -1,6 +1,6 @@
-"""Compares models of public sizes, with random weights in the public layout, with the reference implementations, and
-prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and 16 GB of memory, and
-of disk for the while, for the largest.
+"""Compares models of public sizes, with random weights in the public layout, with the reference
+implementations, and prints one row of a Markdown table for each; measures whole VLMs. Needs transformers, and
+16 GB of memory, and of disk for the while, for the largest.
 
     python tests/real_sizes.py [siglip-so400m-patch14-384 gpt2 …]
 """
@@ -46,9 +46,12 @@ def siglip(**vision) -> tuple:
     return tf.SiglipModel, tf.SiglipConfig(text_config=TEXT, vision_config=vision), "vision_model"
 
 
-LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14)
-HUGE = dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14)
-SO400M = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, patch_size=14)
+LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+             patch_size=14)
+HUGE = dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120,
+            patch_size=14)
+SO400M = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304,
+              patch_size=14)
 GIANT = dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, use_swiglu_ffn=True)
 DINOV2 = dict(image_size=518, patch_size=14)
 
@@ -78,7 +81,7 @@ ENCODERS = {  # row -> (class, config, where in the model the encoder is), pixel
 
 @torch.inference_mode()
 def encoder(name: str) -> str:
-    """One row: the encoder's size, its features and their scale, and the largest differences from the reference's."""
+    """One row: the encoder's size, features, their scale, and the largest differences from the reference."""
     (kind, config, where), side = ENCODERS[name]
     with tempfile.TemporaryDirectory() as folder:
         model = randomise(kind(config), 1)
@@ -89,7 +92,8 @@ def encoder(name: str) -> str:
         tower = model.get_submodule(where)
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2))
         interpolate = side != tower.config.image_size and "dinov2" not in name
-        out = tower(pixels, output_hidden_states=True, **dict(interpolate_pos_encoding=True) if interpolate else {})
+        out = tower(pixels, output_hidden_states=True,
+                    **dict(interpolate_pos_encoding=True) if interpolate else {})
         last, middle = out.last_hidden_state, out.hidden_states[-2]
         if last.dim() == 4:  # SAM: (B,C,G,G) and (B,G,G,D)
             last, middle = last.flatten(2).transpose(1, 2), middle.flatten(1, 2)
@@ -114,55 +118,67 @@ DECODERS = {
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, ffn_dim=4096, word_embed_proj_dim=512,
         do_layer_norm_before=False), 64),
     "SmolLM2-360M": (tf.LlamaConfig, dict(
-        vocab_size=49152, hidden_size=960, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
-        intermediate_size=2560, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5, bos_token_id=0,
-        eos_token_id=0, tie_word_embeddings=True), 64),
+        vocab_size=49152, hidden_size=960, num_hidden_layers=32, intermediate_size=2560,
+        num_attention_heads=15, num_key_value_heads=5,
+        max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5,
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=True), 64),
     "TinyLlama-1.1B": (tf.LlamaConfig, dict(
-        vocab_size=32000, hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
-        intermediate_size=5632, rms_norm_eps=1e-5), 64),
+        vocab_size=32000, hidden_size=2048, num_hidden_layers=22, intermediate_size=5632,
+        num_attention_heads=32, num_key_value_heads=4, rms_norm_eps=1e-5), 64),
     "Llama-3.2-1B": (tf.LlamaConfig, dict(
-        vocab_size=128256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        intermediate_size=8192, max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5, bos_token_id=128000,
-        eos_token_id=128001, tie_word_embeddings=True, rope_scaling=dict(
+        vocab_size=128256, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5,
+        bos_token_id=128000, eos_token_id=128001, tie_word_embeddings=True, rope_scaling=dict(
             rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192)), 64),
     "SmolLM3-3B, 8 of 36 layers": (tf.SmolLM3Config, dict(
-        vocab_size=128256, hidden_size=2048, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
-        intermediate_size=11008, max_position_embeddings=65536, rope_theta=5000000.0), 64),
+        vocab_size=128256, hidden_size=2048, num_hidden_layers=8, intermediate_size=11008,
+        num_attention_heads=16, num_key_value_heads=4,
+        max_position_embeddings=65536, rope_theta=5000000.0), 64),
     "Mistral-7B-v0.1, 2 of 32 layers": (tf.MistralConfig, dict(
-        vocab_size=32000, hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
-        intermediate_size=14336, max_position_embeddings=32768, sliding_window=4096, rms_norm_eps=1e-5), 4160),
+        vocab_size=32000, hidden_size=4096, num_hidden_layers=2, intermediate_size=14336,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096,
+        rms_norm_eps=1e-5), 4160),
     "Qwen2.5-0.5B": (tf.Qwen2Config, dict(
-        vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        intermediate_size=4864, max_position_embeddings=32768, rope_theta=1000000.0, tie_word_embeddings=True,
+        vocab_size=151936, hidden_size=896, num_hidden_layers=24, intermediate_size=4864,
+        num_attention_heads=14, num_key_value_heads=2,
+        max_position_embeddings=32768, rope_theta=1000000.0, tie_word_embeddings=True,
         max_window_layers=24, sliding_window=32768, bos_token_id=151643, eos_token_id=151643), 64),
     "Qwen3-0.6B": (tf.Qwen3Config, dict(
-        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-        intermediate_size=3072, max_position_embeddings=40960, rope_theta=1000000.0, tie_word_embeddings=True,
+        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, intermediate_size=3072,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=40960, rope_theta=1000000.0, tie_word_embeddings=True,
         max_window_layers=28, bos_token_id=151643, eos_token_id=151645), 64),
     "Phi-3-mini-4k, 4 of 32 layers": (tf.Phi3Config, dict(
-        vocab_size=32064, hidden_size=3072, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32,
-        intermediate_size=8192, max_position_embeddings=4096, sliding_window=2047, rms_norm_eps=1e-5), 2100),
+        vocab_size=32064, hidden_size=3072, num_hidden_layers=4, intermediate_size=8192,
+        num_attention_heads=32, num_key_value_heads=32,
+        max_position_embeddings=4096, sliding_window=2047, rms_norm_eps=1e-5), 2100),
     "pythia-70m": (tf.GPTNeoXConfig, dict(
         vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
         rotary_pct=0.25, rotary_emb_base=10000, eos_token_id=0), 64),
     "gemma-3-270m": (tf.Gemma3TextConfig, dict(
-        vocab_size=262144, hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-        intermediate_size=2048, max_position_embeddings=32768, sliding_window=512, rope_theta=1000000.0,
+        vocab_size=262144, hidden_size=640, num_hidden_layers=18, intermediate_size=2048,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+        max_position_embeddings=32768, sliding_window=512, rope_theta=1000000.0,
         rope_local_base_freq=10000.0, query_pre_attn_scalar=256), 576),
 }
 SCALES = {"emb": 1.0, "wte": 1.0, "wpe": 1.0}  # of some weights, by a part of their names
-POST_NORM = {"embed_positions": 10.0, "fc2": 0.1, "out_proj": 0.06}  # else, after 24 layers, all tokens look alike
+# else, after 24 layers, all tokens look alike
+POST_NORM = {"embed_positions": 10.0, "fc2": 0.1, "out_proj": 0.06}
 
 
 @torch.inference_mode()
 def decoder(name: str) -> str:
-    """One row: the model's size, the prompt's length, the largest difference of the last 64 logits, and the greedy texts."""
+    """One row: the model's size, the prompt's length, the largest difference of the last 64 logits, and the
+    greedy texts."""
     config, sizes, length = DECODERS[name]
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config(**sizes), dtype=torch.float32).eval()
-    for key, p in model.named_parameters():  # none at its default, and so lively that the text doesn't settle on one token
-        scale = next((value for part, value in ((POST_NORM if name == "opt-350m" else {}) | SCALES).items() if part in key), 2)
+    # none at its default, and so lively that the text doesn't settle on one token
+    for key, p in model.named_parameters():
+        scale = next((value for part, value in ((POST_NORM if name == "opt-350m" else {}) | SCALES).items()
+                      if part in key), 2)
         if p.dim() > 1:
             p.mul_(scale * p[0].numel() ** -0.5 / p[:64].std())
         else:
@@ -170,7 +186,8 @@ def decoder(name: str) -> str:
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     tokens = torch.randint(0, model.config.vocab_size, (1, length))
     logits = model(tokens, logits_to_keep=64).logits
-    greedy = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False)[0, length:]
+    greedy = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64,
+                            do_sample=False)[0, length:]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size="2GB")
         del model
@@ -303,7 +320,8 @@ def whole(name: str) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     for rows, row, header in (
-            (ENCODERS, encoder, "| encoder | parameters | px | features | scale | error | scale at layer -2 | error |"),
+            (ENCODERS, encoder,
+             "| encoder | parameters | px | features | scale | error | scale at layer -2 | error |"),
             (DECODERS, decoder,
              "| decoder | parameters | prompt | error | scale of logits | 64 greedy tokens |"),
             (VLMS, whole, "| VLM | parameters | loaded in | prompt | first token | tokens/s | memory |")):

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay, build,
+from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler,
+                      TwoWay, build,
                       fourier_places)
 from data import InputError, stack
 from fixtures.compare import close
@@ -175,7 +176,8 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
 
     def embed(text: str, pad: int = 0) -> torch.Tensor:
         tokens = torch.tensor([vlm.encode(text)[0]])
-        return vlm.embed(tokens, vlm.images(features[:1], F.pad(vlm.prompt(tokens), (0, pad), value=-1)))[0, 2:7]
+        prompt = F.pad(vlm.prompt(tokens), (0, pad), value=-1)
+        return vlm.embed(tokens, vlm.images(features[:1], prompt))[0, 2:7]
 
     assert (embed("ab") - embed("ba")).abs().max() > 1e-3
     assert torch.allclose(embed("ab"), embed("ab", 1), atol=1e-5)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption, find_checkpoint,
-                  judge, open_picture, references, shuffled, skip, stack, write_file)
+from data import (SKILLS, UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption,
+                  find_checkpoint, judge, open_picture, references, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
 from vit import ViT
@@ -27,18 +27,22 @@ from vit import ViT
 
 EXPECTED = {"a.jpg": ['A dog, "Rex", runs', "a dog"], "b.jpg": ["naïve café"]}
 FORMATS = {
-    "flickr.csv": '\ufeffimage,caption\r\na.jpg,"A dog, ""Rex"", runs ."\r\nb.jpg,naïve  café\r\na.jpg,a dog .\r\nc.jpg,\r\n',
+    "flickr.csv": '\ufeffimage,caption\r\na.jpg,"A dog, ""Rex"", runs ."\r\nb.jpg,naïve  café\r\n'
+                  'a.jpg,a dog .\r\nc.jpg,\r\n',
     "unquoted.csv": 'image, caption\na.jpg,A dog, "Rex", runs\na.jpg,a dog\nb.jpg,naïve café\n',
-    "lines.jsonl": '{"image": "a.jpg", "caption": ["A dog, \\"Rex\\", runs .", "a dog"]}\n\n{"image": "b.jpg", "caption": "naïve café"}\n',
+    "lines.jsonl": '{"image": "a.jpg", "caption": ["A dog, \\"Rex\\", runs .", "a dog"]}\n\n'
+                   '{"image": "b.jpg", "caption": "naïve café"}\n',
     "one.jsonl": None,
-    "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}], "annotations": [
+    "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}],
+                             "annotations": [
         {"image_id": 7, "caption": 'A dog, "Rex", runs .\n'}, {"image_id": 9, "caption": "naïve café"},
         {"image_id": 7, "caption": "a dog"}]}),
     "llava.json": json.dumps([
         {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
                                                         {"from": "gpt", "value": 'A dog, "Rex", runs'}]},
         {"id": "2", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-        {"id": "3", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a dog"}]},
+        {"id": "3", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"},
+                                                        {"from": "gpt", "value": "a dog"}]},
         {"id": "4", "image": "b.jpg", "conversations": [{"from": "human", "value": "<image>"},
                                                         {"from": "gpt", "value": "naïve café"}]}]),
 }
@@ -48,7 +52,8 @@ FORMATS = {
 def test_caption_formats(name, tmp_path):
     (tmp_path / name).write_bytes(FORMATS[name].encode())
     captions = Captions(tmp_path / name)
-    assert {path.name: captions.captions(i) for i, path in enumerate(captions.paths)} == EXPECTED
+    found = {path.name: [said for _, said in captions.pairs(i)] for i, path in enumerate(captions.paths)}
+    assert found == EXPECTED
     assert captions.paths[0] == tmp_path / "a.jpg"
 
 
@@ -57,8 +62,7 @@ def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
     conversations = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     (tmp_path / "qa.json").write_text(json.dumps([dict(image="a.jpg", conversations=conversations)]))
     captions = Captions(tmp_path / "qa.json")
-    assert captions.questions(0) == ["What is it?", "Is it big?", "What is it?"]
-    assert captions.captions(0) == ["A dog", "No", "A pup"]
+    assert captions.pairs(0) == [("What is it?", "A dog"), ("Is it big?", "No"), ("What is it?", "A pup")]
     assert references(captions, 0) == ["A dog", "A pup"]
     drawn = {arrange("image-text", captions, 0, 0, epoch, str.lower) for epoch in range(20)}
     assert drawn == {("what is it?", "A dog"), ("is it big?", "No"), ("what is it?", "A pup")}
@@ -66,11 +70,12 @@ def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
 
 def test_one_json_line(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
-    assert Captions(tmp_path / "one.jsonl").captions(0) == ["x"]
+    assert Captions(tmp_path / "one.jsonl").pairs(0) == [("", "x")]
 
 
-@pytest.mark.parametrize("text", ("", "image,caption\n", "image,caption\na.jpg, . \n", "file,text\na.jpg,x\n", "[]", "[1]", "{", "{}",
-                                  '[{"image": "a.jpg"}]', '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}'))
+@pytest.mark.parametrize("text", ("", "image,caption\n", "image,caption\na.jpg, . \n", "file,text\na.jpg,x\n",
+                                  "[]", "[1]", "{", "{}", '[{"image": "a.jpg"}]',
+                                  '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}'))
 def test_captions_of_no_use(text, tmp_path):
     (tmp_path / "file").write_text(text)
     with pytest.raises(InputError, match="file: "):
@@ -96,7 +101,8 @@ def test_broken_pictures(tmp_path):
     picture(200, 200).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
     (tmp_path / "text.jpg").write_text("not a picture")
-    for name, reason in (("none.jpg", "no such picture"), ("cut.jpg", "broken picture"), ("text.jpg", "not a picture")):
+    for name, reason in (("none.jpg", "no such picture"), ("cut.jpg", "broken picture"),
+                         ("text.jpg", "not a picture")):
         with pytest.raises(InputError, match=f"{name}: {reason}"):
             open_picture(tmp_path / name)
 
@@ -109,10 +115,10 @@ def test_too_many_unreadable_pictures():
 
 
 def test_a_caption_a_picture_and_epoch():
-    captions = list("abcde")
-    drawn = [draw_caption(captions, 1, epoch, 5) for epoch in range(200)]
-    assert drawn == [draw_caption(captions, 1, epoch, 5) for epoch in range(200)] and set(drawn) == set(captions)
-    assert drawn != [draw_caption(captions, 2, epoch, 5) for epoch in range(200)]
+    scenes = Shapes(9)
+    drawn, again, other = ([draw_caption(scenes, 5, seed, epoch) for epoch in range(200)]
+                           for seed in (1, 1, 2))
+    assert drawn == again != other and set(drawn) == set(scenes.pairs(5)) and len(set(drawn)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -126,7 +132,8 @@ def test_shuffled_covers_each_epoch_and_starts_anywhere():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
     later = shuffled(10, 4, seed=3, step=7)
     assert [next(later) for _ in range(8)] == first[7:]
-    assert next(shuffled(3, 8, seed=0)) and len(next(shuffled(3, 8, seed=0))) == 8  # a batch of several epochs
+    # a batch of several epochs
+    assert next(shuffled(3, 8, seed=0)) and len(next(shuffled(3, 8, seed=0))) == 8
 
 
 def test_stack_marks_targets():
@@ -142,7 +149,7 @@ def test_held_out_parts_the_set(tmp_path):
     captions = Captions(tmp_path / "c.csv")
     rest, out = captions.held_out(5, seed=1)
     assert len(out) == 5 and len(rest) == 15 and {*rest.paths, *out.paths} == set(captions.paths)
-    assert all(out.captions(i) == [f"caption {out.paths[i].stem}"] for i in range(5))
+    assert all(out.pairs(i) == [("", f"caption {out.paths[i].stem}")] for i in range(5))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -158,29 +165,33 @@ def test_scenes_and_their_captions():
         wordings.add(scene.captions()[i % 4].split()[0])
         counts.add(len(scene.things))
     assert counts == {1, 2, 3} and len(wordings) > 3
-    assert all(any((t.colour, t.shape) in UNSEEN for t in Shapes(50, "unseen").scene(i).things) for i in range(50))
+    assert all(any((t.colour, t.shape) in UNSEEN for t in Shapes(50, "unseen").scene(i).things)
+               for i in range(50))
     a, b = (Shapes(9, "test").picture(4).tobytes() for _ in "ab")
     assert a == b != Shapes(9, "train").picture(4).tobytes()
 
 
 def test_judge_finds_each_fault():
-    scene = Scene((Thing("large", "red", "circle", 20, 50, 15), Thing("small", "blue", "star", 70, 45, 8)), "")
+    things = Thing("large", "red", "circle", 20, 50, 15), Thing("small", "blue", "star", 70, 45, 8)
+    scene = Scene(things, "")
     right = "a large red circle to the left of a small blue star"
-    assert judge(right, scene) == dict(exact=True, shape=True, colour=True, size=True, count=True, relation=True)
+    assert judge(right, scene) == dict.fromkeys(("exact", *SKILLS), True)
     assert judge("two objects: a little blue star right of a big red circle", scene)["exact"]
-    assert judge("a small blue star and a large red circle; the small blue star is right of the large red circle", scene)["exact"]
+    other = "a small blue star and a large red circle; the small blue star is right of the large red circle"
+    assert judge(other, scene)["exact"]
     for caption, faults in ((right.replace("red", "pink"), {"colour", "relation"}),
                             (right.replace("star", "cross"), {"shape", "relation"}),
                             (right.replace("small", "large"), {"size", "relation"}),
                             (right.replace("left", "right"), {"relation"}),
-                            ("a large blue circle to the left of a small red star", {"relation"}),  # each word right, bound wrong
+                            # each word right, bound wrong
+                            ("a large blue circle to the left of a small red star", {"relation"}),
                             (right + " and a small red cross", {"shape", "colour", "size", "count"}),
                             ("three objects: " + right, {"count"}),
                             ("a large red circle and a small blue star", {"relation"}),
                             ("a large red circle", {"shape", "colour", "size", "count", "relation"}),
                             ("", {"shape", "colour", "size", "count", "relation"})):
         judged = judge(caption, scene)
-        assert not judged["exact"] and {skill for skill, good in judged.items() if not good} == faults | {"exact"}, caption
+        assert {skill for skill, good in judged.items() if not good} == faults | {"exact"}, caption
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -209,15 +220,18 @@ def test_loading_is_strict(checkpoint):
 
     change(checkpoint, lambda state: state.update({"model.layers.7.extra": torch.zeros(2)}))
     fails("model.layers.7.extra", "not part of a llama model")
-    change(checkpoint, lambda state: (state.pop("model.layers.7.extra"), state.update({NORM: torch.ones(25)})))
+    change(checkpoint, lambda state: state.pop("model.layers.7.extra"))
+    change(checkpoint, lambda state: state.update({NORM: torch.ones(25)}))
     fails(NORM, "(25,)", "(24,)")
     change(checkpoint, lambda state: state.update({NORM: torch.ones(24, dtype=torch.int64)}))
     fails(NORM, "int64")
     change(checkpoint, lambda state: state.pop(NORM))
     fails(NORM, "missing")
     config = json.loads((checkpoint / "config.json").read_text())
-    for edit, part in ((dict(model_type="mamba"), "'mamba' is not one of gpt2, opt"), (dict(num_attention_heads=0), "llama config"),
-                       (dict(rope_parameters=dict(rope_type="yarn")), "yarn"), (dict(hidden_act="swish7"), "swish7"),
+    for edit, part in ((dict(model_type="mamba"), "'mamba' is not one of gpt2, opt"),
+                       (dict(num_attention_heads=0), "llama config"),
+                       (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
+                       (dict(hidden_act="swish7"), "swish7"),
                        (dict(num_hidden_layers="x"), "llama config")):
         (checkpoint / "config.json").write_text(json.dumps({**config, **edit}))
         fails("config.json", part)
@@ -240,7 +254,8 @@ def test_truncated_weights(checkpoint):
 
 def test_shards_stay_in_their_folder(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    for name in ("../llama/model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "model.bin", 7):
+    for name in ("../llama/model.safetensors", "/etc/model.safetensors", "sub/model.safetensors",
+                 "model.bin", 7):
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(InputError, match="not a plain safetensors file name"):
             LLM.from_pretrained(str(checkpoint))
@@ -253,10 +268,12 @@ def test_dtype_and_no_sharing_with_gradients(fixtures):
 
 def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    vit, llm, tokenizer = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm")
+    vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
+    tokenizer = Tokenizer.from_pretrained("assets/llm")
     assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 65, vit.config.hidden)
     stored = load_file(data.HERE / "assets" / "vit" / "model.safetensors")
-    assert stored["embeddings.cls_token"].shape == (1, 1, vit.config.hidden)  # as the reference's own class wants it
+    # as the reference's own class wants it
+    assert stored["embeddings.cls_token"].shape == (1, 1, vit.config.hidden)
     ids = tokenizer.encode("a large red circle above a small blue star\n")
     assert len(ids) == 10 and tokenizer.decode(ids) == "a large red circle above a small blue star\n"
     text = tokenizer.decode(llm.generate(torch.tensor([[0]]), max_tokens=40, temperature=1.0,
@@ -293,7 +310,8 @@ def hub(fixtures, tmp_path, monkeypatch):
             content = (folder / path.split(f"/{REVISION}/")[1]).read_bytes()
             if faults.get("corrupt") and path.endswith("00003-of-00007.safetensors"):
                 content = content[:-1] + b"x"
-            self.answer(content[:len(content) // 2] if faults.get("cut") and path.endswith("00003-of-00007.safetensors") else content,
+            cut = faults.get("cut") and path.endswith("00003-of-00007.safetensors")
+            self.answer(content[:len(content) // 2] if cut else content,
                         len(content))
 
         def answer(self, content, length=None):

@@ -1,8 +1,9 @@
-"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError of one line that names
-it, soon and in little memory. Every input is drawn from a seed."""
+"""Nothing is trusted: whatever a file holds, its reader reads it or raises an InputError of one line that
+names it, soon and in little memory. Every input is drawn from a seed."""
 import ast
 import copy
 import io
+import itertools
 import json
 import random
 import shutil
@@ -366,7 +367,8 @@ def test_configs_of_runs(tmp_path):
 
 CAPTIONS = {
     "c.csv": 'image,caption\na.jpg,"A dog, ""Rex"", runs ."\nb.jpg,naïve café\n',
-    "c.jsonl": '{"image": "a.jpg", "caption": ["a dog", "b"]}\n{"image": "b.jpg", "caption": "naïve café"}\n',
+    "c.jsonl": '{"image": "a.jpg", "caption": ["a dog", "b"]}\n'
+               '{"image": "b.jpg", "caption": "naïve café"}\n',
     "coco.json": json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}],
                              "annotations": [{"image_id": 7, "caption": "a dog"}]}),
     "llava.json": json.dumps([{"id": "1", "image": "a.jpg", "conversations": [
@@ -384,7 +386,7 @@ def test_captions(name, tmp_path):
     def read():
         captions = Captions(file)
         for i in range(len(captions)):
-            for text in (*captions.captions(i), *captions.questions(i), captions.name(i)):
+            for text in (*itertools.chain(*captions.pairs(i)), captions.name(i)):
                 text.encode()  # no half of a surrogate pair
                 assert IMAGE not in text or text == captions.name(i)
             survives(lambda: captions.picture(i), str(tmp_path))

@@ -118,7 +118,7 @@ def test_a_layout_parts_a_caption_and_places_its_picture():
     scenes = Shapes(200, "train")
     drawn = {layout: [arrange(layout, scenes, i, 3, 1, prompt_for) for i in range(200)] for layout in LAYOUTS}
     captions = [caption for _, caption in drawn["image-text"]]
-    assert all(text == "A photo of" and caption in scenes.captions(i)
+    assert all(text == "A photo of" and caption in scenes.scene(i).captions()
                for i, (text, caption) in enumerate(drawn["image-text"]))
     cuts = set()
     for caption, (text, rest) in zip(captions, drawn["text-image-text"]):
@@ -128,7 +128,7 @@ def test_a_layout_parts_a_caption_and_places_its_picture():
     assert {0, 1, 5, 9} < cuts
     for i, (text, answer) in enumerate(drawn["text-image"]):
         caption, question = text.split(IMAGE)
-        assert question == " match?" and answer == ("yes" if caption in scenes.captions(i) else "no")
+        assert question == " match?" and answer == ("yes" if caption in scenes.scene(i).captions() else "no")
     assert 80 < sum(answer == "no" for _, answer in drawn["text-image"]) < 120
     again, later = ([arrange("text-image", scenes, i, 3, epoch, prompt_for) for i in range(200)]
                     for epoch in (1, 2))

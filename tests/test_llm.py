@@ -1,5 +1,5 @@
-"""The language model equals the reference implementations (see fixtures/make.py), and generation is one text, however it
-is batched."""
+"""The language model equals the reference implementations (see fixtures/make.py), and generation is one text,
+however it is batched."""
 import itertools
 import json
 
@@ -12,7 +12,8 @@ from fixtures.compare import close
 from llm import LLM, KVCache, sample
 
 FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear", "llama_dynamic", "smollm3",
-            "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_long", "gpt_neox", "gpt_neox_serial", "gemma3")
+            "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_long", "gpt_neox", "gpt_neox_serial",
+            "gemma3")
 DECODERS = ("gpt2", "gpt2_old", "llama", "llama_wide", "llama_sharded")
 
 
@@ -39,7 +40,8 @@ def test_family_equals_reference(name, fixtures):
     tokens = golden["tokens"]
     close(llm(tokens), golden["logits"])
     close(llm(tokens[:, :8]), golden["logits8"])
-    prompts = [tokens[0, :13], tokens[0, :21]]  # batched, with padding; the longer one alone, and from embeddings
+    # batched, with padding; the longer one alone, and from embeddings
+    prompts = [tokens[0, :13], tokens[0, :21]]
     starts = {"tokens": prompts}, {"tokens": prompts[1:]}, {"embeddings": [llm.embed(prompts[1])]}
     greedy, beam = ([golden[f"{how}{n}"].tolist() for n in (13, 21)] for how in ("greedy", "beam"))
     beam = [row[:-1] if row[-1] in llm.config.end_tokens else row for row in beam]
@@ -80,18 +82,24 @@ def old_gemma(c):
         "rope_theta": r["full_attention"].pop("rope_theta"), "rope_scaling": r["full_attention"]}}
 
 
-# How public files differ from what the reference writes today: (fixture, config.json, a tensor's name, tensors besides)
+# How public files differ from what the reference writes today: fixture, config.json, a tensor's name, tensors
+# besides
 OLD = {
     "opt": ("opt", dict, lambda name: name.removeprefix("model."), {"lm_head.weight": "embed_tokens"}),
-    "blip-2": ("opt", lambda c: {"model_type": "blip-2", "text_config": c}, lambda name: "language_model." + name,
-               {"language_model.lm_head.weight": "embed_tokens", "query_tokens": "norm", "qformer.layernorm.weight": "norm",
+    "blip-2": ("opt", lambda c: {"model_type": "blip-2", "text_config": c},
+               lambda name: "language_model." + name,
+               {"language_model.lm_head.weight": "embed_tokens", "query_tokens": "norm",
+                "qformer.layernorm.weight": "norm",
                 "vision_model.post_layernorm.weight": "norm", "language_projection.bias": "norm"}),
     "llama3": ("llama3", old_rope, str, {"lm_head.weight": "embed_tokens"}),
-    "llama dynamic": ("llama_dynamic", old_rope, str, {"model.layers.0.self_attn.rotary_emb.inv_freq": "norm"}),
+    "llama dynamic": ("llama_dynamic", old_rope, str,
+                      {"model.layers.0.self_attn.rotary_emb.inv_freq": "norm"}),
     "smollm3": ("smollm3", lambda c: old_rope(c | {"no_rope_layers": None, "layer_types": None}), str, {}),
     "phi3": ("phi3_long", old_rope, str, {}),
-    "gpt_neox": ("gpt_neox", lambda c: old_rope(c, rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct"), str,
-                 {f"gpt_neox.layers.0.attention.{name}": "norm" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}),
+    "gpt_neox": ("gpt_neox",
+                 lambda c: old_rope(c, rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct"), str,
+                 {f"gpt_neox.layers.0.attention.{name}": "norm"
+                  for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}),
     "gemma3": ("gemma3", old_gemma, lambda name: "language_model." + name,
                {"vision_tower.vision_model.post_layernorm.weight": "norm",
                 "multi_modal_projector.mm_soft_emb_norm.weight": "norm"}),
@@ -122,7 +130,8 @@ def test_language_model_of_blip2(fixtures):
 def test_what_cannot_be_is_said(fixtures, tmp_path):
     llm = LLM.from_pretrained(str(fixtures / "phi3_long"))
     prompt = torch.arange(1, 9)[None]
-    assert len(llm.generate(prompt, max_tokens=3, end_tokens=())[0]) == 3  # up to where its rotary embedding changes
+    # up to where its rotary embedding changes
+    assert len(llm.generate(prompt, max_tokens=3, end_tokens=())[0]) == 3
     with pytest.raises(InputError, match="from less to more than 10 tokens"):
         llm.generate(prompt, max_tokens=4, end_tokens=())
     with pytest.raises(InputError, match="temperature"):
@@ -130,7 +139,8 @@ def test_what_cannot_be_is_said(fixtures, tmp_path):
     with pytest.raises(InputError, match="101 tokens are more than the language model's 100"):
         llm(torch.ones(1, 101, dtype=torch.long))
     config = json.loads((fixtures / "llama3" / "config.json").read_text())
-    for change, message in (({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+    for change, message in (({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+                             "'yarn' is not supported"),
                             ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
                             ({"layer_types": ["full_attention"] * 2}, "3 layers")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -142,7 +152,8 @@ def test_what_cannot_be_is_said(fixtures, tmp_path):
 @torch.no_grad()
 def test_prefill_in_parts_equals_prefill_at_once(fixtures):
     for name in ("gpt2", "llama", "mistral", "gemma3"):
-        llm, golden = LLM.from_pretrained(str(fixtures / name)), load_file(fixtures / name / "golden.safetensors")
+        llm = LLM.from_pretrained(str(fixtures / name))
+        golden = load_file(fixtures / name / "golden.safetensors")
         x = llm.embed(golden["tokens"])
         cache = KVCache(llm.config, 2, x.shape[1], x)
         parts = [llm.logits(llm.hidden(part, cache=cache)) for part in x.split((5, 1, 8, x.shape[1] - 14), 1)]
@@ -152,11 +163,13 @@ def test_prefill_in_parts_equals_prefill_at_once(fixtures):
 def test_sample_narrows_the_choice():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
     draw = lambda **options: torch.bincount(  # noqa: E731
-        sample(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0), **options}),
+        sample(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                          "generator": torch.Generator().manual_seed(0), **options}),
         minlength=4) / 4000
     assert torch.allclose(draw(), torch.tensor([0.4, 0.3, 0.2, 0.1]), atol=0.03)
     assert torch.allclose(draw(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.03)
-    assert torch.allclose(draw(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.03)  # 0.4 falls short of 0.6
+    # 0.4 falls short of 0.6
+    assert torch.allclose(draw(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.03)
     assert torch.allclose(draw(top_p=0.3), torch.tensor([1.0, 0, 0, 0]))
     assert torch.allclose(draw(temperature=0), torch.tensor([1.0, 0, 0, 0]))
     assert draw(temperature=0.5)[0] > 0.5
@@ -174,11 +187,11 @@ def test_real_checkpoints_equal_reference(shared, fixtures):
 
 
 def test_stories_tell_the_published_text(shared, fixtures):
-    # the model's tokenizer is not at hand: these pieces, one for each id, were found by aligning ids and published text;
-    # 410 and above are single characters, as SentencePiece numbers them
+    # the model's tokenizer is not at hand: these pieces, one for each id, were found by aligning ids and
+    # published text; 410 and above are single characters, as SentencePiece numbers them
     pieces = json.loads((fixtures / "stories260k_pieces.json").read_text())
-    assert len(set(pieces.values())) == len(pieces) and all((len(p) == 1) == (int(i) in (13, *range(410, 512)))
-                                                            for i, p in pieces.items())
+    assert len(set(pieces.values())) == len(pieces)
+    assert all((len(p) == 1) == (int(i) in (13, *range(410, 512))) for i, p in pieces.items())
     folder = shared / "checkpoints" / "stories260K"
     published = " " + (folder / "greedy.txt").read_text().rstrip("\n")
     ids, = LLM.from_pretrained(str(folder)).generate([torch.tensor([1])], max_tokens=256)

@@ -188,8 +188,10 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
     for i in range(8):
         picture(20 + 17 * i, 40).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(8)))
-    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--precision", "float32", "--split"]
-    assert command(monkeypatch, train, *options, "--out", "run", "--val", "captions.csv", "--val-size", "8") == 0
+    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--split",
+               "--precision", "float32"]
+    assert command(monkeypatch, train, *options, "--out", "run", "--val", "captions.csv",
+                   "--val-size", "8") == 0
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     scored = [json.loads(line) for line in Path("run/captions-val.jsonl").read_text().splitlines()]
     vlm, nats, tiles = VLM.from_pretrained("run"), [], []

@@ -72,7 +72,8 @@ def place(tmp_path_factory):
         for name in "captions.csv test.csv captions.train.txt captions.dev.txt val.csv".split():
             folder = "photos/" * (name == "val.csv")  # the one without --images
             Path(name).write_text("image,caption\n" + "".join(
-                f'{folder}{name},"{said}"\n' for i, name in enumerate(names) for said in scenes.captions(i)))
+                f'{folder}{name},"{said}"\n' for i, name in enumerate(names)
+                for said in scenes.scene(i).captions()))
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a star"}]
         Path("questions.json").write_text(json.dumps([dict(image=n, conversations=turns) for n in names]))
         pair = [("a.jpg", Path("a.jpg").read_bytes()), ("a.txt", b"a star")]

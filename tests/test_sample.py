@@ -191,14 +191,15 @@ def test_contact_sheet_cuts_no_text():
 
 def test_best_and_worst_are_by_score():
     captions = Shapes(9, "test")
-    texts = {i: captions.captions(i)[0] for i in range(9)}
+    texts = {i: captions.scene(i).captions()[0] for i in range(9)}
     texts[4] = "a large red cow"
     rated = sample.rate(captions, texts)[1]
     assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
     (best, first), (worst, last) = sample.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
     said, reference, _ = last[0][1]
-    assert said == ("a large red cow", sample.INK) and reference[0] == f"reference: {captions.captions(4)[0]}"
+    assert said == ("a large red cow", sample.INK)
+    assert reference[0] == f"reference: {captions.scene(4).captions()[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
     assert len(sample.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
 

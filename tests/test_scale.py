@@ -84,8 +84,8 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(6):
         scenes = range(20 * shard, 20 * shard + 20)
-        texts = [("json", json.dumps({"caption": SCENES.captions(i)})) if i % 2 else
-                 ("txt", SCENES.captions(i)[0]) for i in scenes]
+        texts = [("json", json.dumps({"caption": SCENES.scene(i).captions()})) if i % 2 else
+                 ("txt", SCENES.scene(i).captions()[0]) for i in scenes]
         write_tar(folder / f"{shard:02}.tar", [
             member for i, (kind, text) in zip(scenes, texts)
             for member in ((f"a/{i:03}.png", png(i)), (f"a/{i:03}.{kind}", text.encode()))])
@@ -103,8 +103,8 @@ def test_shards_are_listed_as_in_a_shell(shards):
 
 def test_a_pair_of_a_shard(shards):
     pair, second = itertools.islice(read_shard(shards / "01.tar"), 2)
-    assert pair == "01.tar/a/020" and pair.captions == SCENES.captions(20)[:1] and not pair.fault
-    assert second.captions == SCENES.captions(21) and second.file == png(21)
+    assert pair == "01.tar/a/020" and pair.captions == SCENES.scene(20).captions()[:1] and not pair.fault
+    assert second.captions == SCENES.scene(21).captions() and second.file == png(21)
     source = Shards(f"{shards}/*.tar")
     assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
 
@@ -139,7 +139,8 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     assert losses("whole") == losses("parts") and len(losses("whole")) == 10
     lines = [json.loads(line) for line in Path("whole/captions-val.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"00.tar/a/{i:03}" for i in range(8)]  # the first shard's
-    assert all(line["references"] == SCENES.captions(i)[:4 if i % 2 else 1] for i, line in enumerate(lines))
+    assert all(line["references"] == SCENES.scene(i).captions()[:4 if i % 2 else 1]
+               for i, line in enumerate(lines))
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "one shard can't be parted"),
                                (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):

@@ -69,7 +69,8 @@ def test_other_files_add_what_tokenizer_json_lacks(fixtures, tmp_path):
     assert Tokenizer.from_pretrained(str(tmp_path)).special == {}
     roles = {"eos_token": end["content"], "bos_token": {"content": "<image>"}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
-    image = dict(content="<image>", lstrip=True, rstrip=False, single_word=False, normalized=False, special=True)
+    image = dict(content="<image>", lstrip=True, rstrip=False, single_word=False, normalized=False,
+                 special=True)
     config = {"added_tokens_decoder": {"900": image}, "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_pretrained(str(tmp_path))

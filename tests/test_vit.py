@@ -24,7 +24,8 @@ def test_encoder_equals_reference(name, fixtures):
     vit = ViT.from_pretrained(str(fixtures / name), image_size=golden["pixels"].shape[-1])
     close(vit(golden["pixels"]), golden["last"])
     assert vit.config.hidden == golden["last"].shape[2] and vit.config.width == golden["layer1"].shape[2]
-    assert 0 <= golden["last"].shape[1] - vit.config.grid ** 2 <= 3  # class and register tokens before the patches
+    # class and register tokens before the patches
+    assert 0 <= golden["last"].shape[1] - vit.config.grid ** 2 <= 3
     for layer in (0, 1, -1, -2):
         close(vit(golden["pixels"], layer=layer), golden[f"layer{layer}"])
     with pytest.raises(InputError, match="layer 4"):
@@ -34,14 +35,15 @@ def test_encoder_equals_reference(name, fixtures):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not name.startswith("sam")])
 @torch.no_grad()
 def test_other_sizes_equal_reference(name, fixtures):
-    """Fewer and more patches than the positions were made for, and sizes that aren't a multiple of the patch."""
+    """Fewer and more patches than the positions were made for, and sizes that the patch doesn't divide."""
     for size, last in load_file(fixtures / name / "resized.safetensors").items():
         vit = ViT.from_pretrained(str(fixtures / name), image_size=int(size))
         close(vit(vit.preprocess(picture(53, 37))[None]), last)
 
 
 def test_image_size(fixtures):
-    assert ViT.from_pretrained(str(fixtures / "dinov2")).config.grid == 5  # 30 px, as its preprocessing makes; not 42
+    # 30 px, as its preprocessing makes; not 42
+    assert ViT.from_pretrained(str(fixtures / "dinov2")).config.grid == 5
     assert ViT.from_pretrained(str(fixtures / "sam"), image_size=30).config.image_size == 30
     with pytest.raises(InputError, match="image_size 36: the encoder takes 30 px alone"):
         ViT.from_pretrained(str(fixtures / "sam"), image_size=36)
@@ -72,7 +74,7 @@ def test_preprocess_takes_every_mode(mode, fixtures):
 
 @pytest.mark.parametrize("mode", ("RGBA", "LA", "P", "RGB"))
 def test_transparent_is_white(mode, fixtures):
-    """As the reference has it: half transparent is half white, and so is a palette's or a colour's transparency."""
+    """As the reference has it: half transparent is half white, and so is that of a palette or a colour."""
     vit, source = ViT.from_pretrained(str(fixtures / "clip")), Image.new("L", (40, 40), 60)
     if mode in ("RGBA", "LA"):
         source.putalpha(128)
@@ -80,7 +82,8 @@ def test_transparent_is_white(mode, fixtures):
     else:
         source, grey = source.convert(mode), 255
         source.info["transparency"] = 60 if mode == "P" else (60, 60, 60)
-    mean, std = (torch.tensor(vit.preprocess.settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(vit.preprocess.settings[key]).view(3, 1, 1)
+                 for key in ("image_mean", "image_std"))
     assert ((vit.preprocess(source) * std + mean) * 255 - grey).abs().max() <= 1
 
 
@@ -88,7 +91,8 @@ def test_transparent_is_white(mode, fixtures):
 def test_photographs_equal_reference(name, shared, fixtures):
     golden = load_file(fixtures / "real_pictures.safetensors")[name]
     settings = PROCESSORS[name] | PROCESSING[name]
-    mean, std = (torch.tensor(settings.get(key, [0.5] * 3)).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(settings.get(key, [0.5] * 3)).view(3, 1, 1)
+                 for key in ("image_mean", "image_std"))
     preprocess = Preprocessor(settings, 224)
     for path, reference in zip(photographs(shared)[::3], golden):
         levels = (preprocess(Image.open(path)) * std + mean)[:, ::37, ::37] * 255
@@ -100,7 +104,8 @@ def test_photographs_equal_reference(name, shared, fixtures):
 def test_processor_that_is_not_known(fixtures, tmp_path):
     shutil.copytree(fixtures / "vit", tmp_path / "vit")
     file = tmp_path / "vit" / "preprocessor_config.json"
-    for settings, message in ((dict(image_processor_type="ConvNextImageProcessor"), "'ConvNext' is not one of ViT,"),
+    for settings, message in ((dict(image_processor_type="ConvNextImageProcessor"),
+                               "'ConvNext' is not one of ViT,"),
                               (dict(size=dict(height=30, width=20)), "is not a square"),
                               (dict(size=dict(shortest_edge=30)), "is not a square"),
                               (dict(size="30"), "can't be read")):
@@ -116,30 +121,37 @@ def test_processor_that_is_not_known(fixtures, tmp_path):
 
 def test_config_defaults_are_the_references():
     """Public files leave keys out."""
-    openai = FAMILIES["clip"].config(dict(vision_config=dict(hidden_size=1024, num_attention_heads=16, patch_size=14)))
+    large = dict(hidden_size=1024, num_attention_heads=16, patch_size=14)
+    openai = FAMILIES["clip"].config(dict(vision_config=large))
     assert (openai.activation, openai.eps, openai.patch_size, openai.mlp) == ("quick_gelu", 1e-5, 14, 3072)
     assert FAMILIES["clip"].config(dict(vision_config=dict(hidden_act="gelu"))).activation == "gelu"
     # where both are there, the reference follows the second, with its defaults
-    both = dict(vision_config=dict(hidden_act="gelu", hidden_size=1024), vision_config_dict=dict(hidden_size=1152))
-    assert (FAMILIES["clip"].config(both).width, FAMILIES["clip"].config(both).activation) == (1152, "quick_gelu")
+    both = dict(vision_config=dict(hidden_act="gelu", hidden_size=1024),
+                vision_config_dict=dict(hidden_size=1152))
+    clip = FAMILIES["clip"].config(both)
+    assert (clip.width, clip.activation) == (1152, "quick_gelu")
     siglip = FAMILIES["siglip"].config(dict(vision_config=dict(image_size=384, patch_size=14)))
     assert (siglip.grid, siglip.activation, siglip.eps) == (27, "gelu_pytorch_tanh", 1e-6)
-    giant = FAMILIES["dinov2"].config(dict(hidden_size=1536, mlp_ratio=4, use_swiglu_ffn=True, hidden_act="gelu"))
+    giant = FAMILIES["dinov2"].config(dict(hidden_size=1536, mlp_ratio=4, use_swiglu_ffn=True,
+                                           hidden_act="gelu"))
     assert (giant.mlp, giant.activation) == (4096, "silu")
     rounded = FAMILIES["dinov2"].config(dict(hidden_size=20, num_attention_heads=2, use_swiglu_ffn=True))
     assert rounded.mlp == 56  # two thirds of 80, up to a multiple of 8
-    sam = FAMILIES["sam"].config(dict(vision_config=dict(intermediate_size=6144, mlp_dim=None)))  # the first is unread
-    assert (sam.mlp, sam.grid, sam.hidden, sam.window, sam.global_blocks) == (3072, 64, 256, 14, (2, 5, 8, 11))
+    # the first is unread
+    sam = FAMILIES["sam"].config(dict(vision_config=dict(intermediate_size=6144, mlp_dim=None)))
+    assert (sam.mlp, sam.grid, sam.hidden, sam.window) == (3072, 64, 256, 14)
+    assert sam.global_blocks == (2, 5, 8, 11)
     eva = FAMILIES["blip-2"].config({})
     assert (eva.width, eva.layers, eva.heads, eva.mlp, eva.patch_size) == (1408, 39, 16, 6144, 14)
 
 
 @torch.no_grad()
 def test_half_precision(fixtures):
-    """bfloat16 stays near: also the positions that are added and interpolated at load, and SAM's relative ones."""
+    """bfloat16 stays near: also positions added and interpolated at load, and SAM's relative ones."""
     for name in ("dinov2_registers", "sam"):
         pixels = torch.randn(1, 3, 30, 30, generator=torch.Generator().manual_seed(0))
-        whole, half = (ViT.from_pretrained(str(fixtures / name), dtype) for dtype in (torch.float32, torch.bfloat16))
+        whole, half = (ViT.from_pretrained(str(fixtures / name), dtype)
+                       for dtype in (torch.float32, torch.bfloat16))
         assert all(p.dtype == torch.bfloat16 for p in half.parameters())
         assert (whole(pixels) - half(pixels).float()).abs().mean() < 0.05
 

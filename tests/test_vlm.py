@@ -72,7 +72,8 @@ def test_images_stand_where_the_text_says(fixtures):
     rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaaa<image>")[0]])
     x = vlm.embed(rows, vlm.images(features))
     images = vlm.adapter(features)
-    assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5) and torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
+    assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5)
+    assert torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
     assert torch.allclose(x[1, 11:11 + Q], images[2], atol=1e-5)
     assert torch.equal(x[0, 2], vlm.markers[0]) and torch.equal(x[0, 3 + Q], vlm.markers[1])
     assert torch.equal(x[1, :10], vlm.llm.embed(rows[1, :10]))
@@ -162,7 +163,8 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     together = vlm.caption(pictures, max_tokens=12)
     assert together == [vlm.caption([p], max_tokens=12)[0] for p in pictures] and len(set(together)) > 1
     pair = vlm.caption([pictures[:2], pictures[1:]], prompt="<image>a<image>b", max_tokens=12)
-    assert pair == [vlm.caption([pictures[i:i + 2]], prompt="<image>a<image>b", max_tokens=12)[0] for i in (0, 1)]
+    assert pair == [vlm.caption([pictures[i:i + 2]], prompt="<image>a<image>b", max_tokens=12)[0]
+                    for i in (0, 1)]
     with pytest.raises(InputError, match="room for 2 pictures, not 1"):
         vlm.caption(pictures, prompt="<image><image>")
 
@@ -172,8 +174,10 @@ def test_only_the_adapter_is_trained(fixtures):
     assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
     tokens, where, targets = stack([vlm.encode("", "abc")])
     vlm(tokens, vlm.features(torch.randn(1, 3, 30, 30)), where, targets).mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items() if not name.endswith("k.bias"))
-    assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm) for p in part.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items()
+               if not name.endswith("k.bias"))
+    assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm)
+               for p in part.parameters())
     assert set(vlm.trained) == {name for name, p in vlm.named_parameters() if p.requires_grad}
 
 
@@ -191,14 +195,16 @@ def test_scores_equal_pycocoevalcap(fixtures):
 
 
 def test_words_of_a_caption():
-    assert sample.words("A man's dog, in a T-shirt, can't swim (yet).") == "a man 's dog in a t-shirt ca n't swim yet".split()
+    words = sample.words("A man's dog, in a T-shirt, can't swim (yet).")
+    assert words == "a man 's dog in a t-shirt ca n't swim yet".split()
 
 
 def test_shapes_are_judged():
     captions = Shapes(40, "test")
-    perfect = sample.rate(captions, {i: captions.captions(i)[i % 4] for i in range(40)})[0]
+    perfect = sample.rate(captions, {i: captions.scene(i).captions()[i % 4] for i in range(40)})[0]
     assert perfect == dict(exact=1, shape=1, colour=1, size=1, count=1, relation=1)
-    assert sample.rate(captions, {i: captions.captions((i + 1) % 40)[0] for i in range(40)})[0]["exact"] < 0.1
+    others = {i: captions.scene((i + 1) % 40).captions()[0] for i in range(40)}
+    assert sample.rate(captions, others)[0]["exact"] < 0.1
     text = sample.table({"test": perfect, "val": {"BLEU-4": 0.1234}})
     assert "100.0 %" in text and "0.123" in text and len(set(map(len, text.splitlines()))) == 1
 
@@ -206,7 +212,8 @@ def test_shapes_are_judged():
 # ---------------------------------------------------------------------------------------------------------
 # Command lines
 
-QUICK = ["--scenes", "96", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0", "--save-every", "4", "--log-every", "2",
+QUICK = ["--scenes", "96", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0",
+         "--save-every", "4", "--log-every", "2",
          "--warmup", "2"]
 SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
 
@@ -245,11 +252,12 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     assert "step 8/8" in out and "val " in out and "| unseen (8) |" in out
     folder, = Path("out").iterdir()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 8] and [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 8]
+    assert [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
     assert lines[3]["val"] != lines[1]["val"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
-    assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl",
-                                                        "captions-test.jsonl", "captions-unseen.jsonl",
-                                                        "curves.png", "samples.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl", "captions-test.jsonl",
+        "captions-unseen.jsonl", "curves.png", "samples.png"}
     picture(120, 80).save("a.png")
     picture(30, 90).convert("L").save("b.jpg")
     assert command(monkeypatch, sample, "a.png", "b.jpg", "--max-tokens", "5") == 0
@@ -260,7 +268,8 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
 
 def test_encoder_options_reach_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--image-size", "48", "--layer", "-2", "--out", "run") == 0
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--image-size", "48", "--layer", "-2",
+                   "--out", "run") == 0
     assert "16 embeddings a picture" in capsys.readouterr().out
     vlm = VLM.from_pretrained("run")
     assert vlm.vit.preprocess(picture(90, 60)).shape == (3, 48, 48)
@@ -272,20 +281,24 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
         picture(20 + i, 30).save(f"{i}.png")
-    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i % 3} of many things\n" for i in range(12)))
+    rows = (f"{i}.png,a picture {i % 3} of many things\n" for i in range(12))
+    Path("c.csv").write_text("image,caption\n" + "".join(rows))
     Path("5.png").write_text("no picture")
     common = ["--data", "c.csv", "--workers", "0"]
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--val-size", "12", "--out", "run",
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+                   "--val-size", "12", "--out", "run",
                    "--no-cache-features") == 0
     assert "5.png: not a picture" in Path("run/unreadable.txt").read_text()
     capsys.readouterr()
-    assert command(monkeypatch, sample, "--model", "run", *common, "--save", "captions.jsonl", "--max-tokens", "8") == 0
+    assert command(monkeypatch, sample, "--model", "run", *common, "--save", "captions.jsonl",
+                   "--max-tokens", "8") == 0
     captured = capsys.readouterr()
     assert "c.csv (11)" in captured.out and "CIDEr-D" in captured.out and "skipped: 5.png" in captured.err
     lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
     assert len(lines) == 11 and lines[1]["references"] == ["a picture 1 of many things"]
     Path("6.png").unlink()
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv", "--val-size", "12", "--out", "other") == 2
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+                   "--val-size", "12", "--out", "other") == 2
     assert "2 of 12 pictures can't be read" in capsys.readouterr().err
 
 
@@ -305,7 +318,8 @@ def test_resumed_run_equals_an_unbroken_one(cache, tmp_path, monkeypatch, capsys
 def test_accumulation_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parts in ("1", "4"):
-        assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--accumulate", parts, "--precision", "float32",
+        assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--accumulate", parts,
+                       "--precision", "float32",
                        "--out", parts) == 0
     one, four = (load_file(f"{parts}/adapter.safetensors") for parts in ("1", "4"))
     assert all(torch.allclose(one[name], four[name], atol=1e-4) for name in one)
@@ -332,7 +346,8 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (sample, ("text.jpg", "--model", "run"), "text.jpg: not a picture"),
             (sample, ("cut.jpg", "--model", "run"), "cut.jpg: broken picture"),
             (sample, ("whole.jpg", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
-            (sample, ("whole.jpg", "--model", "cut"), "cut/adapter.safetensors: not a whole safetensors file"),
+            (sample, ("whole.jpg", "--model", "cut"),
+             "cut/adapter.safetensors: not a whole safetensors file"),
             (sample, ("whole.jpg", "--model", "other"), "other/adapter.safetensors: tensor 'adapter."),
             (sample, ("whole.jpg", "--model", "empty"), "empty/adapter.safetensors: no such file"),
             (sample, ("whole.jpg", "--model", fixtures / "vit"), "config.json: not the folder of a run"),
@@ -340,7 +355,8 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (sample, ("whole.jpg", "--model", "run", "--device", "cuda:77"), "--device cuda:77"),
             (sample, ("--data", "empty.csv", "--model", "run"), "empty.csv: no usable pair"),
             (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, "),
-            (train, ("--adapter", "linear", "--queries", "3"), "--queries means nothing to the linear adapter"),
+            (train, ("--adapter", "linear", "--queries", "3"),
+             "--queries means nothing to the linear adapter"),
             (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut"),
             (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every must be at least 1"),
             (train, ("--adapter-text", "-1"), "--adapter-text must be at least 0, not -1"),
@@ -380,5 +396,7 @@ def test_a_bad_picture_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
 def test_train_on_cuda(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for precision in ("bfloat16", "float16", "float32"):
-        assert command(monkeypatch, train, *SMALL, *QUICK, "--precision", precision, "--device", "cuda", "--out", precision) == 0
-        assert command(monkeypatch, sample, "--model", precision, "--data", "shapes", "--workers", "0", "--precision", precision) == 0
+        assert command(monkeypatch, train, *SMALL, *QUICK, "--precision", precision, "--device", "cuda",
+                       "--out", precision) == 0
+        assert command(monkeypatch, sample, "--model", precision, "--data", "shapes", "--workers", "0",
+                       "--precision", precision) == 0
