@@ -43,7 +43,8 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
     assert torch.equal(vlm.llm.embedding.weight, saved.to(vlm.llm.dtype))
     lines = [json.loads(line) for line in Path("whole/captions-test.jsonl").read_text().splitlines()]
     pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
-    assert [line["caption"] for line in lines] == vlm.answer([vlm.encode("")[0]] * 8, vlm.features(pixels))
+    with torch.no_grad():  # as the run did: where a backward pass may follow, attention takes another kernel
+        assert [line["caption"] for line in lines] == vlm.answer([vlm.encode("")[0]] * 8, vlm.features(pixels))
     Path("whole/llm.safetensors").unlink()
     picture(90, 90).save("a.png")
     assert command(monkeypatch, sample, "a.png", "--model", "whole") == 2
