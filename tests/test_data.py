@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (SKILLS, UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, draw_caption,
+from data import (SKILLS, UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, attend, draw_caption,
                   find_checkpoint, judge, open_picture, references, shuffled, skip, stack, write_file)
 from fixtures.pictures import picture
 from llm import LLM, Tokenizer
@@ -397,3 +397,24 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
             os.utime(file, (0, time.time() - 90_000))
     write_file(tmp_path / "new.pt", Path.touch)
     assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt"}
+
+
+@pytest.mark.parametrize("amx", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("T, S, mask", ((1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
+def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypatch):
+    """Of heads that share keys, with a backward pass to follow or without one, whatever the CPU can do."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 8, dtype=dtype) for heads, length in ((6, T), (3, S), (3, S)))
+    seen = (torch.arange(S) + T - S <= torch.arange(T)[:, None]).repeat(2, 1, 1, 1)
+    seen[1, ..., 0] &= mask is None
+    added = torch.randn(2, 6, T, S, dtype=dtype) if mask == "added" else torch.zeros(()).masked_fill(~seen, -torch.inf)
+    keys, values = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    expected = (q.double() @ keys.mT / 8 ** 0.5 + added.double()).softmax(-1) @ values
+    given = {"bool": seen, "added": added}.get(mask)
+    for kept in (False, True):
+        with torch.set_grad_enabled(kept):
+            found = attend(q, k, v, given, causal=mask is None and T > 1)
+        assert found.shape == q.shape and found.dtype == dtype
+        assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
