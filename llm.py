@@ -130,7 +130,7 @@ def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     if (size := cos.shape[-1]) < x.shape[-1]:
         return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
-    return x * cos + x.roll(size // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
 
 
 def make_norm(config: LLMConfig, size: int) -> nn.Module:
