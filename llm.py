@@ -794,8 +794,8 @@ CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U000
 def bert_normaliser(step: dict) -> Callable[[str], str]:
     """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
     accents if it says so. The reference classes characters as Unicode 8 did."""
-    plain = step.get("strip_accents")
-    plain = step.get("lowercase", True) if plain is None else plain
+    lower, plain = step.get("lowercase", True), step.get("strip_accents")
+    plain = lower if plain is None else plain
 
     def normalise(text: str) -> str:
         if step.get("clean_text", True):
@@ -805,9 +805,24 @@ def bert_normaliser(step: dict) -> Callable[[str], str]:
             text = CHINESE.sub(r" \1 ", text)
         if plain:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return text.lower() if step.get("lowercase", True) else text
+        return text.lower() if lower else text
 
     return normalise
+
+
+def normaliser(step: dict) -> Callable[[str], str]:
+    """What a step of tokenizer.json's normalizer makes of a text."""
+    match step:
+        case {"type": "NFC"}:
+            return nfc
+        case {"type": "BertNormalizer"}:
+            return bert_normaliser(step)
+        case {"type": "Prepend", "prepend": str(prefix)}:
+            return prefix.__add__
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                len(new) <= len(old)):  # so that no text grows without bound
+            return lambda text: text.replace(old, new)
+    raise ValueError(f"the normaliser {step} is not supported")
 
 
 class WordPieces:
@@ -857,20 +872,7 @@ class Tokenizer:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option) and not words:
                 raise ValueError(f"{option} is not supported")
-        self.normalisers = []
-        for step in steps(file.get("normalizer"), "normalizers"):
-            match step:
-                case {"type": "NFC"}:
-                    self.normalisers.append(nfc)
-                case {"type": "BertNormalizer"}:
-                    self.normalisers.append(bert_normaliser(step))
-                case {"type": "Prepend", "prepend": str(prefix)}:
-                    self.normalisers.append(prefix.__add__)
-                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
-                        len(new) <= len(old)):  # so that no text grows without bound
-                    self.normalisers.append(lambda text, old=old, new=new: text.replace(old, new))
-                case _:
-                    raise ValueError(f"the normaliser {step} is not supported")
+        self.normalisers = [normaliser(step) for step in steps(file.get("normalizer"), "normalizers")]
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
             case [{"type": "BertPreTokenizer"}] if words:
@@ -958,12 +960,11 @@ class Tokenizer:
         text, ids = whole(text), []
         for start, piece, id in self.cut(text, False, special, plain):
             if piece is None:
-                inner = [(start, None, id)]
-            else:
-                data = plain.start < start + len(piece) and start < plain.stop
-                inner = self.cut(self.normalise(piece), True, special and not data)
-            for begin, piece, id in inner:
-                ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
+                ids.append(id)
+                continue
+            data = plain.start < start + len(piece) and start < plain.stop
+            for begin, part, id in self.cut(self.normalise(piece), True, special and not data):
+                ids += [id] if part is None else self.model.encode(part, first=start == begin == 0)
         return ids
 
     def decode(self, ids: list[int], special: bool = True) -> str:
