@@ -421,6 +421,14 @@ gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gelu_tanh)
 
 
+def name_table(outside: dict, blocks: dict, block: str) -> dict:
+    """A table of names (see `Family`): those `outside` the blocks, and for every block those of `blocks`,
+    ours behind "blocks.{}.", the first or only one on disk behind `block`, such as "layers.{}."."""
+    return outside | {
+        f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
+        for ours, disk in blocks.items()}
+
+
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """softmax(q kᵀ / √hd) (B,H,T,S) of what `attend` takes."""
     (B, H, T, size), (K, S) = q.shape, k.shape[1:3]
@@ -475,7 +483,7 @@ def watch(modules: list[torch.nn.Module]):
 
 
 class FeedForward(torch.nn.Module):
-    """down(activation(up(x))); `gated`: down(activation(gate(x)) · up(x)) (Shazeer, 2020, arXiv:2002.05202)."""
+    """down(activation(up(x))); gated: down(activation(gate(x)) · up(x)) (Shazeer, 2020, arXiv:2002.05202)."""
     joined = ("gate", "up"),  # see `pack`
 
     def __init__(self, width: int, hidden: int, activation: str, bias: bool = True, gated: bool = False):
@@ -492,9 +500,9 @@ class FeedForward(torch.nn.Module):
 
 
 class PackedLinear(torch.nn.Module):
-    """nn.Linear layers that read the same x, as one for inference alone, computing in `dtype`. Its weight lies as
-    oneDNN's kernels on a CPU read it; nn.Linear lays it out anew in every call, which takes as long as the product
-    with one token."""
+    """nn.Linear layers that read the same x, as one for inference alone, computing in `dtype`. Its weight
+    lies as oneDNN's kernels on a CPU read it; nn.Linear lays it out anew in every call, which takes as long
+    as the product with one token."""
     then = "none", ""  # what follows in the same kernel, in oneDNN's words
 
     def __init__(self, layers: list[torch.nn.Linear], dtype: torch.dtype):
@@ -502,7 +510,8 @@ class PackedLinear(torch.nn.Module):
         weight = torch.cat([layer.weight.detach().to(dtype) for layer in layers])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
-        self.bias, self.dtype, self.sizes = torch.cat(biases) if biases else None, dtype, [len(layer.weight) for layer in layers]
+        self.bias = torch.cat(biases) if biases else None
+        self.dtype, self.sizes = dtype, [len(layer.weight) for layer in layers]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
         then, how = self.then
@@ -510,7 +519,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def project(x: torch.Tensor, *layers: torch.nn.Module | None) -> list[torch.Tensor]:
-    """What each of the layers makes of x (…,in). `pack` may have put all of them into the first: one product."""
+    """What each of the layers makes of x (…,in). `pack` may have put all into the first: one product."""
     if layers[-1] is None:
         return layers[0](x).split(layers[0].sizes, -1)
     return [layer(x) for layer in layers]
@@ -518,10 +527,11 @@ def project(x: torch.Tensor, *layers: torch.nn.Module | None) -> list[torch.Tens
 
 def pack(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Packs the nn.Linear layers of a model on a CPU, which computes in `dtype`: to be called last, since no
-    gradients pass, nothing is saved, and it can't be moved. Those that a part of it gives to `project` together
-    it names in `joined`. Decoding takes half the time in bfloat16; the results are the same."""
+    gradients pass, nothing is saved, and it can't be moved. Those that a part of it gives to `project`
+    together it names in `joined`. Decoding takes half the time in bfloat16; the results are the same."""
     if not torch.backends.mkldnn.is_available() or not (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            dtype == torch.float32
+            or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for parent in list(module.modules()):
         children = [(name,) for name, _ in parent.named_children()]

@@ -15,21 +15,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, find_checkpoint, guard,
-                  load_weights, pack, project, read_json, whole)
+from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, find_checkpoint,
+                  guard, load_weights, name_table, pack, project, read_json, whole)
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of the first `size` numbers of each head."""
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of each head's first `size` numbers."""
     size: int
     theta: float
-    scaling: str = "default"  # or how it reaches past the `original` length: "linear", "dynamic", "llama3", "longrope"
-    factor: float = 1.0
-    original: int = 0
-    bands: tuple[float, float] = (1.0, 4.0)  # llama3: wavelengths per `original` where stretching ends and begins
-    short: tuple[float, ...] = ()  # longrope: what divides each frequency up to the original length …
-    long: tuple[float, ...] = ()  # … and past it
-    scale: float = 1.0  # longrope: of rotated queries and keys
+    scaling: str  # "default" or, to reach past `original` tokens, "linear", "dynamic", "llama3", "longrope"
+    factor: float
+    original: int
+    bands: tuple[float, float]  # llama3: wavelengths per `original` where stretching ends and begins
+    short: tuple[float, ...]  # longrope: what divides each frequency up to the original length …
+    long: tuple[float, ...]  # … and past it
+    scale: float  # longrope: of rotated queries and keys
 
 
 @dataclass
@@ -108,7 +108,7 @@ def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
         keep = ((rope.original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         f = (1 - keep) * f / rope.factor + keep * f
     elif rope.scaling == "longrope":  # Ding et al., 2024, arXiv:2402.13753
-        f = f / torch.where(length > rope.original, *(f.new_tensor(stretch) for stretch in (rope.long, rope.short)))
+        f = f / torch.where(length > rope.original, f.new_tensor(rope.long), f.new_tensor(rope.short))
     return f.expand(len(length), -1)
 
 
@@ -185,21 +185,21 @@ class Block(nn.Module):
 
 
 class LLM(nn.Module):
-    """A decoder-only transformer of any family in FAMILIES. `embedding` and (unless tied) `head` hold the vocabulary."""
+    """A decoder-only transformer of any family in FAMILIES. Where it is tied, `embedding` is the head too."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.config = config
         self.recomputes = False  # what a block kept for the backward pass: a third more time, little memory
+        V, D, W = config.vocabulary, config.hidden, config.width
         # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.hidden), freeze=False)
-        project = config.width != config.hidden
-        self.project_in = nn.Linear(config.hidden, config.width, bias=False) if project else nn.Identity()
-        self.positions = nn.Embedding(config.max_positions, config.width) if config.learned_positions else None
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
+        self.project_in = nn.Linear(D, W, bias=False) if W != D else nn.Identity()
+        self.positions = nn.Embedding(config.max_positions, W) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config, config.width) if config.final_norm else nn.Identity()
-        self.project_out = nn.Linear(config.width, config.hidden, bias=False) if project else nn.Identity()
-        self.head = None if config.tied else nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.norm = make_norm(config, W) if config.final_norm else nn.Identity()
+        self.project_out = nn.Linear(W, D, bias=False) if W != D else nn.Identity()
+        self.head = None if config.tied else nn.Linear(D, V, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,7 +223,8 @@ class LLM(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=embeddings.device)[None]
         if start + T > config.max_positions:
-            raise InputError(f"{start + T} tokens are more than the language model's {config.max_positions} positions")
+            raise InputError(
+                f"{start + T} tokens are more than the language model's {config.max_positions} positions")
         x = self.project_in(embeddings.to(self.dtype))  # (B,T,W)
         if self.positions is not None:
             x = x + self.positions(positions)
@@ -249,7 +250,7 @@ class LLM(nn.Module):
             self.head.weight = self.embedding.weight
         pack(self, self.dtype)
 
-    def forward(self, tokens: torch.Tensor | None = None, *, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens=None, *, embeddings=None) -> torch.Tensor:
         """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""
         return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
 
@@ -267,8 +268,9 @@ class LLM(nn.Module):
         (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
         the likeliest text instead. Returns B lists of new ids, without the end token. Raises InputError.
         """
+        device = self.embedding.weight.device
         if embeddings is None:
-            embeddings = [self.embed(torch.as_tensor(row, device=self.embedding.weight.device)) for row in tokens]
+            embeddings = [self.embed(torch.as_tensor(row, device=device)) for row in tokens]
         end_tokens = self.config.end_tokens if end_tokens is None else end_tokens
         lengths = [len(row) for row in embeddings]
         B, T = len(lengths), max(lengths)
@@ -276,23 +278,24 @@ class LLM(nn.Module):
             raise InputError("there is nothing to continue: a row is empty")
         if beams > 1 and temperature:
             raise InputError("beam search draws nothing: leave the temperature at 0")
-        x = torch.stack([F.pad(row, (0, 0, T - len(row), 0)) for row in embeddings]).to(self.dtype)
-        pad = T - torch.tensor(lengths, device=x.device)[:, None]  # (B,1)
         if positions is None:
-            positions = [torch.arange(n, device=x.device) for n in lengths]
-        positions = torch.stack([
-            F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in positions])
+            positions = [torch.arange(n, device=device) for n in lengths]
+
+        def pad_left(rows):  # to (B,T,…)
+            return torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in rows])
+
+        x, positions = pad_left(embeddings).to(self.dtype), pad_left(positions)
+        pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1)
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
         for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
             if rope and rope.scaling == "longrope" and any(
                     n <= rope.original < n + max_tokens - 1 for n in after):
-                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this language "
-                                 "model reads longer ones in another way")
-        key = torch.arange(T + max_tokens, device=x.device)
+                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this "
+                                 "language model reads longer ones in another way")
+        key = torch.arange(T + max_tokens, device=device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
-        done = torch.zeros(B, dtype=torch.bool, device=x.device)
-        ends = torch.tensor([id for id in end_tokens if id < self.config.vocabulary], dtype=torch.long,
-                            device=x.device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        ends = key.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
         for _ in range(max_tokens):
             start, end = cache.length, cache.length + x.shape[1]
@@ -314,7 +317,7 @@ class LLM(nn.Module):
                 break
             x, positions, after = self.embed(chosen)[:, None], after, after + 1
         rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
-        return [row[:next((i for i, token in enumerate(row) if token in end_tokens), len(row))] for row in rows]
+        return [[*itertools.takewhile(lambda id: id not in end_tokens, row)] for row in rows]
 
     @classmethod
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":
@@ -337,8 +340,8 @@ class LLM(nn.Module):
 def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
          rows: int | None = None) -> torch.Tensor:
     """Cross entropy (M,) of targets (M,) by the scores logits(states) (M,V) of states (M,D). The scores of no
-    more than `rows` targets exist at a time (unless given 2048; 128 on a CPU, whose caches hold these: half the
-    time): those of more are computed part by part, and once more in the backward pass."""
+    more than `rows` targets exist at a time (unless given 2048; 128 on a CPU, whose caches hold these: half
+    the time): those of more are computed part by part, and once more in the backward pass."""
     def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits(states).float(), targets, reduction="none")
 
@@ -379,24 +382,27 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
 
 
 class BeamSearch:
-    """The `beams` likeliest texts of each of B rows go on side by side. Of those that ended, the `beams` best by mean
-    log-probability are kept, until the best of those that go on is no better than the worst of these."""
+    """The `beams` likeliest texts of each of B rows go on side by side. Of those that ended, the `beams` best
+    by mean log-probability are kept, until the best that goes on is no better than the worst of these."""
 
     def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor):
-        self.beams, self.max_tokens, self.ends, self.end_tokens = beams, max_tokens, ends, set(ends.tolist())
-        self.texts, self.scores = [[[]] for _ in range(B)], [[0.0] for _ in range(B)]  # that go on, best first
+        self.beams, self.max_tokens = beams, max_tokens
+        self.ends, self.end_tokens = ends, set(ends.tolist())
+        self.texts = [[[]] for _ in range(B)]  # that go on, best first
+        self.scores = [[0.0] for _ in range(B)]  # of these
         self.ended = [[] for _ in range(B)]  # (score, text), best first
         self.done = [False] * B
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (B·k,V) of each row's k texts (one, then `beams`) to the ids (B·beams,) that go on, which of the
-        B·k texts each continues, and which rows (B,) are done."""
+        """Logits (B·k,V) of each row's k texts (one, then `beams`) to the ids (B·beams,) that go on, which of
+        the B·k texts each continues, and which rows (B,) are done."""
         B, k, V = len(self.texts), len(self.texts[0]), logits.shape[-1]
-        totals = logits.log_softmax(-1).unflatten(0, (B, k)) + logits.new_tensor(self.scores)[:, :, None]  # (B,k,V)
+        totals = logits.log_softmax(-1).view(B, k, V) + logits.new_tensor(self.scores)[..., None]  # (B,k,V)
         on = totals.index_fill(2, self.ends, -torch.inf)
         best, on = (t.flatten(1).topk(min(self.beams, k * V)) for t in (totals, on))  # (B,beams)
         for b, (scores, places, on_scores, on_places) in enumerate(zip(*(t.tolist() for t in (*best, *on)))):
-            texts, on_texts = ([self.texts[b][i // V] + [i % V] for i in which] for which in (places, on_places))
+            texts, on_texts = ([self.texts[b][i // V] + [i % V] for i in which]
+                               for which in (places, on_places))
             length = len(texts[0])
             if not self.done[b]:
                 self.ended[b] += [(score / length, text) for score, text in zip(scores, texts)
@@ -426,9 +432,10 @@ def gpt2_config(c: dict) -> LLMConfig:
     return LLMConfig(
         vocabulary=c["vocab_size"], hidden=hidden, layers=c["n_layer"], heads=heads, kv_heads=heads,
         head_size=hidden // heads, mlp=c.get("n_inner") or 4 * hidden, max_positions=c["n_positions"],
-        activation=c.get("activation_function", "gelu_new"), eps=c.get("layer_norm_epsilon", 1e-5), norm="layer",
-        learned_positions=True, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-        tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id"), end_tokens=c.get("eos_token_id"))
+        activation=c.get("activation_function", "gelu_new"), eps=c.get("layer_norm_epsilon", 1e-5),
+        norm="layer", learned_positions=True, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+        tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id"),
+        end_tokens=c.get("eos_token_id"))
 
 
 def opt_config(c: dict) -> LLMConfig:
@@ -436,9 +443,10 @@ def opt_config(c: dict) -> LLMConfig:
     pre = c.get("do_layer_norm_before", True)
     return LLMConfig(
         vocabulary=c.get("vocab_size", 50272), hidden=c.get("word_embed_proj_dim") or width, width=width,
-        layers=c["num_hidden_layers"], heads=heads, kv_heads=heads, head_size=width // heads, mlp=c["ffn_dim"],
-        max_positions=c.get("max_position_embeddings", 2048), activation=c.get("activation_function", "relu"),
-        eps=1e-5, norm="layer", norm_weights=c.get("layer_norm_elementwise_affine", True),
+        layers=c["num_hidden_layers"], heads=heads, kv_heads=heads, head_size=width // heads,
+        mlp=c["ffn_dim"], max_positions=c.get("max_position_embeddings", 2048),
+        activation=c.get("activation_function", "relu"), eps=1e-5, norm="layer",
+        norm_weights=c.get("layer_norm_elementwise_affine", True),
         norm_order="pre" if pre else "post", final_norm=pre and not c.get("_remove_final_layer_norm"),
         learned_positions=True, gated=False, qkv_bias=bias, out_bias=bias, mlp_bias=bias,
         tied=c.get("tie_word_embeddings", True), start_token=c.get("bos_token_id", 2),
@@ -446,11 +454,12 @@ def opt_config(c: dict) -> LLMConfig:
 
 
 def llama_config(c: dict, slides=lambda layer: True, **differences) -> LLMConfig:
-    """Llama's config.json, which most families took over. `slides` tells which layers have the sliding window,
-    where `layer_types` doesn't; `differences` are fields that a family sets otherwise."""
+    """Llama's config.json, which most families took over. `slides` tells which layers have the sliding
+    window, where `layer_types` doesn't; `differences` are fields that a family sets otherwise."""
     hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], depth(c["num_hidden_layers"])
-    bias, rope = c.get("attention_bias", False), make_rope(c, c.get("rope_scaling") or c.get("rope_parameters") or {})
-    reach = rope.factor if rope.scaling in ("linear", "dynamic") else 1  # these leave max_position_embeddings as it was
+    bias = c.get("attention_bias", False)
+    rope = make_rope(c, c.get("rope_scaling") or c.get("rope_parameters") or {})
+    reach = rope.factor if rope.scaling in ("linear", "dynamic") else 1  # not in max_position_embeddings
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     types = c.get("layer_types") or [f"{'sliding' if slides(i) else 'full'}_attention" for i in range(layers)]
     if not {*types} <= {"sliding_attention", "full_attention"}:
@@ -461,12 +470,13 @@ def llama_config(c: dict, slides=lambda layer: True, **differences) -> LLMConfig
         mlp=c["intermediate_size"], max_positions=int(c.get("max_position_embeddings", 2048) * reach),
         activation=c.get("hidden_act", "silu"), eps=c.get("rms_norm_eps", 1e-6), ropes=(rope,) * layers,
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
-        qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False), tied=c.get("tie_word_embeddings", False),
-        start_token=c.get("bos_token_id"), end_tokens=c.get("eos_token_id")) | differences)
+        qkv_bias=bias, out_bias=bias, mlp_bias=c.get("mlp_bias", False),
+        tied=c.get("tie_word_embeddings", False), start_token=c.get("bos_token_id"),
+        end_tokens=c.get("eos_token_id")) | differences)
 
 
 def make_rope(c: dict, parameters: dict) -> Rope:
-    """`parameters` are config.json's `rope_parameters`, or the older `rope_scaling` beside keys of config.json."""
+    """`parameters`: config.json's `rope_parameters`, or the older `rope_scaling` and keys of config.json."""
     r = {"rope_theta": c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0,
          "partial_rotary_factor": c.get("partial_rotary_factor") or c.get("rotary_pct") or 1.0} | parameters
     scaling = r.get("rope_type") or r.get("type") or "default"
@@ -475,19 +485,20 @@ def make_rope(c: dict, parameters: dict) -> Rope:
         raise ValueError(f"rotary scaling {scaling!r} is not supported")
     head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     length = c.get("max_position_embeddings", 2048)
-    original = c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings") or length
+    original = (c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
+                or length)
     factor, scale = r.get("factor") or length / original, 1.0
     if scaling == "longrope":
         scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-    size, bands = int(head_size * r["partial_rotary_factor"]), [
-        float(r.get(*band)) for band in (("low_freq_factor", 1), ("high_freq_factor", 4))]
+    size = int(head_size * r["partial_rotary_factor"])
+    bands = float(r.get("low_freq_factor", 1)), float(r.get("high_freq_factor", 4))
     short, long = (tuple(map(float, r.get(key, ()))) for key in ("short_factor", "long_factor"))
     if not 0 < size <= head_size or size % 2:
         raise ValueError(f"{size} of {head_size} numbers of a head can't be rotary")
     if scaling == "longrope" and not len(short) == len(long) == size // 2:
         raise ValueError(f"short_factor and long_factor must have {size // 2} numbers")
-    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), tuple(bands), short,
-                long, float(scale))
+    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), bands, short, long,
+                float(scale))
 
 
 def qwen_config(c: dict, **differences) -> LLMConfig:
@@ -512,10 +523,11 @@ def neox_config(c: dict) -> LLMConfig:
 def gemma3_config(c: dict) -> LLMConfig:
     refuse(c, "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
     c = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-         "max_position_embeddings": 131072, "sliding_window": 4096, "tie_word_embeddings": True, "bos_token_id": 2,
-         "eos_token_id": 1} | c  # what config.json may leave out
+         "max_position_embeddings": 131072, "sliding_window": 4096, "tie_word_embeddings": True,
+         "bos_token_id": 2, "eos_token_id": 1} | c  # what config.json may leave out
     config = llama_config(
-        c, lambda layer: (layer + 1) % c.get("sliding_window_pattern", 6), max_positions=c["max_position_embeddings"],
+        c, lambda layer: (layer + 1) % c.get("sliding_window_pattern", 6),
+        max_positions=c["max_position_embeddings"],  # rotary scaling included
         activation=c.get("hidden_activation", "gelu_pytorch_tanh"), norm_order="both", qk_norm=True,
         query_scale=(c["head_dim"] / c.get("query_pre_attn_scalar", 256)) ** 0.5,
         embedding_scale=c["hidden_size"] ** 0.5)
@@ -540,14 +552,14 @@ def inner_config(c: dict) -> LLMConfig:
     return FAMILIES[c["text_config"]["model_type"]].config(c["text_config"])
 
 
-def third(i: int):
-    """Reads the i-th of q, k, v from GPT-2's fused weight (in, 3 out), stored input first, or its bias (3 out)."""
-    return lambda tensor: tensor.movedim(-1, 0).chunk(3)[i]
-
-
 def turned(tensor: torch.Tensor) -> torch.Tensor:
-    """GPT-2 stores its weights input first; a bias stays as it is."""
+    """GPT-2 stores its weights input first, (in, out); a bias stays as it is."""
     return tensor.movedim(-1, 0)
+
+
+def third(i: int):
+    """Reads the i-th of q, k, v from GPT-2's fused weight (in, 3 out) or bias (3 out)."""
+    return lambda tensor: turned(tensor).chunk(3)[i]
 
 
 def one_more(weight: torch.Tensor) -> torch.Tensor:
@@ -555,35 +567,28 @@ def one_more(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() + 1
 
 
-def table(outside: dict, blocks: dict, block: str = "layers.{}.") -> dict:
-    """A table of names (see data.Family); those of `blocks` lack the block's own name, which on disk is `block`."""
-    return outside | {f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
-                      for ours, disk in blocks.items()}
-
-
-GPT2_NAMES = table({"embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head"}, {
+GPT2_NAMES = name_table({"embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head"}, {
     "norm1": "ln_1", "norm2": "ln_2",
-    "attention.q": (third(0), "attn.c_attn"), "attention.k": (third(1), "attn.c_attn"),
-    "attention.v": (third(2), "attn.c_attn"), "attention.out": (turned, "attn.c_proj"),
-    "mlp.up": (turned, "mlp.c_fc"), "mlp.down": (turned, "mlp.c_proj"),
-}, "h.{}.")
-OPT_NAMES = table({
-    "embedding": "embed_tokens", "project_in": "project_in", "project_out": "project_out", "norm": "final_layer_norm",
+    **{f"attention.{name}": (third(i), "attn.c_attn") for i, name in enumerate("qkv")},
+    "attention.out": (turned, "attn.c_proj"),
+    "mlp.up": (turned, "mlp.c_fc"), "mlp.down": (turned, "mlp.c_proj")}, "h.{}.")
+OPT_NAMES = name_table({
+    "embedding": "embed_tokens", "project_in": "project_in", "project_out": "project_out",
     "positions": (lambda tensor: tensor[2:], "embed_positions"),  # the first two stand for padding
-    "head": "lm_head",
+    "norm": "final_layer_norm", "head": "lm_head",
 }, {
     "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
-    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"})
-LLAMA_NAMES = table({"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}, {
+    **{f"attention.{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")},
+    "mlp.up": "fc1", "mlp.down": "fc2"}, "layers.{}.")
+LLAMA_NAMES = name_table({"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}, {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-    "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
-    "attention.out": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"})
-GEMMA3_NAMES = table(LLAMA_NAMES | {"norm": (one_more, "norm")}, {
+    **{f"attention.{name}": f"self_attn.{name}_proj" for name in "qkv"}, "attention.out": "self_attn.o_proj",
+    **{f"attention.{name}": f"self_attn.{name}" for name in ("q_norm", "k_norm")},
+    **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "layers.{}.")
+GEMMA3_NAMES = name_table(LLAMA_NAMES | {"norm": (one_more, "norm")}, {
     "norm1": (one_more, "input_layernorm"), "out_norm1": (one_more, "post_attention_layernorm"),
     "norm2": (one_more, "pre_feedforward_layernorm"), "out_norm2": (one_more, "post_feedforward_layernorm"),
-    "attention.q_norm": (one_more, "self_attn.q_norm"), "attention.k_norm": (one_more, "self_attn.k_norm")})
+    **{f"attention.{name}": (one_more, f"self_attn.{name}") for name in ("q_norm", "k_norm")}}, "layers.{}.")
 
 
 def phi3_names(config: LLMConfig) -> dict:
@@ -591,22 +596,24 @@ def phi3_names(config: LLMConfig) -> dict:
     def part(i: int, *rows: int):
         return lambda tensor: tensor.split(rows)[i]
     qkv = [heads * config.head_size for heads in (config.heads, config.kv_heads, config.kv_heads)]
-    return table(LLAMA_NAMES, {
+    return name_table(LLAMA_NAMES, {
         **{f"attention.{name}": (part(i, *qkv), "self_attn.qkv_proj") for i, name in enumerate("qkv")},
-        **{f"mlp.{name}": (part(i, config.mlp, config.mlp), "mlp.gate_up_proj") for i, name in enumerate(("gate", "up"))}})
+        "mlp.gate": (part(0, config.mlp, config.mlp), "mlp.gate_up_proj"),
+        "mlp.up": (part(1, config.mlp, config.mlp), "mlp.gate_up_proj")}, "layers.{}.")
 
 
 def neox_names(config: LLMConfig) -> dict:
     """GPT-NeoX fuses q, k and v head by head: (heads · 3 · hd, in)."""
     def part(i: int):
         return lambda tensor: tensor.unflatten(0, (config.heads, 3, -1))[:, i].flatten(0, 1)
-    return table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out|lm_head"}, {
+    return name_table({"embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out|lm_head"}, {
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
         **{f"attention.{name}": (part(i), "attention.query_key_value") for i, name in enumerate("qkv")},
-        "attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"})
+        "attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h",
+        "mlp.down": "mlp.dense_4h_to_h"}, "layers.{}.")
 
 
-NANOVLM_NAMES = table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
+NANOVLM_NAMES = name_table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
     "norm1": "norm1", "norm2": "norm2",
     **{f"attention.{name}": f"attn.{name}_proj" for name in ("q", "k", "v", "out")},
     **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
@@ -636,25 +643,28 @@ FAMILIES = {  # config.json's model_type -> family
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The same with each digit alone: a run of white space before a digit then stays whole, as before the text's end.
-# The reference takes these digits from a newer Unicode than its regular expressions do.
+WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+"
+GPT2_SPLIT = WORD + r"| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same with each digit alone: white space before a digit then stays whole, as before the text's end. The
+# reference takes these digits from a newer Unicode than its regular expressions do.
 DIGIT = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
-DIGITS_SPLIT = rf"""[{DIGIT}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"""
+DIGITS_SPLIT = rf"[{DIGIT}]|{WORD}| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte in the files of SentencePiece's kind
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
-# Characters that NFC composes or reorders, but of a newer Unicode than the reference's NFC: it leaves them as they stand
-NEWER_CODES = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c 105d2-105da
-    10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10eff 10f46-10f50 10f82-10f85 11070 11241 1133b 113b8-113e2 1145e
-    11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11b60-11b67 11d42 11d44-11d45 11d97 11df0 11f00-11f03
-    11f34-11f5a 13440-13455 1611e-1612f 16d63-16d68 16ff0-16ff1 1d127-1d128 1d250-1d281 1e08f 1e130-1e136 1e2ae
-    1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5"""
-NEWER = re.compile("([%s])" % "".join(re.sub(r"\w+", lambda code: chr(int(code[0], 16)), NEWER_CODES).split()))
+WHITE_SPACE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200b))}
+# What NFC composes or reorders, but of a newer Unicode than the reference's NFC, which leaves it as it stands
+NEWER_CODES = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c
+    105d2-105da 10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10eff 10f46-10f50 10f82-10f85 11070 11241 1133b
+    113b8-113e2 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11b60-11b67 11d42
+    11d44-11d45 11d97 11df0 11f00-11f03 11f34-11f5a 13440-13455 1611e-1612f 16d63-16d68 16ff0-16ff1
+    1d127-1d128 1d250-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5"""
+NEWER = re.compile("([%s])" % re.sub(r"\s*(\w+)", lambda code: chr(int(code[1], 16)), NEWER_CODES))
 
 
 def nfc(text: str) -> str:
     """Unicode's normalisation form C, as far as the reference knows it."""
-    return text if text.isascii() else "".join(unicodedata.normalize("NFC", part) for part in NEWER.split(text))
+    if text.isascii():
+        return text
+    return "".join(unicodedata.normalize("NFC", part) for part in NEWER.split(text))
 
 
 def as_pair(merge: str | list[str]) -> list[str]:
@@ -678,33 +688,35 @@ def steps(part: dict | None, inner: str) -> list[dict]:
 
 
 class ByteLevel:
-    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts a text into words, whose bytes are merged."""
+    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts words, whose bytes are merged."""
 
-    # the characters that stand for the 256 bytes in the files: printable ones for themselves, the rest from U+0100 on
+    # what stands for a byte in the files: a printable character for itself, for the others U+0100 and on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {chr(b): b for b in printable}
     alphabet |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
 
     def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
         vocabulary, self.prefix_space = model["vocab"], prefix_space
-        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another order.
-        # It merges any two tokens that make a third, the reference only pairs that are listed: the same where the
-        # list was made by training or has all pairs, since no other pair that makes a token then comes about.
+        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another
+        # order. It merges any two tokens that make a third, the reference listed pairs alone: the same where
+        # the list was made by training or has all pairs: no other pair that makes a token then comes about.
         ranks = {bytes([b]): i for i, b in enumerate(self.alphabet.values())}
         self.ids = [vocabulary[c] for c in self.alphabet]  # our rank -> the file's id
         for a, b in map(as_pair, model["merges"]):
             if ranks.setdefault(self.spell(a + b), len(ranks)) == len(self.ids):
                 self.ids.append(vocabulary[a + b])
-        if model.get("ignore_merges"):  # a word in the vocabulary is its token, even where no merge leads to it
-            for token in (token for token in vocabulary if token not in added and self.spell(token) not in ranks):
+        if model.get("ignore_merges"):  # a word in the vocabulary is its token, even if no merge leads to it
+            for token in vocabulary:
                 word = self.spell(token)
+                if token in added or word in ranks:
+                    continue
                 if any(word[:i] in ranks and word[i:] in ranks for i in range(1, len(word))):
                     raise ValueError(f"{token!r} is in the vocabulary, but not the merge that could make it")
                 ranks[word] = len(ranks)
                 self.ids.append(vocabulary[token])
         # what the pattern leaves between its matches are words too
         split = rf"{split}|(?:(?!{split})[\s\S])+"
-        self.encoding = tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding("file", pat_str=split, mergeable_ranks=ranks, special_tokens={})
 
     def spell(self, token: str) -> bytes:
         return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
@@ -720,8 +732,8 @@ class ByteLevel:
 
 
 class Pieces:
-    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes for a
-    character that the vocabulary lacks."""
+    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes
+    for a character that the vocabulary lacks."""
 
     def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
         self.vocabulary, self.prefix = model["vocab"], prefix
@@ -731,7 +743,7 @@ class Pieces:
         self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
         fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
         self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") if fallback else None for b in range(256)]
-        # where no merge reaches over the start of a run of "▁", what lies between two such starts is merged by itself
+        # where no merge reaches over the start of a run of "▁", what lies between two starts is a word
         across = any("▁" in (a + b).lstrip("▁") for a, b in merges)
         apart = "▁" in self.vocabulary and not across and not self.ignore_merges
         self.words = re.compile("▁[^▁]*|[^▁]+" if split else "▁*[^▁]+|▁+" if apart else r"[\s\S]+")
@@ -744,18 +756,20 @@ class Pieces:
     def encode(self, text: str, first: bool) -> list[int]:
         if self.prefix:
             text = text.replace(" ", "▁")
-            text = "▁" * (text[0] != "▁" and (self.prefix == "always" or first and self.prefix == "first")) + text
+            prefixed = self.prefix == "always" or first and self.prefix == "first"
+            text = "▁" * (text[0] != "▁" and prefixed) + text
         return [id for word in self.words.findall(text) for id in self.word(word)]
 
     def merge(self, word: str) -> tuple[int, ...]:
-        """Ids of a word: of all pairs, the one listed first is merged, the leftmost of its kind, until none is left."""
+        """Ids of a word: the pair listed first, the leftmost of its kind, is merged until none is left."""
         if self.ignore_merges and word in self.vocabulary:
             return self.vocabulary[word],
         ids = []
         for c in word:
             spelled = [self.vocabulary[c]] if c in self.vocabulary else [self.bytes[b] for b in c.encode()]
             if None in spelled:
-                spelled = [] if self.unknown is None or self.fuse and ids[-1:] == [self.unknown] else [self.unknown]
+                dropped = self.unknown is None or self.fuse and ids[-1:] == [self.unknown]
+                spelled = [] if dropped else [self.unknown]
             ids += spelled
         left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
         ids.append(None)  # ends in nothing, which merges with nothing
@@ -780,8 +794,8 @@ CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U000
 def bert_normaliser(step: dict) -> Callable[[str], str]:
     """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
     accents if it says so. The reference classes characters as Unicode 8 did."""
-    plain = step.get("strip_accents")
-    plain = step.get("lowercase", True) if plain is None else plain
+    lower, plain = step.get("lowercase", True), step.get("strip_accents")
+    plain = lower if plain is None else plain
 
     def normalise(text: str) -> str:
         if step.get("clean_text", True):
@@ -791,9 +805,24 @@ def bert_normaliser(step: dict) -> Callable[[str], str]:
             text = CHINESE.sub(r" \1 ", text)
         if plain:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return text.lower() if step.get("lowercase", True) else text
+        return text.lower() if lower else text
 
     return normalise
+
+
+def normaliser(step: dict) -> Callable[[str], str]:
+    """What a step of tokenizer.json's normalizer makes of a text."""
+    match step:
+        case {"type": "NFC"}:
+            return nfc
+        case {"type": "BertNormalizer"}:
+            return bert_normaliser(step)
+        case {"type": "Prepend", "prepend": str(prefix)}:
+            return prefix.__add__
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                len(new) <= len(old)):  # so that no text grows without bound
+            return lambda text: text.replace(old, new)
+    raise ValueError(f"the normaliser {step} is not supported")
 
 
 class WordPieces:
@@ -843,20 +872,7 @@ class Tokenizer:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option) and not words:
                 raise ValueError(f"{option} is not supported")
-        self.normalisers = []
-        for step in steps(file.get("normalizer"), "normalizers"):
-            match step:
-                case {"type": "NFC"}:
-                    self.normalisers.append(nfc)
-                case {"type": "BertNormalizer"}:
-                    self.normalisers.append(bert_normaliser(step))
-                case {"type": "Prepend", "prepend": str(prefix)}:
-                    self.normalisers.append(prefix.__add__)
-                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
-                        len(new) <= len(old)):  # so that no text grows without bound
-                    self.normalisers.append(lambda text, old=old, new=new: text.replace(old, new))
-                case _:
-                    raise ValueError(f"the normaliser {step} is not supported")
+        self.normalisers = [normaliser(step) for step in steps(file.get("normalizer"), "normalizers")]
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
             case [{"type": "BertPreTokenizer"}] if words:
@@ -881,9 +897,10 @@ class Tokenizer:
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         self.strip = " " * (strip in decoder or words)
         known = words or [step["type"] for step in decoder] == ["ByteLevel"]
-        if isinstance(self.model, Pieces):
+        if pieces := isinstance(self.model, Pieces):
             spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-            known = decoder == [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}] + [strip] * len(self.strip)
+            known = decoder == [
+                spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *[strip] * len(self.strip)]
         if not known:
             raise ValueError(f"the decoder {decoder} is not supported")
         for step in steps(file.get("post_processor"), "processors"):
@@ -896,7 +913,7 @@ class Tokenizer:
             elif step["type"] != "ByteLevel":
                 raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
-        self.added = {}, {}  # the tokens that are looked for in the text as it comes, and in the normalised text
+        self.added = {}, {}  # tokens that are looked for in the text as it comes, and in the normalised text
         for content, token in added.items():
             normalised = bool(token.get("normalized"))
             self.added[normalised][self.normalise(content) if normalised else content] = token
@@ -904,7 +921,7 @@ class Tokenizer:
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
         self.bytes = {as_id(id): self.model.spell(token) for token, id in ids.items()}
         self.prefix, self.suffix = [*map(as_id, self.prefix)], [*map(as_id, self.suffix)]
-        self.fallback = {id for token, id in ids.items() if isinstance(self.model, Pieces) and BYTE.fullmatch(token)}
+        self.fallback = {id for token, id in ids.items() if pieces and BYTE.fullmatch(token)}
 
     def add(self, token: str, id: int, special: bool = False) -> None:
         """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
@@ -919,7 +936,7 @@ class Tokenizer:
         return text
 
     def cut(self, text: str, normalised: bool, special: bool, plain: range = range(0)):
-        """Yields the added tokens in a text and what is between them: (start, None, id) and (start, text, None)."""
+        """Yields a text's added tokens and what is between: (start, None, id) and (start, text, None)."""
         end = 0  # of what has been yielded
         for match in self.patterns[normalised].finditer(text):
             token, (start, stop) = self.added[normalised][match[0]], match.span()
@@ -938,17 +955,16 @@ class Tokenizer:
             yield end, text[end:], None
 
     def encode(self, text: str, special: bool = True, plain: range = range(0)) -> list[int]:
-        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text: data, not
-        control; so do the characters `plain` of a text. Half a surrogate pair is read as U+FFFD."""
+        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text:
+        data, not control; so it is among the characters `plain`. Half a surrogate pair is read as U+FFFD."""
         text, ids = whole(text), []
         for start, piece, id in self.cut(text, False, special, plain):
             if piece is None:
-                inner = [(start, None, id)]
-            else:
-                data = plain.start < start + len(piece) and start < plain.stop
-                inner = self.cut(self.normalise(piece), True, special and not data)
-            for begin, piece, id in inner:
-                ids += [id] if piece is None else self.model.encode(piece, first=start == begin == 0)
+                ids.append(id)
+                continue
+            data = plain.start < start + len(piece) and start < plain.stop
+            for begin, part, id in self.cut(self.normalise(piece), True, special and not data):
+                ids += [id] if part is None else self.model.encode(part, first=start == begin == 0)
         return ids
 
     def decode(self, ids: list[int], special: bool = True) -> str:
@@ -959,7 +975,7 @@ class Tokenizer:
             raw = b"".join(map(self.bytes.get, run))
             try:
                 text += raw.decode()
-            except UnicodeDecodeError:  # a byte of its own for each, where the file spells characters with bytes
+            except UnicodeDecodeError:  # one for each byte, where the file spells characters with bytes
                 text += "\ufffd" * len(raw) if fallback else raw.decode(errors="replace")
         return text.removeprefix(self.strip)
 
@@ -975,23 +991,25 @@ class Tokenizer:
             for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
                 config |= read_json(other) if other.is_file() else {}
             if path.name == "vocab.json":
-                vocabulary, path = file, folder / "merges.txt"
+                path = folder / "merges.txt"
                 with guard(path):
                     lines = path.read_text(encoding="utf-8").split("\n")
                 merges = [line for line in lines if line and not line.startswith("#version")]
                 level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
-                file = {"model": {"vocab": vocabulary, "merges": merges}, "pre_tokenizer": level, "decoder": level}
+                model = {"vocab": file, "merges": merges}
+                file = {"model": model, "pre_tokenizer": level, "decoder": level}
                 config = {"eos_token": "<|endoftext|>"} | config  # GPT-2's, where no file says
             # added tokens that the file leaves out: the others give them in full, or name those with a role
             added = {token["content"]: token for token in file.get("added_tokens") or []}
             for id, token in config.get("added_tokens_decoder", {}).items():
                 added.setdefault(token["content"], {**token, "id": int(id)})
-            roles = {role: config.get(role) or "" for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
-            roles = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()}
             vocabulary = file["model"]["vocab"]
-            for content in (content for content in roles.values() if content in vocabulary):
-                added.setdefault(content, {"content": content, "id": vocabulary[content], "special": True})
+            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+                token = config.get(role) or ""
+                content = config[role] = token["content"] if isinstance(token, dict) else token
+                if content in vocabulary:
+                    added.setdefault(content, dict(content=content, id=vocabulary[content], special=True))
             tokenizer = cls({**file, "added_tokens": list(added.values())})
             if config.get("add_bos_token") and not tokenizer.prefix:
-                tokenizer.prefix = [added[roles["bos_token"]]["id"]]
+                tokenizer.prefix = [added[config["bos_token"]]["id"]]
             return tokenizer

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, guard, load_weights, named,
-                  rgb)
+from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, guard,
+                  load_weights, name_table, named, rgb)
 
 
 @dataclass
@@ -40,7 +40,8 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size < self.patch_size or self.width % self.heads:
-            raise ValueError("image_size must be at least patch_size, hidden_size a multiple of num_attention_heads")
+            raise ValueError(
+                "image_size must be at least patch_size, hidden_size a multiple of num_attention_heads")
         if self.window > self.grid:
             raise ValueError(f"windows of {self.window} × {self.window} patches are larger than the picture")
         ACTIVATIONS[self.activation], depth(self.layers)
@@ -57,7 +58,7 @@ class ViTConfig:
 
 
 def places(grid: int, window: int, device: torch.device) -> torch.Tensor:
-    """Where each of grid² tokens, row by row, stands among those of n² windows of window² tokens: (grid²,)."""
+    """Where each of grid² tokens, row by row, stands in n² windows of window² tokens each: (grid²,)."""
     at, n = torch.arange(grid, device=device), -(-grid // window)
     of, inside = at // window, at % window
     return ((of[:, None] * n + of) * window ** 2 + inside[:, None] * window + inside).flatten()
@@ -68,7 +69,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ViTConfig, window: int):
         super().__init__()
-        self.heads, self.grid, self.window, self.side = config.heads, config.grid, window, window or config.grid
+        self.heads, self.grid, self.window = config.heads, config.grid, window
+        self.side = window or config.grid
         self.q, self.k, self.v = (nn.Linear(config.width, config.width, config.qkv_bias) for _ in "qkv")
         self.out = nn.Linear(config.width, config.width)
         shape = 2 * self.side - 1, config.width // config.heads
@@ -76,7 +78,7 @@ class Attention(nn.Module):
                                    for _ in "yx")
 
     def bias(self, q):  # (B,H,N,hd) to (B,H,N,N)
-        """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526): q · (row distance + column distance)."""
+        """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526): q · (row + column distance)."""
         at = torch.arange(self.side, device=q.device)
         distance = at[:, None] - at + self.side - 1  # (side,side), none below 0
         q = q.unflatten(2, (self.side, self.side))  # (B,H,y,x,hd)
@@ -88,10 +90,11 @@ class Attention(nn.Module):
         B, D = len(x), x.shape[2]
         if self.window:
             place, n = places(self.grid, self.window, x.device), -(-self.grid // self.window)
-            windows = x.new_zeros(B, (n * self.window) ** 2, D)  # zeros stay where a window leaves the picture
+            windows = x.new_zeros(B, (n * self.window) ** 2, D)  # zeros where a window leaves the picture
             windows[:, place] = x
             x = windows.view(B * n * n, -1, D)
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in (self.q, self.k, self.v))  # (B,H,N,hd)
         x = attend(q, k, v, None if self.rows is None else self.bias(q)).transpose(1, 2).flatten(2)
         return self.out(x.reshape(B, -1, D)[:, place] if self.window else x)
 
@@ -114,7 +117,8 @@ class Block(nn.Module):
         self.attention = Attention(config, window)
         self.norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = FeedForward(config.width, config.mlp, config.activation, gated=config.gated)
-        self.scale1, self.scale2 = (LayerScale(config.width) if config.layer_scale else nn.Identity() for _ in "12")
+        self.scale1, self.scale2 = (
+            LayerScale(config.width) if config.layer_scale else nn.Identity() for _ in "12")
 
     def forward(self, x):  # (B,N,D)
         x = x + self.scale1(self.attention(self.norm1(x)))
@@ -137,12 +141,13 @@ class Neck(nn.Module):
 
 
 class Preprocessor:
-    """A Pillow picture of any size and mode to pixels (3,S,S) float32, as preprocessor_config.json (`settings`) says.
+    """Pictures of any size and mode to pixels (3,S,S) float32, as preprocessor_config.json (`settings`) says.
 
-    S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than theirs
-    scales all their lengths alike, so that the same part of the picture is seen: where they resize to 256 px and crop
-    to 224, S = 448 resizes to 512 and crops to 448. Where a family has tiles (`max_image_size`), these are the
-    squares; see `tiles`. Raises ValueError where the settings don't make squares, or a length is above MOST.
+    S is `image_size` where given, else what the settings make, `default` where they don't say. Another S than
+    theirs scales all their lengths alike, so that the same part of the picture is seen: where they resize to
+    256 px and crop to 224, S = 448 resizes to 512 and crops to 448. Where a family has tiles
+    (`max_image_size`), these are the squares; see `tiles`. Raises ValueError where the settings don't make
+    squares, or a length is above MOST.
     """
     MOST = 8192  # pixels
 
@@ -152,13 +157,15 @@ class Preprocessor:
                                for key in ("image_mean", "image_std"))
         self.factor = float(settings.get("rescale_factor", 1 / 255))
         self.resample = Image.Resampling(settings.get("resample", 2))
-        size, crop, pad = (dict.fromkeys(edges, value) if isinstance(value, int) else value  # a number in old files
-                           for edges, value in ((settings.get("edges", square), settings.get("size", default)),
-                                                (square, settings.get("crop_size", default)),
-                                                (square, settings.get("pad_size", default))))
-        tile = dict.fromkeys(square, settings.get("max_image_size", {}).get("longest_edge"))
-        last = (tile if tile["height"] else crop if settings.get("do_center_crop") else
-                pad if settings.get("do_pad") else size)
+
+        def lengths(key: str, edges: tuple[str, ...] = square) -> dict:
+            value = settings.get(key, default)
+            return dict.fromkeys(edges, value) if isinstance(value, int) else value  # a number in old files
+
+        size, tile = lengths("size", settings.get("edges", square)), settings.get("max_image_size", {})
+        last = (dict.fromkeys(square, tile["longest_edge"]) if tile.get("longest_edge")
+                else lengths("crop_size") if settings.get("do_center_crop")
+                else lengths("pad_size") if settings.get("do_pad") else size)
         if not last.get("height") or last["height"] != last.get("width"):
             raise ValueError(f"{last} is not a square")
         self.image_size = image_size or last["height"]
@@ -190,8 +197,11 @@ class Preprocessor:
         def tiled(length: float) -> int:
             return max(1, math.ceil(length / side)) * side
 
+        def scaled(longer: int) -> int:  # the shorter edge, as the reference rounds it
+            return int(longer / (w / h) if w >= h else longer * (w / h))
+
         if "upscale" not in p:
-            shorter = int(longest / (w / h) if w >= h else longest * (w / h))
+            shorter = scaled(longest)
             picture = picture.resize(oriented(longest, max(1, shorter + shorter % 2)), resample)
             w, h = picture.size
         if not split or not p.get("do_image_splitting"):
@@ -201,7 +211,7 @@ class Preprocessor:
             shorter = tiled(min(w, h) * (longer / max(w, h)))
         else:
             longer = tiled(max(w, h))
-            shorter = tiled(int(longer / (w / h) if w >= h else longer * (w / h)))
+            shorter = tiled(scaled(longer))
         picture = picture.resize(oriented(longer, shorter), resample)
         x = self.pixels(picture)
         cut = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (3,rows,S,columns,S)
@@ -258,39 +268,42 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config, self.preprocess = config, Preprocessor(PROCESSORS[config.processor], config.image_size)
-        self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
-        self.positions = nn.Parameter(torch.zeros(config.grid ** 2, config.width))
-        prefix = config.class_tokens + config.registers
+        D, size, prefix = config.width, config.patch_size, config.class_tokens + config.registers
+        self.patches = nn.Conv2d(3, D, size, size, bias=config.patch_bias)
+        self.positions = nn.Parameter(torch.zeros(config.grid ** 2, D))
         # class and register tokens; their positions, if any, are added at load
-        self.prefix = nn.Parameter(torch.zeros(prefix, config.width)) if prefix else None
-        self.pre_norm = nn.LayerNorm(config.width, config.eps) if config.pre_norm else nn.Identity()
+        self.prefix = nn.Parameter(torch.zeros(prefix, D)) if prefix else None
+        self.pre_norm = nn.LayerNorm(D, config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, 0 if i in config.global_blocks else config.window)
                                     for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, config.eps) if config.post_norm else nn.Identity()
+        self.norm = nn.LayerNorm(D, config.eps) if config.post_norm else nn.Identity()
         self.neck = Neck(config) if config.neck else nn.Identity()
 
     def forward(self, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """Pixels (B,3,S,S) to features (B,N,Dv): class and register tokens first, then the patches row by row.
+        """Pixels (B,3,S,S) to features (B,N,Dv): class and register tokens first, then patches row by row.
 
-        `layer=None` gives the reference's `last_hidden_state`. An integer gives its `hidden_states[layer]`:
-        0 is what enters the first block, i what leaves block i, -1 the last block's output without the final norm or
-        neck. S is `config.image_size`, Dv `config.hidden` (`config.width`, where `layer` is given). Raises InputError.
+        `layer=None` gives the reference's `last_hidden_state`, an integer its `hidden_states[layer]`: 0 is
+        what enters the first block, i what leaves block i, -1 what leaves the last, without the final norm or
+        neck. S is `config.image_size`, Dv `config.hidden` (`config.width`, where `layer` is given). Raises
+        InputError.
         """
-        if pixels.shape[-2:] != (self.config.image_size,) * 2:
-            raise InputError(f"the encoder takes {self.config.image_size} px squares, not {tuple(pixels.shape[-2:])}")
-        if layer is not None and not -len(self.blocks) - 1 <= layer <= len(self.blocks):
-            raise InputError(f"layer {layer} of an encoder with {len(self.blocks)} blocks")
-        x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2) + self.positions  # (B,grid²,D)
+        size, S, blocks = tuple(pixels.shape[-2:]), self.config.image_size, self.blocks
+        if size != (S, S):
+            raise InputError(f"the encoder takes {S} px squares, not {size}")
+        if layer is not None and not -len(blocks) - 1 <= layer <= len(blocks):
+            raise InputError(f"layer {layer} of an encoder with {len(blocks)} blocks")
+        x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B,G²,D)
+        x = x + self.positions
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
         x = self.pre_norm(x)
-        for block in self.blocks if layer is None else self.blocks[:layer % (len(self.blocks) + 1)]:
+        for block in blocks if layer is None else blocks[:layer % (len(blocks) + 1)]:
             x = block(x)
         return self.neck(self.norm(x)) if layer is None else x
 
     def resize(self, image_size: int) -> None:
-        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches. Raises
-        InputError below one patch, and for SAM, whose relative positions are made for one size."""
+        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches.
+        Raises InputError below one patch, and for SAM, whose relative positions are made for one size."""
         old = self.config
         if image_size < old.patch_size or image_size != old.image_size and old.window:
             least = f"{old.image_size} px alone" if old.window else f"{old.patch_size} px, one patch, or more"
@@ -306,8 +319,9 @@ class ViT(nn.Module):
                         image_size: int | None = None) -> "ViT":
         """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError.
 
-        `image_size`, pixels along a side: what `preprocess` makes and the encoder takes, unless given the size that
-        preprocessor_config.json states, else config.json's. Position embeddings are interpolated where it isn't theirs.
+        `image_size`, pixels along a side: what `preprocess` makes and the encoder takes, unless given the
+        size that preprocessor_config.json states, else config.json's. Position embeddings are interpolated
+        where it isn't theirs.
         """
         checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES)
@@ -318,7 +332,8 @@ class ViT(nn.Module):
         path = checkpoint.folder / "preprocessor_config.json"
         settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
                     or checkpoint.json("processor_config.json").get("image_processor") or {})
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or config.processor
+        kind = (settings.get("image_processor_type") or settings.get("feature_extractor_type")
+                or config.processor)
         kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
         if kind not in PROCESSORS:
             raise InputError(f"{path}: image processor {kind!r} is not one of {', '.join(PROCESSORS)}")
@@ -337,23 +352,24 @@ BASE = dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12
 
 
 def reader(defaults: dict, **fields):
-    """Makes a `Family.config`. BASE and the family's `defaults` tell which keys of config.json the family reads, and
-    what the reference takes for one that isn't there; `fields` are those of ViTConfig that no key tells."""
+    """Makes a `Family.config`. BASE and `defaults` tell which keys of config.json the family reads, and what
+    the reference takes for one that isn't there; `fields` are those of ViTConfig that no key tells."""
     defaults = BASE | defaults
 
     def read(c: dict) -> ViTConfig:
-        # two-tower files nest the image half; where old CLIP files do so twice, the reference follows the second
+        # two-tower files nest the image half, old CLIP files twice: the reference follows the second
         c = c.get("vision_config_dict") or c.get("vision_config") or c
         c = {key: c.get(key, default) for key, default in defaults.items()}
         mlp = c["intermediate_size"] if "intermediate_size" in c else int(c["hidden_size"] * c["mlp_ratio"])
         mlp, gated = c.get("mlp_dim") or mlp, c.get("use_swiglu_ffn", False)
-        return ViTConfig(image_size=c["image_size"], patch_size=c["patch_size"], width=c["hidden_size"],
-                         layers=c["num_hidden_layers"], heads=c["num_attention_heads"], eps=c["layer_norm_eps"],
-                         mlp=(int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp, gated=gated,
-                         activation="silu" if gated else c["hidden_act"], qkv_bias=c.get("qkv_bias", True),
-                         registers=c.get("num_register_tokens", 0), window=c.get("window_size", 0),
-                         global_blocks=tuple(c.get("global_attn_indexes", ())),
-                         relative_positions=c.get("use_rel_pos", False), neck=c.get("output_channels", 0), **fields)
+        return ViTConfig(
+            image_size=c["image_size"], patch_size=c["patch_size"], width=c["hidden_size"],
+            layers=c["num_hidden_layers"], heads=c["num_attention_heads"], eps=c["layer_norm_eps"],
+            mlp=(int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp, gated=gated,
+            activation="silu" if gated else c["hidden_act"], qkv_bias=c.get("qkv_bias", True),
+            registers=c.get("num_register_tokens", 0), window=c.get("window_size", 0),
+            global_blocks=tuple(c.get("global_attn_indexes", ())),
+            relative_positions=c.get("use_rel_pos", False), neck=c.get("output_channels", 0), **fields)
     return read
 
 
@@ -370,40 +386,38 @@ def prefix(positions: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
 
 def fused(qkv: str) -> dict:
     """The names of q, k and v where a file keeps the three in one."""
-    return {f"blocks.{{}}.attention.{q}": (lambda tensor, i=i: tensor.chunk(3)[i], qkv) for i, q in enumerate("qkv")}
+    return {f"attention.{q}": (lambda tensor, i=i: tensor.chunk(3)[i], qkv) for i, q in enumerate("qkv")}
 
 
 def attention(path: str) -> dict:
     """The names in ViT's attention: on disk, and in the reference's class, where a block is `path`."""
     pairs = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "out": "output.dense"}
-    return {f"blocks.{{}}.attention.{ours}": f"encoder.layer.{{}}.attention.{disk}|{path}.attention.{ours[0]}_proj"
+    return {f"attention.{ours}": f"attention.{disk}|{path}.attention.{ours[0]}_proj"
             for ours, disk in pairs.items()}
 
 
-VIT_NAMES = {
+VIT_NAMES = name_table({
     "patches": "embeddings.patch_embeddings.projection",
     "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token"),
     "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embeddings"),
-    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before", "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    **attention("layers.{}"),
-    "blocks.{}.mlp.up": "encoder.layer.{}.intermediate.dense|layers.{}.mlp.fc1",
-    "blocks.{}.mlp.down": "encoder.layer.{}.output.dense|layers.{}.mlp.fc2",
     "norm": "layernorm",
-}
+}, {
+    "norm1": "layernorm_before", "norm2": "layernorm_after", **attention("layers.{}"),
+    "mlp.up": "intermediate.dense|layers.{}.mlp.fc1", "mlp.down": "output.dense|layers.{}.mlp.fc2",
+}, "encoder.layer.{}.")
 DEIT_NAMES = VIT_NAMES | {
-    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.distillation_token"),
+    "prefix": (prefix, "embeddings.position_embeddings", "embeddings.cls_token",
+               "embeddings.distillation_token"),
     "positions": (lambda tensor: rows(tensor)[2:], "embeddings.position_embeddings"),
 }
-DINOV2_NAMES = VIT_NAMES | attention("encoder.layer.{}") | {
-    "blocks.{}.norm1": "encoder.layer.{}.norm1", "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.scale1.weight": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2.weight": "encoder.layer.{}.layer_scale2.lambda1",
-    "blocks.{}.mlp.up": "encoder.layer.{}.mlp.fc1", "blocks.{}.mlp.down": "encoder.layer.{}.mlp.fc2",
-}
-REGISTERS_NAMES = DINOV2_NAMES | {
-    "prefix": (lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
-              "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.register_tokens"),
-}
+DINOV2_NAMES = name_table(VIT_NAMES, {
+    "norm1": "norm1", "norm2": "norm2", **attention("encoder.layer.{}"),
+    "scale1.weight": "layer_scale1.lambda1", "scale2.weight": "layer_scale2.lambda1",
+    "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+}, "encoder.layer.{}.")
+REGISTERS_NAMES = DINOV2_NAMES | {"prefix": (
+    lambda positions, token, registers: torch.cat([prefix(positions, token), rows(registers).float()]),
+    "embeddings.position_embeddings", "embeddings.cls_token", "embeddings.register_tokens")}
 
 
 def dinov2_names(names: dict):
@@ -411,68 +425,60 @@ def dinov2_names(names: dict):
     def gated(config: ViTConfig) -> dict:
         def part(i: int):
             return lambda tensor: tensor if len(tensor) == config.mlp else tensor.chunk(2)[i]
-        fused = "encoder.layer.{}.mlp.weights_in|encoder.layer.{}.mlp."
-        return names if not config.gated else names | {
-            "blocks.{}.mlp.gate": (part(0), fused + "gate_proj"), "blocks.{}.mlp.up": (part(1), fused + "up_proj"),
-            "blocks.{}.mlp.down": "encoder.layer.{}.mlp.weights_out|encoder.layer.{}.mlp.down_proj"}
+        return names if not config.gated else name_table(names, {
+            "mlp.gate": (part(0), "mlp.weights_in|encoder.layer.{}.mlp.gate_proj"),
+            "mlp.up": (part(1), "mlp.weights_in|encoder.layer.{}.mlp.up_proj"),
+            "mlp.down": "mlp.weights_out|encoder.layer.{}.mlp.down_proj"}, "encoder.layer.{}.")
     return gated
 
 
-CLIP_NAMES = {
+CLIP_NAMES = name_table({
     "patches": "embeddings.patch_embedding",
     "prefix": (prefix, "embeddings.position_embedding.weight", "embeddings.class_embedding"),
     "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding.weight"),
     "pre_norm": "pre_layrnorm",  # so spelled on disk
-    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1", "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
-    "blocks.{}.attention.q": "encoder.layers.{}.self_attn.q_proj",
-    "blocks.{}.attention.k": "encoder.layers.{}.self_attn.k_proj",
-    "blocks.{}.attention.v": "encoder.layers.{}.self_attn.v_proj",
-    "blocks.{}.attention.out": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.mlp.up": "encoder.layers.{}.mlp.fc1", "blocks.{}.mlp.down": "encoder.layers.{}.mlp.fc2",
     "norm": "post_layernorm",
-}
+}, {
+    "norm1": "layer_norm1", "norm2": "layer_norm2",
+    **{f"attention.{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")},
+    "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+}, "encoder.layers.{}.")
 SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}
-EVA_NAMES = CLIP_NAMES | {
+EVA_NAMES = name_table(CLIP_NAMES | {
     "prefix": (prefix, "embeddings.position_embedding", "embeddings.class_embedding"),
     "positions": (lambda tensor: rows(tensor)[1:], "embeddings.position_embedding"),
-    **fused("encoder.layers.{}.self_attn.qkv"),
-    "blocks.{}.attention.out": "encoder.layers.{}.self_attn.projection",
-}
-NANOVLM_NAMES = {
+}, fused("self_attn.qkv") | {"attention.out": "self_attn.projection"}, "encoder.layers.{}.")
+NANOVLM_NAMES = name_table({
     "patches": "patch_embedding.conv", "positions": (rows, "patch_embedding.position_embedding"),
-    "blocks.{}.norm1": "blocks.{}.ln1", "blocks.{}.norm2": "blocks.{}.ln2",
-    **fused("blocks.{}.attn.qkv_proj"), "blocks.{}.attention.out": "blocks.{}.attn.out_proj",
-    "blocks.{}.mlp.up": "blocks.{}.mlp.fc1", "blocks.{}.mlp.down": "blocks.{}.mlp.fc2",
     "norm": "layer_norm",
-}
-SAM_NAMES = {
-    "patches": "patch_embed.projection",
-    "positions": (rows, "pos_embed"),
-    "blocks.{}.norm1": "layers.{}.layer_norm1", "blocks.{}.norm2": "layers.{}.layer_norm2",
-    **fused("layers.{}.attn.qkv"),
-    "blocks.{}.attention.rows": "layers.{}.attn.rel_pos_h", "blocks.{}.attention.columns": "layers.{}.attn.rel_pos_w",
-    "blocks.{}.attention.out": "layers.{}.attn.proj",
-    "blocks.{}.mlp.up": "layers.{}.mlp.lin1", "blocks.{}.mlp.down": "layers.{}.mlp.lin2",
+}, {
+    "norm1": "ln1", "norm2": "ln2", **fused("attn.qkv_proj"), "attention.out": "attn.out_proj",
+    "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+}, "blocks.{}.")
+SAM_NAMES = name_table({
+    "patches": "patch_embed.projection", "positions": (rows, "pos_embed"),
     "neck.reduce": (lambda kernel: kernel.flatten(1), "neck.conv1"),  # a 1×1 convolution
-    "neck.norm1": "neck.layer_norm1", "neck.norm2": "neck.layer_norm2",
-    "neck.mix": "neck.conv2",
-}
+    "neck.norm1": "neck.layer_norm1", "neck.norm2": "neck.layer_norm2", "neck.mix": "neck.conv2",
+}, {
+    "norm1": "layer_norm1", "norm2": "layer_norm2", **fused("attn.qkv"), "attention.out": "attn.proj",
+    "attention.rows": "attn.rel_pos_h", "attention.columns": "attn.rel_pos_w",
+    "mlp.up": "mlp.lin1", "mlp.down": "mlp.lin2",
+}, "layers.{}.")
 
 VIT = dict(intermediate_size=3072, qkv_bias=True, layer_norm_eps=1e-12)
 vit = Family(reader(VIT, processor="ViT"), VIT_NAMES, r"(pooler|classifier)\..*|embeddings\.mask_token")
 deit = Family(reader(VIT, processor="DeiT", class_tokens=2), DEIT_NAMES,
               r"(pooler|(cls_|distillation_)?classifier)\..*|embeddings\.mask_token")
 # CLIP's last_hidden_state is taken before its post_layernorm, which serves the class token's projection alone
-clip = Family(reader(dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5),
-                     processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
+CLIP = dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+clip = Family(reader(CLIP, processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
               r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale"
               r"|.*\.position_ids", "vision_model.")
-siglip = Family(reader(dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh"),
-                       processor="Siglip", class_tokens=0), SIGLIP_NAMES,
+SIGLIP = dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh")
+siglip = Family(reader(SIGLIP, processor="Siglip", class_tokens=0), SIGLIP_NAMES,
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids", "vision_model.")
-idefics3 = Family(reader(dict(hidden_size=1152, num_attention_heads=16, intermediate_size=3072, patch_size=32,
-                              hidden_act="gelu_pytorch_tanh"), processor="Idefics3", class_tokens=0),
-                  SIGLIP_NAMES, "")
+idefics3 = Family(reader(SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32),
+                         processor="Idefics3", class_tokens=0), SIGLIP_NAMES, "")
 nanovlm = Family(lambda c: siglip.config(dict(
     image_size=c["vit_img_size"], patch_size=c["vit_patch_size"], hidden_size=c["vit_hidden_dim"],
     intermediate_size=c["vit_inter_dim"], num_hidden_layers=c["vit_n_blocks"],
@@ -480,14 +486,14 @@ nanovlm = Family(lambda c: siglip.config(dict(
 DINOV2 = dict(mlp_ratio=4, qkv_bias=True, use_swiglu_ffn=False)
 dinov2 = Family(reader(DINOV2 | dict(patch_size=14), processor="Bit", layer_scale=True),
                 dinov2_names(DINOV2_NAMES), r"classifier\..*|embeddings\.mask_token")
-registers = Family(reader(DINOV2 | dict(num_register_tokens=4), processor="Bit", layer_scale=True, antialias=True),
-                   dinov2_names(REGISTERS_NAMES), r"classifier\..*|embeddings\.mask_token")
+registers = Family(reader(DINOV2 | dict(num_register_tokens=4), processor="Bit", layer_scale=True,
+                          antialias=True), dinov2_names(REGISTERS_NAMES), dinov2.unused)
 eva = Family(reader(dict(patch_size=14, hidden_size=1408, num_hidden_layers=39, num_attention_heads=16,
                          intermediate_size=6144, qkv_bias=True), processor="Blip"), EVA_NAMES,
-             r"(qformer|language_model|(language|vision|text)_projection|itm_head)\..*|query_tokens|.*\.position_ids"
-             r"|embeddings\.(word|position)_embeddings\.weight", "vision_model.")
-sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=True, use_rel_pos=True, window_size=14,
-                         global_attn_indexes=(2, 5, 8, 11), output_channels=256),
+             r"(qformer|language_model|(language|vision|text)_projection|itm_head)\..*|query_tokens"
+             r"|.*\.position_ids|embeddings\.(word|position)_embeddings\.weight", "vision_model.")
+sam = Family(reader(dict(image_size=1024, mlp_dim=None, mlp_ratio=4.0, qkv_bias=True, use_rel_pos=True,
+                         window_size=14, global_attn_indexes=(2, 5, 8, 11), output_channels=256),
                     processor="Sam", class_tokens=0, post_norm=False), SAM_NAMES,
              r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*", "vision_encoder.")
 
@@ -504,8 +510,8 @@ FAMILIES = {  # config.json's model_type -> family
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 OPENAI = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
 
-# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there. `edges`: which
-# ones a plain number as `size` is the length of, both unless given
+# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there.
+# `edges`: which ones a plain number as `size` is the length of, both unless given
 PROCESSORS = {
     "ViT": dict(resample=2),
     "DeiT": dict(resample=3, do_center_crop=True),

@@ -1,15 +1,17 @@
-"""Measures this project against what a user would otherwise run: transformers and, given --nanovlm, nanoVLM's own code.
+"""Measures this project against what a user would otherwise run: transformers and, given --nanovlm, nanoVLM's
+own code.
 
     python tests/bench.py all                                  # every row, one Markdown table
     python tests/bench.py train decode --sizes small --nanovlm nanoVLM
 
-Models have real sizes and random weights, saved once in the public layout. Ours and the others take turns in one
-process on the same inputs; the figures are medians. Needs transformers beside our own packages. nanoVLM has its weights
-in float32 and computes in float32 or, as its training script does, under bfloat16 autocast; with weights in bfloat16 its
-language model doesn't run.
+Models have real sizes and random weights, saved once in the public layout. Ours and the others take turns in
+one process on the same inputs; the figures are medians. Needs transformers beside our own packages. nanoVLM
+has its weights in float32 and computes in float32 or, as its training script does, under bfloat16 autocast;
+with weights in bfloat16 its language model doesn't run.
 """
 import argparse
 import gc
+import importlib
 import io
 import itertools
 import json
@@ -98,12 +100,13 @@ class Transformers:
         import transformers as tf
         self.dtype, self.static, self.device = args.dtype, static, args.device
         (vision, _, _), (language, _, _) = SIZES[folder.name]
-        self.vit, self.llm = (getattr(tf, name).from_pretrained(folder / part, dtype=args.dtype).to(args.device).eval()
-                              for name, part in ((vision, "vit"), (language, "llm")))
+        self.vit, self.llm = (
+            getattr(tf, name).from_pretrained(folder / part, dtype=args.dtype).to(args.device).eval()
+            for name, part in ((vision, "vit"), (language, "llm")))
         self.vit.requires_grad_(False), self.llm.requires_grad_(False)
-        c = self.vit.config
+        c, width = self.vit.config, self.llm.config.hidden_size
         self.grid = c.image_size // c.patch_size
-        self.adapter = torch.nn.Linear(4 * c.hidden_size, self.llm.config.hidden_size, bias=False).to(args.device)
+        self.adapter = torch.nn.Linear(4 * c.hidden_size, width, bias=False).to(args.device)
         self.trained = list(self.adapter.parameters())
         processor = tf.SiglipImageProcessor if "Siglip" in vision else tf.CLIPImageProcessor
         processor = processor()  # with torchvision, where there is one
@@ -131,10 +134,10 @@ class Transformers:
 
     def decode(self, tokens, new: int = NEW, **inputs):
         cache = dict(cache_implementation="static") if self.static else {}
-        mask = torch.ones((inputs["inputs_embeds"] if tokens is None else tokens).shape[:2], dtype=torch.long,
-                          device=self.device)
-        return self.llm.generate(tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                                 pad_token_id=0, **cache, **inputs)
+        prompt = inputs["inputs_embeds"] if tokens is None else tokens
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=self.device)
+        return self.llm.generate(tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
+                                 do_sample=False, pad_token_id=0, **cache, **inputs)
 
     def caption(self, picture):
         features = self.encode(self.preprocess(picture)[None].to(self.device))
@@ -154,8 +157,9 @@ class NanoVLM:
         v, c = (SIZES[folder.name][i][2] for i in (0, 1))
         self.model = VisionLanguageModel(VLMConfig(
             vit_hidden_dim=v["hidden_size"], vit_inter_dim=v["intermediate_size"], vit_img_size=224,
-            lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"], lm_n_heads=c["num_attention_heads"],
-            lm_n_kv_heads=c["num_key_value_heads"], lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
+            lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"],
+            lm_n_heads=c["num_attention_heads"], lm_n_kv_heads=c["num_key_value_heads"],
+            lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
             mp_pixel_shuffle_factor=2, mp_image_token_length=49), load_backbone=False).to(args.device).eval()
         self.model.requires_grad_(False)
         self.trained = list(self.model.MP.requires_grad_(True).parameters())
@@ -191,7 +195,8 @@ def peers(size: str, args, kind: str, **sizes) -> dict:
     if args.nanovlm and size == "small":
         found["nanoVLM, float32"] = lambda: NanoVLM(folder, args)
         found["nanoVLM, autocast"] = lambda: NanoVLM(folder, args, autocast=True)
-    return {name: make for name, make in found.items() if not args.peers or any(p in name for p in args.peers)}
+    return {name: make for name, make in found.items()
+            if not args.peers or any(p in name for p in args.peers)}
 
 
 def prepare(size: str, args) -> None:
@@ -242,12 +247,13 @@ def limits(args) -> dict[str, float]:
     return rates
 
 
-def table(row: str, unit: str, work: float, times: dict[str, float], limit: str = "", share: float = 0.0) -> None:
-    """Prints a Markdown line for each that ran: `work` a second, its ratio to ours, ours' share of the limit."""
-    for name, time in times.items():
-        value = time * 1e3 if unit == "ms" else work / time
-        part = f"{share / time:.0%} of {limit}" if share and name == "ours" else ""
-        print(f"| {row} | {name} | {value:,.4g} {unit} | {time / times['ours']:.2f} | {part} |", flush=True)
+def table(row: str, unit: str, work: float, times: dict[str, float], limit: str = "",
+          share: float = 0.0) -> None:
+    """Prints a Markdown line for each that ran: `work` a second, ratio to ours, ours' share of the limit."""
+    for name, took in times.items():
+        value = took * 1e3 if unit == "ms" else work / took
+        part = f"{share / took:.0%} of {limit}" if share and name == "ours" else ""
+        print(f"| {row} | {name} | {value:,.4g} {unit} | {took / times['ours']:.2f} | {part} |", flush=True)
 
 
 def linear_size(folder: Path) -> int:
@@ -289,7 +295,8 @@ def encode(size: str, args) -> None:
     config = models["ours"].vlm.vit.config
     N = config.grid ** 2 + config.class_tokens
     work = 2 * B * N * (linear_size(args.folder / size / "vit") + 2 * N * config.width * config.layers)
-    table(f"{size}: encode images, batch {B}", "images/s", B, times, "products", work / args.rates[str(args.dtype)[6:]])
+    share = work / args.rates[str(args.dtype)[6:]]
+    table(f"{size}: encode images, batch {B}", "images/s", B, times, "products", share)
 
 
 def step(model, optimizer, **inputs) -> None:
@@ -306,7 +313,8 @@ def train(size: str, args) -> None:
     vit, llm = ours.vlm.vit.config, ours.vlm.llm.config
     N, T = vit.grid ** 2 + vit.class_tokens, vit.grid ** 2 // 4 + TEXT
     eye = 2 * N * (linear_size(args.folder / size / "vit") + 2 * N * vit.width * vit.layers)
-    words = 4 * (T * (linear_size(args.folder / size / "llm") + 2 * T * llm.heads * llm.head_size * llm.layers)
+    attention = 2 * T * llm.heads * llm.head_size * llm.layers
+    words = 4 * (T * (linear_size(args.folder / size / "llm") + attention)
                  + TEXT * llm.hidden * llm.vocabulary)  # forward, and to the inputs backward
     for B in args.batches:
         tokens, pixels = torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)
@@ -333,17 +341,18 @@ def alone(name: str, size: str, B: int, settings: dict, kept: bool, sizes: dict)
     args, side = SimpleNamespace(**settings), sizes.get("side", 224)
     args.folder, args.dtype = Path(args.folder), getattr(torch, args.dtype.removeprefix("torch."))
     if name != "ours":
-        import transformers  # noqa: F401  its code is no part of the figure
+        importlib.import_module("transformers")  # now: its code is no part of the figure
     before = high_water(args.device)
     model = peers(size, args, "train", **sizes)[name]()
     tokens = torch.randint(9, 40000, (B, TEXT), device=args.device)
     pixels = torch.randn(1 if kept else B, 3, side, side, device=args.device)
     inputs = dict(features=model.encode(pixels).repeat(B, 1, 1)) if kept else dict(pixels=pixels)
     optimizer = torch.optim.AdamW(model.trained, fused=True)
-    time, = race({name: model}, lambda model: step(model, optimizer, tokens=tokens, **inputs), args).values()
+    took, = race({name: model}, lambda model: step(model, optimizer, tokens=tokens, **inputs), args).values()
     peak = high_water(args.device) - before
-    weights = {p for part in vars(model).values() if isinstance(part, torch.nn.Module) for p in part.parameters()}
-    return time, peak, peak - sum(p.nbytes for p in weights)
+    parts = [part for part in vars(model).values() if isinstance(part, torch.nn.Module)]
+    weights = {p for part in parts for p in part.parameters()}
+    return took, peak, peak - sum(p.nbytes for p in weights)
 
 
 def cost(_, args) -> None:
@@ -357,8 +366,8 @@ def cost(_, args) -> None:
         size, B, scale, recompute = (usual | setting).values()
         prepare(size, args)
         sizes = dict(side=256, scale=scale, recompute=recompute)
-        time, _, bytes = child("alone", "ours", size, B, vars(args), True, sizes)
-        print(f"| {size} | {B} | {256 // scale ** 2} | {'yes' * recompute} | {time:.2f} | "
+        took, _, bytes = child("alone", "ours", size, B, vars(args), True, sizes)
+        print(f"| {size} | {B} | {256 // scale ** 2} | {'yes' * recompute} | {took:.2f} | "
               f"{bytes / 2 ** 20:,.0f} |", flush=True)
 
 
@@ -396,7 +405,8 @@ def caption(size: str, args) -> None:
 def photo(seed: int) -> bytes:
     """A JPEG of 500×375 px with the detail of a photograph: noise of several scales."""
     torch.manual_seed(seed)
-    layers = [F.interpolate(torch.rand(1, 3, side, side), (375, 500), mode="bicubic") for side in (4, 16, 64, 256)]
+    layers = [F.interpolate(torch.rand(1, 3, side, side), (375, 500), mode="bicubic")
+              for side in (4, 16, 64, 256)]
     x = sum(layer / 1.5 ** i for i, layer in enumerate(layers)) / 2.4
     file = io.BytesIO()
     Image.fromarray((x[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
@@ -417,12 +427,14 @@ def tokenizer(size: str, args) -> None:
     import tokenizers
     from llm import Tokenizer
     text, path = "\n".join(pydoc_data.topics.topics.values()), str(ROOT / "assets/llm")
+    file = f"{path}/tokenizer.json"
     times = {"ours": [], "tokenizers": []}
     for _ in range(args.repeats):
-        ours, theirs = Tokenizer.from_pretrained(path), tokenizers.Tokenizer.from_file(f"{path}/tokenizer.json")
+        ours, theirs = Tokenizer.from_pretrained(path), tokenizers.Tokenizer.from_file(file)
         times["ours"].append(seconds(lambda: ours.encode(text), args))
         times["tokenizers"].append(seconds(lambda: theirs.encode(text), args))
-    table("tokenizer", "MB/s", len(text.encode()) / 1e6, {name: statistics.median(t) for name, t in times.items()})
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    table("tokenizer", "MB/s", len(text.encode()) / 1e6, medians)
 
 
 def load_part(who: str, model: str, folder: str, dtype: str, cpu_time: bool) -> tuple[float, int, int]:
@@ -431,8 +443,7 @@ def load_part(who: str, model: str, folder: str, dtype: str, cpu_time: bool) -> 
         import llm, vit
         load = (llm.LLM if "Causal" in model else vit.ViT).from_pretrained
     else:
-        import transformers
-        load = getattr(transformers, model).from_pretrained
+        load = getattr(importlib.import_module("transformers"), model).from_pretrained
     clock = time.process_time if cpu_time else time.perf_counter
     before, start = high_water(), clock()
     parameters = list(load(folder, dtype=getattr(torch, dtype)).parameters())
@@ -447,10 +458,10 @@ def load(size: str, args) -> None:
             turns = [[child("load_part", who, model, args.folder / size / part, dtype, args.cpu_time)
                       for who in ("ours", "transformers")] for _ in range(args.repeats)]
             for who, column in zip(("ours", "transformers"), zip(*turns)):
-                time, peak, weights = map(statistics.median, zip(*column))
+                took, peak, weights = map(statistics.median, zip(*column))
                 ratio = statistics.median(turn[who != "ours"][0] / turn[0][0] for turn in turns)
-                print(f"| {size}: load {part} from bfloat16 as {dtype} | {who} | {time:.2f} s | {ratio:.2f} | "
-                      f"peak memory {peak / weights:.2f} × weights |", flush=True)
+                print(f"| {size}: load {part} from bfloat16 as {dtype} | {who} | {took:.2f} s | {ratio:.2f} "
+                      f"| peak memory {peak / weights:.2f} × weights |", flush=True)
 
 
 def stream_pairs(names: str, pairs: int) -> tuple[float, float, int, float]:
@@ -492,29 +503,35 @@ ROWS = dict(load=load, encode=encode, train=train, prefill=prefill, decode=decod
             tokenizer=tokenizer, stream=stream, cost=cost)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", choices=("all", *ROWS))
     parser.add_argument("--sizes", nargs="*", choices=SIZES, help="default: small, medium; on a GPU all")
     parser.add_argument("--nanovlm", type=Path, metavar="FOLDER", help="a clone of nanoVLM")
-    parser.add_argument("--folder", type=Path, help="where the random checkpoints are kept (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path,
+                        help="where the random checkpoints are kept (default: a temporary folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", type=lambda name: getattr(torch, name))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the training steps")
     parser.add_argument("--peers", nargs="*", help="only those with one of these in their names")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time: for a machine that others use too, with one thread")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="processor time: for a machine that others use too, with one thread")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         args.nanovlm = args.nanovlm and args.nanovlm.resolve()
-        (args.folder).mkdir(parents=True, exist_ok=True)
+        args.folder.mkdir(parents=True, exist_ok=True)
         args.rates = limits(args)
-        print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}: "
-              + ", ".join(f"{name} {rate / 1e9:,.0f} {'GB/s' if name == 'memory' else 'GFLOP/s'}"
-                          for name, rate in args.rates.items()))
-        print("\n| row | who | measured | time, ours = 1 | ours' share of the limit |\n| --- | --- | ---: | ---: | --- |")
+        cuda = args.device == "cuda"
+        machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+        rates = [f"{name} {rate / 1e9:,.0f} {'GB/s' if name == 'memory' else 'GFLOP/s'}"
+                 for name, rate in args.rates.items()]
+        print(f"{machine}: {', '.join(rates)}\n")
+        print("| row | who | measured | time, ours = 1 | ours' share of the limit |")
+        print("| --- | --- | ---: | ---: | --- |")
         for row in ROWS if "all" in args.rows else args.rows:
-            for size in args.sizes or ["small", "medium", "1.5b", "7b"][:4 if args.device == "cuda" else 2]:
+            for size in args.sizes or ["small", "medium", "1.5b", "7b"][:4 if cuda else 2]:
                 if row not in ("cost", "tokenizer", "stream") or size == (args.sizes or ["small"])[0]:
                     ROWS[row](size, args)
                     gc.collect()
