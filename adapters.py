@@ -741,17 +741,17 @@ class VLM(nn.Module):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
         (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places (K,)
         among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of these."""
-        words = self.llm.embedding.weight
+        V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where))
             hidden = self.llm.hidden(**self.read(tokens, images)).flatten(0, 1)[where]
             if targets is None:
                 return self.llm.logits(hidden)
-            lost = nats(hidden, targets, self.llm.logits)
+            lost = nats(hidden, targets, self.llm.logits, V)
             if spelling is None:
                 return lost
             places, letters = spelling
-            return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words))
+            return lost, nats(images.flatten(0, 1)[places], letters, lambda x: F.linear(x, words), V)
 
     def read_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that

@@ -338,14 +338,15 @@ class LLM(nn.Module):
 
 
 def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
-         rows: int | None = None) -> torch.Tensor:
+         vocabulary: int, rows: int | None = None) -> torch.Tensor:
     """Cross entropy (M,) of targets (M,) by the scores logits(states) (M,V) of states (M,D). The scores of no
-    more than `rows` targets exist at a time (unless given 2048; 128 on a CPU, whose caches hold these: half
-    the time): those of more are computed part by part, and once more in the backward pass."""
+    more than `rows` targets exist at a time: those of more are computed part by part, and once more in the
+    backward pass. Unless given, these scores take 1 GiB, on a CPU the 32 MiB that its caches hold (half the
+    time), but are those of 128 targets at least."""
     def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits(states).float(), targets, reduction="none")
 
-    rows = rows or (128 if states.is_cpu else 2048)
+    rows = rows or max(128, (1 << (23 if states.is_cpu else 28)) // vocabulary)
     if len(targets) <= rows:
         return part(states, targets)
     return torch.cat([recompute(part, *both, use_reentrant=False)

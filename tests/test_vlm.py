@@ -151,7 +151,7 @@ def test_a_loss_in_parts_is_the_same():
     expected = F.cross_entropy(logits(states), targets, reduction="none")
     wanted = torch.autograd.grad(expected.square().sum(), (states, head))
     most_seen.clear()
-    lost = nats(states, targets, logits, rows=3)
+    lost = nats(states, targets, logits, 11, rows=3)
     found = torch.autograd.grad(lost.square().sum(), (states, head))
     assert torch.allclose(lost, expected) and max(most_seen) == 33
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted))
