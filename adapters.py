@@ -602,13 +602,13 @@ class VLM(nn.Module):
                images: int = 1, tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False,
                prefix: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
-        `<image>` (before it as many as `images`, where it doesn't), and the caption, at most `max_tokens` long,
-        with the newline or token that ends it. Also returns which of the ids are targets: those of the caption,
-        with `prefix` those of the text's words too.
+        `<image>` (before it as many as `images`, where it doesn't), and the caption, at most `max_tokens`
+        long, with the newline or token that ends it. Also returns which of the ids are targets: those of the
+        caption, with `prefix` those of the text's words too.
 
-        `tiles` yields rows and columns of each picture (unless given, all are seen as a whole). Text is data: a
-        special token that it spells is read as plain text. With `raw` it is the whole prompt, special tokens
-        are read, and there is no format.
+        `tiles` yields rows and columns of each picture (unless given, all are seen as a whole). Text is data:
+        a special token that it spells is read as plain text. With `raw` it is the whole prompt, special
+        tokens are read, and there is no format.
         """
         format = OURS if raw else self.format
         if IMAGE in text:
@@ -739,8 +739,9 @@ class VLM(nn.Module):
                 targets: torch.Tensor | None = None,
                 spelling: tuple[torch.Tensor, torch.Tensor] | None = None):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
-        (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places (K,)
-        among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of these."""
+        (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places
+        (K,) among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of
+        these."""
         V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where))

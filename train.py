@@ -236,8 +236,8 @@ def read_options() -> argparse.Namespace:
 
 
 def caption_sets(args: argparse.Namespace) -> tuple:
-    """What to train on, to validate on and, of the shapes world, the scenes with unseen pairs; None of others.
-    Raises InputError."""
+    """What to train on, to validate on and, of the shapes world, the scenes with unseen pairs; None of
+    others. Raises InputError."""
     if args.data == "shapes":
         return (Shapes(args.scenes, "train", args.seed), Shapes(args.val_size, "test"),
                 Shapes(args.val_size, "unseen"))
@@ -340,9 +340,9 @@ def united(bad: dict[int, str]) -> dict[int, str]:
 
 
 class Encoded:
-    """A caption set whose pictures are encoded; those in `bad` {index: reason} can't be read. With `keep` that is
-    done once, each process its share, and `features` (P,N,Dv) are those of all, zeros of the bad ones; else
-    whenever they are asked for."""
+    """A caption set whose pictures are encoded; those in `bad` {index: reason} can't be read. With `keep`
+    that is done once, each process its share, and `features` (P,N,Dv) are those of all, zeros of the bad
+    ones; else whenever they are asked for."""
 
     def __init__(self, vlm: VLM, captions, args: argparse.Namespace, keep: bool = True):
         self.vlm, self.captions, self.args, self.bad, self.features = vlm, captions, args, {}, None
@@ -537,8 +537,8 @@ class Signals:
         self.asked = number
 
     def agreed(self, step: int, device: torch.device) -> int:
-        """What was asked of any process of torchrun's, 0 if nothing. So as not to wait for each other in every
-        step, several look every tenth alone."""
+        """What was asked of any process of torchrun's, 0 if nothing. So as not to wait for each other in
+        every step, several look every tenth alone."""
         if WORLD == 1:
             return self.asked
         if step % 10 < 9:
@@ -596,8 +596,8 @@ class Progress:
 # A run
 
 def start_processes(name: str) -> torch.device:
-    """Meets torchrun's other processes, if this isn't alone; of all the first prints. Returns the device of this
-    one, for the --device `name`."""
+    """Meets torchrun's other processes, if this isn't alone; of all the first prints. Returns the device of
+    this one, for the --device `name`."""
     if WORLD > 1 and torch.cuda.is_available() and name != "cpu":
         torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
     device = pick_device(name)

@@ -401,7 +401,8 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
 
 @pytest.mark.parametrize("amx", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("T, S, mask", ((1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
+@pytest.mark.parametrize("T, S, mask", (
+    (1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
 def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypatch):
     """Of heads that share keys, with a backward pass to follow or without one, whatever the CPU can do."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -409,7 +410,9 @@ def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypat
     q, k, v = (torch.randn(2, heads, length, 8, dtype=dtype) for heads, length in ((6, T), (3, S), (3, S)))
     seen = (torch.arange(S) + T - S <= torch.arange(T)[:, None]).repeat(2, 1, 1, 1)
     seen[1, ..., 0] &= mask is None
-    added = torch.randn(2, 6, T, S, dtype=dtype) if mask == "added" else torch.zeros(()).masked_fill(~seen, -torch.inf)
+    added = torch.zeros(()).masked_fill(~seen, -torch.inf)
+    if mask == "added":
+        added = torch.randn(2, 6, T, S, dtype=dtype)
     keys, values = (x.double().repeat_interleave(2, 1) for x in (k, v))
     expected = (q.double() @ keys.mT / 8 ** 0.5 + added.double()).softmax(-1) @ values
     given = {"bool": seen, "added": added}.get(mask)

@@ -44,7 +44,8 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
     lines = [json.loads(line) for line in Path("whole/captions-test.jsonl").read_text().splitlines()]
     pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
     with torch.no_grad():  # as the run did: where a backward pass may follow, attention takes another kernel
-        assert [line["caption"] for line in lines] == vlm.answer([vlm.encode("")[0]] * 8, vlm.features(pixels))
+        said = vlm.answer([vlm.encode("")[0]] * 8, vlm.features(pixels))
+    assert [line["caption"] for line in lines] == said
     Path("whole/llm.safetensors").unlink()
     picture(90, 90).save("a.png")
     assert command(monkeypatch, sample, "a.png", "--model", "whole") == 2

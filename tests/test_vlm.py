@@ -260,7 +260,8 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
         "captions-unseen.jsonl", "curves.png", "samples.png"}
     picture(120, 80).save("a.png")
     picture(30, 90).convert("L").save("b.jpg")
-    exact = "--max-tokens", "5", "--precision", "float32"  # in bfloat16 the batch decides which way a sum is rounded
+    # in bfloat16 the batch decides which way a sum is rounded
+    exact = "--max-tokens", "5", "--precision", "float32"
     assert command(monkeypatch, sample, "a.png", "b.jpg", *exact) == 0
     both = capsys.readouterr().out.splitlines()
     assert command(monkeypatch, sample, "a.png", *exact, "--model", folder) == 0
