@@ -767,9 +767,11 @@ class VLM(nn.Module):
             yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda))
 
     def encode_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
-        """As `read_pictures`, but yields features in place of the pixels."""
+        """As `read_pictures`, but yields features, without gradients, in place of the pixels."""
         for indices, views in self.read_pictures(captions, batches, bad, workers, split):
-            yield indices, views and views._replace(x=self.features(views.x))
+            with torch.no_grad():
+                views = views and views._replace(x=self.features(views.x))
+            yield indices, views
 
     def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
             split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:
