@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from data import InputError
 from fixtures.compare import close
 from llm import LLM, KVCache, sample
+from lora import add_lora
 
 FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear", "llama_dynamic", "smollm3",
             "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_long", "gpt_neox", "gpt_neox_serial",
@@ -64,6 +65,18 @@ def test_packed_weights_say_the_same(name, dtype, fixtures):
     assert not any(type(part) is torch.nn.Linear for part in packed.modules())
     assert torch.allclose(packed(tokens), llm(tokens), atol=1e-4 if dtype == torch.float32 else 0.02)
     assert packed.generate(tokens, max_tokens=8) == llm.generate(tokens, max_tokens=8)
+
+
+@torch.no_grad()
+def test_packing_leaves_a_gate_its_activation(fixtures):
+    """Also where the gate, having a LoRA, can't be packed, and what it gates can."""
+    llm, packed = (LLM.from_pretrained(str(fixtures / "gemma3")) for _ in range(2))
+    for one in (llm, packed):
+        torch.manual_seed(0)
+        add_lora(one, 2, 2, ["gate"])
+    packed.pack()
+    tokens = load_file(fixtures / "gemma3" / "golden.safetensors")["tokens"][:, :20]
+    assert torch.allclose(packed(tokens), llm(tokens), atol=1e-4)
 
 
 def old_rope(c, **names):
