@@ -34,8 +34,8 @@ class Adapter(nn.Module):
     Where an adapter has a method `between`, of what happens between the LLM's blocks, nothing of a picture
     stands among the words; of these blocks it is told in `join`.
     """
-    queries: int  # Q
-    side: int | None = None  # root of Q where they are places of the picture, row by row; else None
+    queries: int
+    side: int | None = None
     text = vocabulary = 0
     readers = "(?!)"  # a regular expression of the names of its modules in which queries attend to patches
 
@@ -486,9 +486,9 @@ class Format(NamedTuple):
     """
     chat: Callable[[int, str], str]
     image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
-    question: str = "Describe this image."  # where there is no text
-    images_first: bool = False  # images at the head of a prompt come even before the start token
-    end: str = ""  # what ends an answer where config.json names no such token
+    question: str = "Describe this image."
+    images_first: bool = False
+    end: str = ""
 
 
 BEGIN, END = "<image begin>", "<image end>"
@@ -665,8 +665,8 @@ class VLM(nn.Module):
 
     def images(self, features: torch.Tensor | None,
                prompt: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it; in
-        ids of the adapter's own vocabulary, where it has one. None of no features."""
+        """What the adapter makes (P,Q,D) of features (P,N,Dv) and of a `prompt` as `VLM.prompt` gives it.
+        None of no features."""
         if features is None:
             return None
         features = features.float()

@@ -378,7 +378,6 @@ class Encoded:
             for i in (~found["marks"]).nonzero().flatten().tolist():
                 self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
 
-    @torch.no_grad()
     def encoded(self, one: torch.Tensor):
         """Yields indices and their features, chunk by chunk; `one`: features (1,N,Dv) of the same kind."""
         vlm, captions, args, start = self.vlm, self.captions, self.args, time.time()
@@ -709,7 +708,7 @@ class Run:
         """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; of
         the pictures of all texts, in their order, where they are in `indices`, and what they are to spell."""
         args, examples, order = self.args, [], []
-        others = indices if self.streamed else range(len(self.train))
+        others = indices if self.streamed else None
         for at, i in enumerate(indices):
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
