@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import (IMAGE, Checkpoint, Family, FeedForward, InputError, Pixels, attend, depth, find_checkpoint,
                   gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, skip, stack, write_tensors)
+                  read_metadata, read_tensors, send, skip, stack, write_tensors)
 from llm import LLM, Tokenizer, nats
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
@@ -585,6 +585,13 @@ class VLM(nn.Module):
         for part in (self.vit, self.adapter):
             pack(part, self.dtype)
 
+    def compile_blocks(self) -> None:
+        """Has torch.compile make one kind of block after the other faster when it first runs, in seconds: all
+        blocks of a kind are one graph, whatever a text's length."""
+        for part in (self.vit, self.adapter, self.llm):
+            for block in getattr(part, "blocks", ()):
+                block.compile(dynamic=True)
+
     @property
     def device(self) -> torch.device:
         return self.llm.embedding.weight.device
@@ -690,7 +697,10 @@ class VLM(nn.Module):
             x = torch.where((tokens >= V)[..., None], marks, x)
         if images is None or not self.slots:
             return x
-        return x.masked_scatter((tokens == self.placeholder)[..., None], images)
+        image = tokens == self.placeholder
+        which = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
+        # a masked_scatter would have a GPU's backward pass wait to be told how many these are
+        return torch.where(image[..., None], F.embedding(which, images.flatten(0, 1)), x)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """What `LLM.hidden` takes as positions of the ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
@@ -723,7 +733,7 @@ class VLM(nn.Module):
         """(text, answer) pairs, with pictures of these `tiles`, to what `forward` takes: see `encode` and
         `data.stack`."""
         rows = [self.encode(*pair, max_tokens, tiles=tiles, prefix=prefix) for pair in examples]
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in stack(rows))
+        return tuple(send(tensor, self.device) for tensor in stack(rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What P pictures are to spell, a caption each: the places (K,) of their first embeddings among those
@@ -732,8 +742,7 @@ class VLM(nn.Module):
         Q = self.adapter.queries if self.adapter.side is None else 0
         ids = [self.tokenizer.encode(caption, special=False)[:Q] for caption in captions]
         places = [place for i, row in enumerate(ids) for place in range(i * Q, i * Q + len(row))]
-        return tuple(torch.tensor(x, dtype=torch.long).to(self.device, non_blocking=True)
-                     for x in (places, sum(ids, [])))
+        return tuple(send(torch.tensor(x, dtype=torch.long), self.device) for x in (places, sum(ids, [])))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
                 targets: torch.Tensor | None = None,
@@ -758,13 +767,12 @@ class VLM(nn.Module):
         """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that
         can be read, and their pixels as Views (None if there are none); counts the others in `bad`, {index:
         reason}. `split`: as for `caption`. Raises InputError as `data.skip` does."""
-        cuda = self.device.type == "cuda"
         pictures = Pixels(captions, self.vit.preprocess, self.split if split is None else split)
         for indices, views, found in torch.utils.data.DataLoader(
                 pictures, batch_sampler=batches, collate_fn=Pixels.collate, num_workers=workers,
-                pin_memory=cuda, worker_init_fn=ignore_signals):
+                pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals):
             skip(bad, found, captions)
-            yield indices, views and views._replace(x=views.x.to(self.device, non_blocking=cuda))
+            yield indices, views and views._replace(x=send(views.x, self.device))
 
     def encode_pictures(self, captions, batches, bad: dict[int, str], workers=0, split: bool | None = None):
         """As `read_pictures`, but yields features, without gradients, in place of the pixels."""

@@ -453,8 +453,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
             WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
     if T == 1:  # the heads that share keys read them as queries of one head: no copies where there is a cache
         return F.scaled_dot_product_attention(q.reshape(B, K, -1, size), k, v, mask).view(q.shape)
-    slow = torch.is_grad_enabled() or B * H * T * S < 1 << 28 and not torch.cpu._is_amx_tile_supported()
-    if q.is_cpu and q.dtype == torch.bfloat16 and slow:
+    if q.is_cpu and q.dtype == torch.bfloat16 and (
+            torch.is_grad_enabled() or B * H * T * S < 1 << 28 and not AMX):
         # a CPU's fused kernel takes 4 to 8 times as long as these products in its backward pass and, without
         # AMX, 1.6 times forward
         return (probabilities(q, k, mask, causal).view(B, K, -1, S) @ v).view(q.shape)
@@ -463,6 +463,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
+AMX = torch.cpu._is_amx_tile_supported()
 WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), if anyone watches
 
 
@@ -992,6 +993,13 @@ def shuffled(size: int, batch: int, seed: int, step: int = 0):
     indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
     while True:
         yield [*itertools.islice(indices, batch)]
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device: from memory that a GPU reads by itself, so that the CPU needn't wait for it."""
+    if x.is_cpu and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -76,18 +76,47 @@ class LLMConfig:
         ACTIVATIONS[self.activation]
 
 
+class LayerCache(NamedTuple):
+    """A layer's part of a KVCache."""
+    buffer: torch.Tensor  # (2,B,H,S,hd)
+    length: int
+    at: torch.Tensor | None
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Takes in k, v (B,H,T,hd); returns keys and values for their queries, (2,B,H,S,hd)."""
+        if self.at is not None:
+            return self.buffer.index_copy_(3, self.at, torch.stack((k, v)))
+        end = self.length + k.shape[2]
+        self.buffer[:, :, :, self.length:end] = torch.stack((k, v))
+        return self.buffer[:, :, :, :end]
+
+
 class KVCache:
-    """Keys and values of the tokens read so far, in buffers of fixed size, one row of the batch each."""
+    """Keys and values of the tokens read so far, in buffers of fixed size, one row of the batch each. A query
+    is given those so far or, once the cache is static, whole buffers, of which a mask must hide the rest:
+    then every token is the same work, of the same shapes."""
 
     def __init__(self, config: LLMConfig, batch: int, size: int, like: torch.Tensor):
         shape = (config.layers, 2, batch, config.kv_heads, size, config.head_size)
         self.buffer, self.length = torch.zeros(shape, dtype=like.dtype, device=like.device), 0
+        self.at = None  # (1,), if static: the place of the next token
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Appends k, v (B,H,T,hd) of one layer; returns all keys and values so far, (2,B,H,length+T,hd)."""
-        end = self.length + k.shape[2]
-        self.buffer[layer, :, :, :, self.length:end] = torch.stack((k, v))
-        return self.buffer[layer, :, :, :, :end]
+    def make_static(self) -> None:
+        self.at = torch.full((1,), self.length, device=self.buffer.device)
+
+    def places(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the next T tokens (T,), and of the keys (S,) that they are given."""
+        key = torch.arange(self.length + T if self.at is None else self.buffer.shape[-2],
+                           device=self.buffer.device)
+        return key[self.length:] if self.at is None else self.at, key
+
+    def advance(self, T: int) -> None:
+        self.length += T
+        if self.at is not None:
+            self.at += T
+
+    def layer(self, i: int) -> LayerCache:
+        return LayerCache(self.buffer[i], self.length, self.at)
 
     def select(self, rows: torch.Tensor) -> None:
         """Makes a batch of these rows, of which one may come twice."""
@@ -152,7 +181,7 @@ class Attention(nn.Module):
             make_norm(config, config.head_size) if config.qk_norm else nn.Identity() for _ in "qk")
         self.out = nn.Linear(width, config.width, config.out_bias)
 
-    def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
+    def forward(self, x, turn, mask, cache):  # x (B,T,W)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
                    for y in project(x, self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)  # (B,H,T,hd)
@@ -161,7 +190,7 @@ class Attention(nn.Module):
         if self.scale != 1:
             q = q * self.scale
         if cache is not None:
-            k, v = cache.update(layer, k, v)
+            k, v = cache.update(k, v)
         y = attend(q, k, v, mask, causal=q.shape[2] > 1 and mask is None)  # so ordered a bool, if compiled
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -176,11 +205,11 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = FeedForward(config.width, config.mlp, config.activation, config.mlp_bias, config.gated)
 
-    def forward(self, x, turn, mask, cache, layer):  # x (B,T,W)
+    def forward(self, x, turn, mask, cache):  # x (B,T,W)
         if self.order == "post":
-            x = self.norm1(x + self.attention(x, turn, mask, cache, layer))
+            x = self.norm1(x + self.attention(x, turn, mask, cache))
             return self.norm2(x + self.mlp(x))
-        y = x + self.out_norm1(self.attention(self.norm1(x), turn, mask, cache, layer))
+        y = x + self.out_norm1(self.attention(self.norm1(x), turn, mask, cache))
         return y + self.out_norm2(self.mlp(self.norm2(x if self.parallel else y)))
 
 
@@ -191,6 +220,7 @@ class LLM(nn.Module):
         super().__init__()
         self.config = config
         self.recomputes = False  # what a block kept for the backward pass: a third more time, little memory
+        self.static = None  # whether it decodes with a static cache; None: on a GPU, there as a CUDA graph
         V, D, W = config.vocabulary, config.hidden, config.width
         # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
         self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
@@ -219,25 +249,28 @@ class LLM(nn.Module):
         it; causal unless given. between(layer, x, positions): what becomes of the states x (B,T,W) before
         each block, if anything. Raises InputError past `max_positions`.
         """
-        config, start, T = self.config, cache.length if cache else 0, embeddings.shape[1]
+        config, T = self.config, embeddings.shape[1]
+        self.check(T + (cache.length if cache else 0))
+        query, key = cache.places(T) if cache else [torch.arange(T, device=embeddings.device)] * 2
         if positions is None:
-            positions = torch.arange(start, start + T, device=embeddings.device)[None]
-        if start + T > config.max_positions:
-            raise InputError(
-                f"{start + T} tokens are more than the language model's {config.max_positions} positions")
+            positions = query[None]
         x = self.project_in(embeddings.to(self.dtype))  # (B,T,W)
         if self.positions is not None:
             x = x + self.positions(positions)
         turns = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
-        masks = {window: narrow(mask, window, start, T, x.device) for window in set(config.windows)}
+        masks = {window: narrow(mask, window, query, key) for window in set(config.windows)}
         for layer, (block, rope, window) in enumerate(zip(self.blocks, config.ropes, config.windows)):
             if between is not None:
                 x = between(layer, x, positions)
-            inputs = x, turns[rope], masks[window], cache, layer
+            inputs = x, turns[rope], masks[window], cache and cache.layer(layer)
             x = recompute(block, *inputs, use_reentrant=False) if self.recomputes else block(*inputs)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.project_out(self.norm(x))  # (B,T,D)
+
+    def check(self, tokens: int) -> None:
+        if tokens > (most := self.config.max_positions):
+            raise InputError(f"{tokens} tokens are more than the language model's {most} positions")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (…,D) to scores (…,V) of the next token."""
@@ -287,24 +320,32 @@ class LLM(nn.Module):
         x, positions = pad_left(embeddings).to(self.dtype), pad_left(positions)
         pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1)
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
-        for rope in set(self.config.ropes):  # the keys that are cached by then would have to turn anew
-            if rope and rope.scaling == "longrope" and any(
-                    n <= rope.original < n + max_tokens - 1 for n in after):
+        stretched = [rope for rope in set(self.config.ropes) if rope and rope.scaling == "longrope"]
+        for rope in stretched:  # the keys that are cached by then would have to turn anew
+            if any(n <= rope.original < n + max_tokens - 1 for n in after):
                 raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this "
                                  "language model reads longer ones in another way")
-        key = torch.arange(T + max_tokens, device=device)
         cache, ids = KVCache(self.config, B, T + max_tokens, x), []
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        ends = key.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
+        ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
-        for _ in range(max_tokens):
-            start, end = cache.length, cache.length + x.shape[1]
-            query, mask = key[start:end], None
-            if min(lengths) < T:  # a padding token sees itself alone: softmax over nothing would be NaN
-                seen = (key[:end] >= pad[:, :, None]) | (key[:end] == query[:, None])
-                mask = (seen & (key[:end] <= query[:, None]))[:, None]  # (B,1,T,S)
-            hidden = self.hidden(x, positions, mask, cache, between)
-            logits = self.logits(hidden[:, -1]).float()  # (B,V), or (B·beams,V)
+
+        def read(x, positions):  # to the scores (B,V) of the token after x
+            mask, (query, key) = None, cache.places(x.shape[1])
+            if min(lengths) < T or cache.at is not None:
+                # a padding token sees itself alone: softmax over nothing would be NaN
+                seen = (key >= pad[:, :, None]) | (key == query[:, None])
+                mask = (seen & (key <= query[:, None]))[:, None]  # (B,1,T,S)
+            return self.logits(self.hidden(x, positions, mask, cache, between)[:, -1]).float()
+
+        def step(chosen, after):
+            return read(self.embed(chosen)[:, None], after)
+
+        logits = read(x, positions)
+        if (device.type == "cuda" if self.static is None else self.static) and not (search or stretched):
+            cache.make_static()
+            step = Recorded(step) if device.type == "cuda" else step
+        for n in range(1, max_tokens + 1):
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 ids.append(chosen)
@@ -313,9 +354,12 @@ class LLM(nn.Module):
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
                 cache.select(rows)
                 pad, after = pad[rows], after[rows]
-            if done.all():
+            full = T + n > self.config.max_positions
+            # a look at what a GPU has done waits for it
+            if n == max_tokens or (done.is_cpu or n % 8 == 0 or full) and done.all():
                 break
-            x, positions, after = self.embed(chosen)[:, None], after, after + 1
+            self.check(T + n)
+            logits, after = step(chosen, after), after + 1
         rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
         return [[*itertools.takewhile(lambda id: id not in end_tokens, row)] for row in rows]
 
@@ -353,14 +397,38 @@ def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Te
                       for both in zip(states.split(rows), targets.split(rows))])
 
 
-def narrow(mask: torch.Tensor | None, window: int | None, start: int, T: int, device) -> torch.Tensor | None:
-    """`mask` (None: causal), narrowed to the `window` nearest keys of each of T tokens after `start` others.
-    None where `attend` needs none, being causal by itself."""
-    S = start + T
+class Recorded:
+    """A function of tensors that is the same work for a GPU in every call: the second is recorded as a CUDA
+    graph, which from then on is launched as a whole, not kernel by kernel. What it returns is overwritten by
+    the next call."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        self.function, self.inputs, self.graph = function, None, None
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if self.inputs is None:  # kernels are loaded, and workspaces made, when they are used first
+            self.inputs = [x.clone() for x in inputs]
+            return self.function(*inputs)
+        for mine, x in zip(self.inputs, inputs):
+            mine.copy_(x)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # records, computes nothing; another thread may be pinning the next pictures meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = self.function(*self.inputs)
+        self.graph.replay()
+        return self.output
+
+
+def narrow(mask: torch.Tensor | None, window: int | None, query: torch.Tensor,
+           key: torch.Tensor) -> torch.Tensor | None:
+    """`mask` (None: causal), narrowed to the `window` nearest of the keys at the places `key` (S,) for each
+    token at `query` (T,). None where `attend` needs none, being causal by itself."""
+    S = len(key)
     window = min(window or S, S)
-    if window == S and (mask is not None or start == 0 or T == 1):
+    if window == S and (mask is not None or len(query) in (1, S)):
         return mask
-    distance = torch.arange(start, S, device=device)[:, None] - torch.arange(S, device=device)  # (T,S)
+    distance = query[:, None] - key  # (T,S)
     near = (distance >= 0) & (distance < window)
     return near if mask is None else near & mask
 

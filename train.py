@@ -31,7 +31,7 @@ import torch.nn as nn
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
 from data import (InputError, Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout,
                   draw_shots, few_shot, guard, is_shards, layout_weights, listed, one_of, read_json,
-                  read_metadata, read_tensors, run, shuffled, write_file, write_json, write_picture,
+                  read_metadata, read_tensors, run, send, shuffled, write_file, write_json, write_picture,
                   write_rows, write_tensors, write_text)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = speed.add_argument
     machine_options(speed)
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the step (default: on a CUDA GPU)")
+        help="torch.compile the models' blocks (default: on a CUDA GPU)")
     add("--recompute", action="store_true",
         help="keep little of what the LLM computes for the backward pass, and compute it again: a third more "
              "time for a fraction of the memory")
@@ -293,6 +293,7 @@ def spread(vlm: VLM, device: torch.device) -> None:
     whole = {*vlm.parameters()} - {p for p in vlm.llm.blocks.parameters() if not p.requires_grad}
     for module in (*vlm.llm.blocks, vlm):
         fully_shard(module, mesh=mesh, ignored_params=whole)
+    vlm.llm.static = False  # what the processes say to each other is no part of a CUDA graph
 
 
 def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
@@ -410,7 +411,8 @@ class Encoded:
 
     def of(self, indices: list[int]) -> Views:
         """The kept features of these pictures, which are seen as a whole."""
-        return Views(self.features[indices].to(self.vlm.device), [1] * len(indices), [(0, 0)] * len(indices))
+        rows = self.features[send(torch.tensor(indices), self.features.device)]
+        return Views(send(rows, self.vlm.device), [1] * len(indices), [(0, 0)] * len(indices))
 
     def batches(self, size: int, first: int = 0):
         """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
@@ -649,10 +651,10 @@ class Run:
         self.fused, self.layouts = self.device.type != "mps", layout_weights(args.layout)
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
-        compiled = self.device.type == "cuda" if args.compile is None else args.compile
-        self.forward = torch.compile(vlm, dynamic=True) if compiled else vlm  # steps differ in length
-        if WORLD > 1:  # all begin with the same weights, read or drawn from the seed
-            self.forward = nn.parallel.DistributedDataParallel(self.forward, init_sync=False)
+        if self.device.type == "cuda" if args.compile is None else args.compile:
+            vlm.compile_blocks()
+        # all begin with the same weights, read or drawn from the seed
+        self.forward = nn.parallel.DistributedDataParallel(vlm, init_sync=False) if WORLD > 1 else vlm
         self.size = args.batch // WORLD  # of this process's share of a batch
 
         self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
@@ -734,8 +736,9 @@ class Run:
             tokens = vlm.batch(examples, args.max_tokens, (views.tiles[i] for i in order), args.prefix_loss)
             batches.append((*tokens, views, order, vlm.spelling(captions if spell else [])))
         counts = torch.tensor([sum(len(targets) for _, _, targets, *_ in batches),
-                               sum(len(letters) for *_, (_, letters) in batches)], device=self.device)
-        count, letters = total(counts).clamp(min=1)  # targets of the whole batch; tokens to be spelled
+                               sum(len(letters) for *_, (_, letters) in batches)])
+        # targets of the whole batch; tokens to be spelled
+        count, letters = total(send(counts, self.device)).clamp(min=1)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync

@@ -63,7 +63,7 @@ SIZES = {  # name -> vision model, language model: (transformers' class, its con
 
 class Ours:
     def __init__(self, folder: Path, args, packed: bool = False, side: int | None = None, scale: int = 2,
-                 recompute: bool = False):
+                 recompute: bool = False, compiled: bool = False):
         from adapters import build
         from data import open_picture
         config = dict(vit=str(folder / "vit"), llm=str(folder / "llm"), image_size=side,
@@ -71,7 +71,9 @@ class Ours:
         self.vlm = build(config, args.dtype).to(args.device)
         self.vlm.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
         self.llm.recomputes = recompute
-        if packed:
+        if compiled:
+            self.vlm.compile_blocks()
+        elif packed:
             self.vlm.pack()
         self.open, self.preprocess = open_picture, self.vlm.vit.preprocess
 
@@ -91,8 +93,8 @@ class Ours:
     def decode(self, tokens):
         self.llm.generate(tokens, max_tokens=NEW, end_tokens=())
 
-    def caption(self, picture):
-        return self.vlm.caption([picture], max_tokens=20)
+    def caption(self, pictures):
+        return self.vlm.caption(pictures, max_tokens=20)
 
 
 class Transformers:
@@ -139,9 +141,9 @@ class Transformers:
         return self.llm.generate(tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
                                  do_sample=False, pad_token_id=0, **cache, **inputs)
 
-    def caption(self, picture):
-        features = self.encode(self.preprocess(picture)[None].to(self.device))
-        start = torch.zeros(1, 0, dtype=torch.long, device=self.device)
+    def caption(self, pictures):
+        features = self.encode(torch.stack([*map(self.preprocess, pictures)]).to(self.device))
+        start = torch.zeros(len(pictures), 0, dtype=torch.long, device=self.device)
         return self.decode(None, 20, inputs_embeds=self.embed(start, features))
 
 
@@ -155,12 +157,15 @@ class NanoVLM:
         from models.config import VLMConfig
         from models.vision_language_model import VisionLanguageModel
         v, c = (SIZES[folder.name][i][2] for i in (0, 1))
-        self.model = VisionLanguageModel(VLMConfig(
+        patch = v.get("patch_size", 16)
+        self.queries = (224 // patch // 2) ** 2
+        self.model = VisionLanguageModel(VLMConfig(  # no class token: its adapter would not leave it out
             vit_hidden_dim=v["hidden_size"], vit_inter_dim=v["intermediate_size"], vit_img_size=224,
-            lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"],
+            vit_patch_size=patch, vit_n_heads=v.get("num_attention_heads", 12),
+            vit_n_blocks=v.get("num_hidden_layers", 12), lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"],
             lm_n_heads=c["num_attention_heads"], lm_n_kv_heads=c["num_key_value_heads"],
             lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
-            mp_pixel_shuffle_factor=2, mp_image_token_length=49), load_backbone=False).to(args.device).eval()
+            mp_pixel_shuffle_factor=2, mp_image_token_length=self.queries), load_backbone=False).to(args.device).eval()
         self.model.requires_grad_(False)
         self.trained = list(self.model.MP.requires_grad_(True).parameters())
         self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=autocast)
@@ -170,8 +175,8 @@ class NanoVLM:
             return self.model.vision_encoder(pixels)
 
     def loss(self, tokens, pixels):
-        ids = F.pad(tokens, (49, 0), value=1)
-        targets = F.pad(tokens, (48, 1), value=-100)  # its labels are shifted by the collator
+        ids = F.pad(tokens, (self.queries, 0), value=1)
+        targets = F.pad(tokens, (self.queries - 1, 1), value=-100)  # its labels are shifted by the collator
         with self.autocast:
             return self.model(ids, pixels, targets=targets)[1]
 
@@ -190,9 +195,11 @@ def peers(size: str, args, kind: str, **sizes) -> dict:
     folder = args.folder / size
     found = {"ours": lambda: Ours(folder, args, packed=kind != "train", **sizes),
              "transformers": lambda: Transformers(folder, args)}
+    if kind == "train" or args.device == "cuda" and kind in ("encode", "prefill", "decode"):
+        found["ours, compiled"] = lambda: Ours(folder, args, compiled=True, **sizes)
     if kind == "decode":
         found["transformers, static cache"] = lambda: Transformers(folder, args, static=True)
-    if args.nanovlm and size == "small":
+    if args.nanovlm:
         found["nanoVLM, float32"] = lambda: NanoVLM(folder, args)
         found["nanoVLM, autocast"] = lambda: NanoVLM(folder, args, autocast=True)
     return {name: make for name, make in found.items()
@@ -340,7 +347,7 @@ def alone(name: str, size: str, B: int, settings: dict, kept: bool, sizes: dict)
     no weights. `kept`: the encoder's features are; `sizes`: those of Ours."""
     args, side = SimpleNamespace(**settings), sizes.get("side", 224)
     args.folder, args.dtype = Path(args.folder), getattr(torch, args.dtype.removeprefix("torch."))
-    if name != "ours":
+    if "ours" not in name:
         importlib.import_module("transformers")  # now: its code is no part of the figure
     before = high_water(args.device)
     model = peers(size, args, "train", **sizes)[name]()
@@ -392,14 +399,16 @@ def decode(size: str, args) -> None:
 
 
 def caption(size: str, args) -> None:
-    picture, models = Image.open(io.BytesIO(photo(0))), made(size, args, "caption")
+    pictures, models = [Image.open(io.BytesIO(photo(i))) for i in range(16)], made(size, args, "caption")
     models = {name: model for name, model in models.items() if hasattr(model, "caption")}
     with torch.inference_mode():
-        warm = race(models, lambda model: model.caption(picture), args)
+        warm = race(models, lambda model: model.caption(pictures[:1]), args)
+        many = race(models, lambda model: model.caption(pictures), args)
         makers = {name: make for name, make in peers(size, args, "caption").items() if name in models}
-        cold = race(makers, lambda make: make().caption(picture), args)
+        cold = race(makers, lambda make: make().caption(pictures[:1]), args)
     table(f"{size}: picture to 20 tokens, warm", "ms", 1, warm)
     table(f"{size}: picture to 20 tokens, loading included", "ms", 1, cold)
+    table(f"{size}: pictures to 20 tokens, batch 16", "captions/s", 16, many)
 
 
 def photo(seed: int) -> bytes:

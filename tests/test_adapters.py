@@ -280,8 +280,9 @@ def test_rotary_positions_equal_qwen2_vl(fixtures):
         assert torch.equal(positions[0], row["positions"])
         close(llm.logits(llm.hidden(row["embeddings"][None], positions)[0]), row["logits"])
     embeddings, positions = ([row[key] for row in rows] for key in ("embeddings", "positions"))
-    generated = llm.generate(embeddings=embeddings, positions=positions, max_tokens=12, end_tokens=())
-    assert generated == [row["greedy"].tolist() for row in rows]
+    for llm.static in (False, True):
+        generated = llm.generate(embeddings=embeddings, positions=positions, max_tokens=12, end_tokens=())
+        assert generated == [row["greedy"].tolist() for row in rows]
     assert generated != llm.generate(embeddings=embeddings, max_tokens=12, end_tokens=())
 
 
@@ -316,10 +317,11 @@ def test_positions_of_an_image(fixtures):
 
 
 def check_generation(llm: LLM, rows: list[dict], batch: dict) -> None:
-    """Rows are continued alone as in a batch, as without a cache, and with beams."""
+    """Rows are continued alone as in a batch, as with a static cache or none, and with beams."""
     how = dict(max_tokens=12, end_tokens=())
     alone = [llm.generate(**row, **how)[0] for row in rows]
-    assert llm.generate(**batch, **how) == alone and len({id for ids in alone for id in ids}) > 2
+    for llm.static in (False, True):
+        assert llm.generate(**batch, **how) == alone and len({id for ids in alone for id in ids}) > 2
     assert llm.generate(**batch, **how, beams=3) == [llm.generate(**row, **how, beams=3)[0] for row in rows]
     for row, ids in zip(rows, alone):
         row = dict(row)

@@ -405,7 +405,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
     (1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
 def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypatch):
     """Of heads that share keys, with a backward pass to follow or without one, whatever the CPU can do."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(data, "AMX", amx)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 8, dtype=dtype) for heads, length in ((6, T), (3, S), (3, S)))
     seen = (torch.arange(S) + T - S <= torch.arange(T)[:, None]).repeat(2, 1, 1, 1)

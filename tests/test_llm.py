@@ -47,9 +47,10 @@ def test_family_equals_reference(name, fixtures):
     greedy, beam = ([golden[f"{how}{n}"].tolist() for n in (13, 21)] for how in ("greedy", "beam"))
     beam = [row[:-1] if row[-1] in llm.config.end_tokens else row for row in beam]
     for start in starts:
-        assert llm.generate(**start, max_tokens=64, end_tokens=()) == greedy[-len(start.popitem()[1]):]
-    for start in {"tokens": prompts}, {"embeddings": [llm.embed(prompts[1])]}:
-        assert llm.generate(**start, max_tokens=64, beams=3) == beam[-len(start.popitem()[1]):]
+        rows = len(*start.values())
+        for llm.static in (None, True):
+            assert llm.generate(**start, max_tokens=64, end_tokens=()) == greedy[-rows:]
+        assert llm.generate(**start, max_tokens=64, beams=3) == beam[-rows:]
     half = LLM.from_pretrained(str(fixtures / name), torch.bfloat16)(tokens)
     assert half.dtype == torch.bfloat16
     assert (half - golden["logits"]).abs().mean() < 0.2 * golden["logits"].abs().mean()
@@ -221,7 +222,7 @@ def test_nano_sort(shared):
     assert (x - reference["x"]).abs().max() < 1e-5
     mask = torch.ones(11, 11, dtype=torch.bool).tril()
     for i, block in enumerate(llm.blocks):
-        x = block(x, None, mask, None, i)
+        x = block(x, None, mask, None)
         close(x, reference[f"block{i}"], 1e-5)
     inputs = list(itertools.product(range(3), repeat=6))
     assert llm.generate(torch.tensor(inputs), max_tokens=6) == [sorted(row) for row in inputs]

@@ -105,23 +105,37 @@ def test_images_are_to_spell_captions(fixtures):
     assert torch.equal(lost, vlm(tokens, features, where, targets))
 
 
-def test_a_step_is_one_graph_for_all_lengths(fixtures):
-    """As torch.compile sees it: nothing breaks the graph, and another length needs no other."""
-    vlm, graphs = small(fixtures).train(), []
+@pytest.mark.parametrize("adapter, kinds", (("qformer", 2), ("resampler", 2), ("flamingo", 1)))
+def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures, monkeypatch):
+    """As torch.compile sees it: nothing breaks a graph, and no layer or length needs another. A Q-Former has
+    two kinds, with a picture to read and without; a resampler's first reads one row of queries for all."""
+    vlm, graphs = small(fixtures, adapter).train(), []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph
 
+    def compiled(module, **options):
+        compile(module, backend=backend, fullgraph=True, **options)
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     torch._dynamo.reset()
-    compiled = torch.compile(vlm, dynamic=True, fullgraph=True, backend=backend)
-    for texts in (["abc", "ab"], ["abcabca", "c", "ab"], ["cab", "abcba"]):
-        batch = vlm.batch([("", text) for text in texts])
-        features, spelling = vlm.features(torch.randn(len(texts), 3, 30, 30)), vlm.spelling(texts)
-        for ours, theirs in zip(vlm(batch[0], features, *batch[1:], spelling),
-                                compiled(batch[0], features, *batch[1:], spelling)):
-            assert torch.allclose(ours, theirs, atol=1e-5)
-    assert len(graphs) == 1
+    batches = []
+    for texts in (["abc", "ab", "a", "b"], ["abcabca", "c", "ab"], ["cab", "abcba", "b", "c", "a", "b"]):
+        tokens, where, targets = vlm.batch([("", text) for text in texts])
+        pixels = torch.randn(len(texts), 3, 30, 30)
+        batches.append((tokens, pixels, where, targets))
+    found = [[vlm(tokens, vlm.features(pixels), *targets) for tokens, pixels, *targets in batches]]
+    pictures = [Shapes(9).picture(i) for i in range(4)]
+    said = vlm.eval().caption(pictures, max_tokens=20)
+    vlm.train().compile_blocks()
+    found.append([vlm(tokens, vlm.features(pixels), *targets) for tokens, pixels, *targets in batches])
+    for ours, theirs in zip(*found):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert len(graphs) == 2 + kinds  # of encoder and LLM too
+    for vlm.llm.static in (False, True):
+        assert vlm.eval().caption(pictures, max_tokens=20) == said
 
 
 def test_what_is_computed_again_is_the_same(fixtures):
@@ -392,6 +406,44 @@ def test_a_bad_picture_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, sample, "a.jpg", "none.jpg", "a.jpg") == 2
     captured = capsys.readouterr()
     assert captured.out.count("a.jpg: ") == 2 and captured.err.count("none.jpg: no such picture") == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("adapter", ("qformer", "flamingo"))
+def test_a_recorded_step_decodes_what_a_launched_one_does(adapter, fixtures):
+    for name in ("gpt2_wide", "llama3", "gemma3"):
+        vlm = small(fixtures, adapter, llm=name).cuda()
+        pictures = [Shapes(9).picture(i) for i in range(3)]
+        for how in (dict(), dict(temperature=0.7), dict(beams=2)):
+            said = []
+            for vlm.llm.static in (False, True):
+                generator = torch.Generator("cuda").manual_seed(0)
+                said += [vlm.caption(group, "ab", max_tokens=20, generator=generator, **how)
+                         for group in (pictures[:1], pictures, [pictures[:2], pictures[2]])]
+            assert said[:3] == said[3:], (name, how)
+
+
+@pytest.mark.cuda
+def test_a_step_never_waits_for_the_gpu(tmp_path, monkeypatch):
+    """Whether features are kept or not: what is sent to it is pinned, and nothing of its is looked at."""
+    step, steps = train.Run.step, []
+
+    def watched(run, n, indices, inputs):
+        torch.cuda.set_sync_debug_mode("error" if n else "default")  # the first may load and measure
+        try:
+            if run.kept:
+                inputs = run.kept.of(indices)
+            return step(run, n, indices, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            steps.append(n)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.Run, "step", watched)
+    for options in (["--cache-features"], ["--features", "kept"], ["--no-cache-features"]):
+        assert command(monkeypatch, train, "--adapter", "qformer", *SMALL, *QUICK, *options, "--device",
+                       "cuda", "--no-compile", "--precision", "bfloat16", "--out", options[0]) == 0
+    assert len(steps) == 24
 
 
 @pytest.mark.cuda
