@@ -588,6 +588,7 @@ class VLM(nn.Module):
     def compile_blocks(self) -> None:
         """Has torch.compile make one kind of block after the other faster when it first runs, in seconds: all
         blocks of a kind are one graph, whatever a text's length."""
+        torch._dynamo.config.recompile_limit = 64  # one for training, for captions, for batches of one, …
         for part in (self.vit, self.adapter, self.llm):
             for block in getattr(part, "blocks", ()):
                 block.compile(dynamic=True)
@@ -647,10 +648,12 @@ class VLM(nn.Module):
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()), self.autocast(held):
             return self.vit(pixels, self.config.get("layer"))
 
-    def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor | None:
+    def prompt(self, tokens: torch.Tensor, where: torch.Tensor | None = None,
+               pictures: int | None = None) -> torch.Tensor | None:
         """Ids (P,L), in the adapter's own vocabulary where it has one, of what it may read with each of P
         pictures: the words in its row of the ids (B,T), up to the first of the places `where` (M,) of
-        targets, at most as many as its `text`, then -1. None for an adapter that reads no words."""
+        targets, at most as many as its `text`, then -1. None for an adapter that reads no words. `pictures`
+        is P, which a GPU need not be asked for then."""
         if not self.adapter.text:
             return None
         B, T = tokens.shape
@@ -668,7 +671,8 @@ class VLM(nn.Module):
                 rows.append(torch.tensor(ids, device=tokens.device))
             return nn.utils.rnn.pad_sequence(rows, True, -1).repeat_interleave(repeats, 0)
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]  # the words first
-        return tokens.masked_fill(~seen, -1).gather(1, order).repeat_interleave(repeats, 0)
+        words = tokens.masked_fill(~seen, -1).gather(1, order)
+        return words.repeat_interleave(repeats, 0, output_size=pictures)
 
     def images(self, features: torch.Tensor | None,
                prompt: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -753,7 +757,7 @@ class VLM(nn.Module):
         these."""
         V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
-            images = self.images(features, self.prompt(tokens, where))
+            images = self.images(features, self.prompt(tokens, where, len(features)))
             hidden = self.llm.hidden(**self.read(tokens, images)).flatten(0, 1)[where]
             if targets is None:
                 return self.llm.logits(hidden)

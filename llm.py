@@ -150,7 +150,8 @@ def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
         positions = positions[..., None]
     else:
         side = 3 * f.shape[1] // 8
-        positions = positions[..., [0] * (f.shape[1] - 2 * side) + [1] * side + [2] * side]
+        sizes = f.shape[1] - 2 * side, side, side
+        positions = torch.cat([x.repeat(1, 1, n) for x, n in zip(positions.split(1, -1), sizes)], -1)
     angles = (positions.float() * f[:, None])[:, None]  # (B,1,T,size/2)
     cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -325,7 +326,8 @@ class LLM(nn.Module):
             if any(n <= rope.original < n + max_tokens - 1 for n in after):
                 raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this "
                                  "language model reads longer ones in another way")
-        cache, ids = KVCache(self.config, B, T + max_tokens, x), []
+        size = -(-(T + max_tokens) // 64) * 64  # as a GPU's kernels for attention like it
+        cache, ids = KVCache(self.config, B, size, x), []
         done = torch.zeros(B, dtype=torch.bool, device=device)
         ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
@@ -349,14 +351,14 @@ class LLM(nn.Module):
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 ids.append(chosen)
-                done |= torch.isin(chosen, ends)
+                done |= (chosen[:, None] == ends).any(1)
             else:
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
                 cache.select(rows)
                 pad, after = pad[rows], after[rows]
             full = T + n > self.config.max_positions
             # a look at what a GPU has done waits for it
-            if n == max_tokens or (done.is_cpu or n % 8 == 0 or full) and done.all():
+            if n == max_tokens or (done.is_cpu or n < 3 or n % 8 == 0 or full) and done.all():
                 break
             self.check(T + n)
             logits, after = step(chosen, after), after + 1
@@ -409,12 +411,12 @@ class Recorded:
         if self.inputs is None:  # kernels are loaded, and workspaces made, when they are used first
             self.inputs = [x.clone() for x in inputs]
             return self.function(*inputs)
-        for mine, x in zip(self.inputs, inputs):
-            mine.copy_(x)
+        torch._foreach_copy_(self.inputs, inputs)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # records, computes nothing; another thread may be pinning the next pictures meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.device(inputs[0].device), torch.cuda.graph(
+                    self.graph, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         self.graph.replay()
         return self.output
@@ -447,7 +449,9 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
         out = probabilities.cumsum(-1) - probabilities >= top_p
         out[:, 0] = False
         logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # as torch.multinomial draws, but that would wait for a GPU
+    chances = logits.softmax(-1)
+    return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
 
 
 class BeamSearch:
