@@ -588,7 +588,7 @@ class VLM(nn.Module):
     def compile_blocks(self) -> None:
         """Has torch.compile make one kind of block after the other faster when it first runs, in seconds: all
         blocks of a kind are one graph, whatever a text's length."""
-        torch._dynamo.config.recompile_limit = 64  # one for training, for captions, for batches of one, …
+        torch._dynamo.config.cache_size_limit = 64  # for training, for captions, for batches of one, …
         for part in (self.vit, self.adapter, self.llm):
             for block in getattr(part, "blocks", ()):
                 block.compile(dynamic=True)

@@ -398,6 +398,18 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
         assert part in captured.err and captured.err.count("\n") == 1, captured.err
 
 
+def test_blocks_are_compiled_when_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(90, 90).save("a.jpg")
+    asked = []
+    monkeypatch.setattr(VLM, "compile_blocks", lambda vlm: asked.append(vlm))
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--device", "cpu", "--out", "run") == 0
+    assert command(monkeypatch, sample, "a.jpg", "--model", "run") == 0 and not asked
+    assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--compile") == 0
+    assert command(monkeypatch, sample, "a.jpg", "--model", "run", "--compile") == 0
+    assert len(asked) == 2 and all(isinstance(vlm, VLM) for vlm in asked)
+
+
 def test_a_bad_picture_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, train, "--adapter", "linear", *QUICK) == 0
