@@ -9,6 +9,7 @@
     python sample.py --data captions.csv --images DIR   # caption a whole set and score it
 """
 import argparse
+import bisect
 import collections
 import glob
 import itertools
@@ -127,11 +128,12 @@ INK, GREY, BLUE = "#1a1a1a", "#6b6b6b", "#0072b2"
 
 
 def wrap(text: str, font, width: int) -> str:
-    """Breaks a text in lines of at most `width` pixels: of as many letters as all of them can have."""
+    """Breaks a text in lines of at most `width` pixels, each of about as many letters as fit."""
     text = " ".join(text.split())
     most = int(2 * width * len(text) / max(1, font.getlength(text)))  # twice what fits on average
-    broken = ("\n".join(textwrap.wrap(text, letters)) for letters in range(most, 0, -1))
-    return next((lines for lines in broken if max(map(font.getlength, lines.split("\n"))) <= width), text)
+    fit = bisect.bisect_left(range(1, most + 1), True, key=lambda letters: any(
+        font.getlength(line) > width for line in textwrap.wrap(text, letters)))
+    return "\n".join(textwrap.wrap(text, fit)) if fit else text
 
 
 def label(text: str, size: int, colour: str, width: int) -> Image.Image:
