@@ -270,6 +270,7 @@ class LLM(nn.Module):
         return self.project_out(self.norm(x))  # (B,T,D)
 
     def check(self, tokens: int) -> None:
+        """Raises InputError where a text of so many tokens has no positions left."""
         if tokens > (most := self.config.max_positions):
             raise InputError(f"{tokens} tokens are more than the language model's {most} positions")
 
@@ -333,8 +334,9 @@ class LLM(nn.Module):
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
 
         def read(x, positions):  # to the scores (B,V) of the token after x
-            mask, (query, key) = None, cache.places(x.shape[1])
+            mask = None
             if min(lengths) < T or cache.at is not None:
+                query, key = cache.places(x.shape[1])
                 # a padding token sees itself alone: softmax over nothing would be NaN
                 seen = (key >= pad[:, :, None]) | (key == query[:, None])
                 mask = (seen & (key <= query[:, None]))[:, None]  # (B,1,T,S)

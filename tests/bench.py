@@ -162,11 +162,12 @@ class NanoVLM:
         self.model = VisionLanguageModel(VLMConfig(  # no class token: its adapter would not leave it out
             vit_hidden_dim=v["hidden_size"], vit_inter_dim=v["intermediate_size"], vit_img_size=224,
             vit_patch_size=patch, vit_n_heads=v.get("num_attention_heads", 12),
-            vit_n_blocks=v.get("num_hidden_layers", 12), lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"],
+            vit_n_blocks=v.get("num_hidden_layers", 12),
+            lm_hidden_dim=c["hidden_size"], lm_inter_dim=c["intermediate_size"],
             lm_n_heads=c["num_attention_heads"], lm_n_kv_heads=c["num_key_value_heads"],
             lm_n_blocks=c["num_hidden_layers"], lm_vocab_size=c["vocab_size"],
-            mp_pixel_shuffle_factor=2, mp_image_token_length=self.queries), load_backbone=False).to(args.device).eval()
-        self.model.requires_grad_(False)
+            mp_pixel_shuffle_factor=2, mp_image_token_length=self.queries), load_backbone=False)
+        self.model.to(args.device).eval().requires_grad_(False)
         self.trained = list(self.model.MP.requires_grad_(True).parameters())
         self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=autocast)
 

@@ -125,13 +125,17 @@ def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures
     for texts in (["abc", "ab", "a", "b"], ["abcabca", "c", "ab"], ["cab", "abcba", "b", "c", "a", "b"]):
         tokens, where, targets = vlm.batch([("", text) for text in texts])
         pixels = torch.randn(len(texts), 3, 30, 30)
-        batches.append((tokens, pixels, where, targets))
-    found = [[vlm(tokens, vlm.features(pixels), *targets) for tokens, pixels, *targets in batches]]
+        batches.append((tokens, pixels, where, targets, vlm.spelling(texts)))
+
+    def losses():
+        return [loss for tokens, pixels, *wanted in batches
+                for loss in vlm(tokens, vlm.features(pixels), *wanted)]
+
+    expected = losses()
     pictures = [Shapes(9).picture(i) for i in range(4)]
     said = vlm.eval().caption(pictures, max_tokens=20)
     vlm.train().compile_blocks()
-    found.append([vlm(tokens, vlm.features(pixels), *targets) for tokens, pixels, *targets in batches])
-    for ours, theirs in zip(*found):
+    for ours, theirs in zip(expected, losses()):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert len(graphs) == 2 + kinds  # of encoder and LLM too
     for vlm.llm.static in (False, True):
