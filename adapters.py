@@ -13,10 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (IMAGE, Checkpoint, Family, FeedForward, InputError, Pixels, attend, depth, find_checkpoint,
-                  gap, guard, ignore_signals, load_weights, named, one_of, pack, read_json,
-                  read_metadata, read_tensors, send, skip, stack, write_tensors)
-from llm import LLM, Tokenizer, nats
+from data import IMAGE, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip, stack
+from llm import LLM, nats
+from formats.files import InputError, guard, named, read_json, read_metadata, read_tensors, write_tensors
+from formats.hub import find_checkpoint
+from formats.tokenizer import Tokenizer
+from formats.weights import Checkpoint, Family, depth, load_weights
 from lora import load_lora, lora_layers, save_lora
 from vit import ViT
 
@@ -937,7 +939,7 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
 class Public(NamedTuple):
     """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
     what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
-    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see data.Family). `formats`:
+    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see weights.Family). `formats`:
     its Format, by a special token that the tokenizer has ("": any), where config.json doesn't tell."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str

@@ -1,8 +1,8 @@
-"""What comes in from disk or network: checkpoint folders, pictures, captions, and the built-in shapes world.
+"""Pictures, captions, batches, and the built-in shapes world; and the layers that the models share.
 
-Nothing here knows a model. A *checkpoint* is a folder in the public Hugging Face layout (config.json and
-safetensors); a *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which
-are (question, caption), "" for no question; i is a number below its length or, of `Shards`, a `Pair`.
+Nothing here knows a model. A *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and
+`s.pairs(i)`, which are (question, caption), "" for no question; i is a number below its length or, of
+`Shards`, a `Pair`.
 """
 import contextlib
 import copy
@@ -22,9 +22,6 @@ import re
 import signal
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import warnings
 import zlib
 from pathlib import Path
@@ -33,43 +30,8 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-HERE = Path(__file__).resolve().parent
-
-
-class InputError(Exception):
-    """What the user gave can't be used: the message names the file and the reason in one printable line."""
-
-    def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-        super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
-
-
-@contextlib.contextmanager
-def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of
-    what their readers may raise would be whole."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        reason = error.strerror or (f"{problem} ({error})" if str(error) else problem)
-        raise InputError(f"{path}: {reason}") from None
-    except Exception as error:
-        name = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
-        raise InputError(f"{path}: {problem} ({name}{error})") from None
-
-
-@contextlib.contextmanager
-def named(path: str | Path):
-    """Puts a file's name before an InputError of what stands in it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+from formats.files import InputError, guard, named, whole, write_file
 
 
 def nearest(word: str, known) -> str:
@@ -113,302 +75,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         sys.exit(141)
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
-    process or the power ends. Raises InputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with guard(path, "can't be written"):
-        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
-            with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-                if time.time() - left.stat().st_mtime > 86_400:  # who wrote no byte for a day was killed
-                    left.unlink()
-        try:
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if os.name == "posix":  # where a folder's own entries are to be asked for
-                folder = os.open(path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
-    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
-    the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    size = dtype.itemsize * math.prod(shape)  # bytes
-    header = json.dumps({
-        "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
-        "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for chunk in chunks:
-            file.write(chunk.cpu().contiguous().view(torch.uint8).numpy())
-        file.write(bytes(marks()))
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda file: save_file(tensors, file, metadata))
-
-
-def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def write_picture(path: Path, picture: Image.Image) -> None:
     write_file(path, lambda file: picture.save(file, "PNG"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints: where a name leads, and how tensors leave the file
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-               "merges.txt", "qformer_tokenizer/tokenizer.json")
-
-
-def read_json(path: Path) -> dict:
-    with guard(path, "not valid JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
-
-
-def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file whose names begin with `prefix`, by the rest. Raises InputError."""
-    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
-                if name.startswith(prefix)}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors. Raises InputError."""
-    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those its index lists."""
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return [folder / WEIGHTS]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: no weight_map")
-    for file in weight_map.values():  # a shard's name comes from outside: it may not lead out of the folder
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
-            raise InputError(f"{folder / INDEX}: {file!r} is not a plain safetensors file name")
-    return [folder / file for file in sorted(set(weight_map.values()))]
-
-
-def find_checkpoint(name: str, weights: bool = True) -> Path:
-    """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
-    cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
-    tokenizer alone. Raises InputError."""
-    with guard(name, "no name of a model"):
-        for folder in (Path(name).expanduser(), HERE / name):
-            if folder.is_dir():
-                return folder
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
-        raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    repository = cache / f"models--{name.replace('/', '--')}"
-    reference = repository / "refs" / "main"
-    if reference.is_file():
-        with guard(reference):
-            snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-            if weights:
-                found = all(file.is_file() for file in (snapshot / "config.json", *shards(snapshot)))
-            else:
-                found = any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json"))
-        if found:
-            return snapshot
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
-    return download(name, repository, weights)
-
-
-def download(name: str, repository: Path, weights: bool) -> Path:
-    """Fetches a checkpoint's files into `repository`, in the cache's own layout; returns the snapshot folder.
-    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-    def fetch(file: str) -> None:
-        if (snapshot / file).is_file():
-            return
-        if file not in files:
-            raise InputError(f"{name}: the repository holds no {file}")
-        print(f"downloading {name}/{file}", file=sys.stderr)
-        digest = (files[file].get("lfs") or {}).get("sha256")  # which torch.hub compares
-        part = (snapshot / file).with_name(f".{Path(file).name}.part")
-        part.parent.mkdir(exist_ok=True)
-        torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
-                                       progress=sys.stderr.isatty())
-        if part.stat().st_size != files[file].get("size", part.stat().st_size):
-            part.unlink()
-            raise ValueError(f"{file} came incomplete: run the command again")
-        os.replace(part, snapshot / file)
-
-    with guard(name, "no such folder, and the download failed"):
-        try:
-            about = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
-            with urllib.request.urlopen(about, timeout=30) as reply:
-                info = json.load(reply)
-            revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
-            if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
-                raise ValueError(f"revision {revision!r}")
-            snapshot, reference = repository / "snapshots" / revision, repository / "refs" / "main"
-            snapshot.mkdir(parents=True, exist_ok=True)
-            for file in SMALL_FILES + (INDEX,) * (weights and WEIGHTS not in files):
-                if file in files:
-                    fetch(file)
-            for shard in shards(snapshot) if weights else ():
-                fetch(shard.name)
-            reference.parent.mkdir(exist_ok=True)
-            write_text(reference, revision)
-            return snapshot
-        except urllib.error.HTTPError as error:
-            hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
-                         "then try again",
-                    403: "access is restricted: ask for it on the model's page",
-                    404: "no such model, or a file is gone"}.get(error.code, error.reason)
-            raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
-
-
-class Checkpoint:
-    """A checkpoint's folder: `config` (config.json), and tensors read by name from the mapped files."""
-
-    def __init__(self, name: str):
-        self.name, self.folder = name, find_checkpoint(name)
-        self.config = read_json(self.folder / "config.json")
-        self.where: dict[str, Path] = {}  # tensor name -> its file
-        self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
-        for path in shards(self.folder):
-            if not path.is_file():
-                raise InputError(f"{path}: no such file")
-            with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
-                self.where.update((name, path) for name in file.keys())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as it lies in the file, which is mapped anew every 128 MiB: where converted copies replace
-        the tensors, the pages read so far are let go, so that the weights are never held twice."""
-        path = self.where[name]
-        if path != self.mapped[0] or self.mapped[2] > 1 << 27:
-            self.mapped = [path, safe_open(path, framework="pt"), 0]
-        tensor = self.mapped[1].get_tensor(name)
-        self.mapped[2] += tensor.nbytes
-        return tensor
-
-    def part(self, prefixes: str, config: dict) -> "Checkpoint":
-        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
-        expression, begins."""
-        part = copy.copy(self)
-        part.config = config
-        part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
-        return part
-
-    def json(self, file: str) -> dict:
-        """A JSON file of the folder; empty where there is none."""
-        return read_json(self.folder / file) if (self.folder / file).is_file() else {}
-
-    def family(self, families: dict):
-        """The row of `families` that config.json's `model_type` names, its names a table, and the config."""
-        path, kind = self.folder / "config.json", self.config.get("model_type")
-        with guard(path, f"can't be read as a {kind} config"):
-            if kind not in families:
-                raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
-            config = families[kind].config(self.config)
-            for name, kind_of in getattr(config, "__annotations__", {}).items():
-                value = getattr(config, name)
-                if kind_of is bool and value in (True, False, None):
-                    setattr(config, name, bool(value))
-                elif kind_of in (bool, int, float, str) and (
-                        not isinstance(value, (int, float) if kind_of is float else kind_of)
-                        or kind_of is not str and value < 0):
-                    raise ValueError(f"{name} is {value!r}")
-            names = families[kind].names
-            return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
-
-
-def depth(layers: int) -> int:
-    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before its
-    sizes are compared with the file's, which costs time and memory for each block, though none for width."""
-    if not 0 < layers <= 1000:
-        raise ValueError(f"{layers} layers")
-    return layers
-
-
-class Family(NamedTuple):
-    """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b"
-    where some files have a, others b; b is the name in the reference's class, where that differs) or
-    (function, name, …), the function making our tensor of theirs; where the table itself depends on the
-    config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
-    leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share;
-    `path` is that prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it."""
-    config: Callable[[dict], object]
-    names: dict | Callable[[object], dict]
-    unused: str
-    path: str = ""
-
-    def source(self, name: str) -> tuple:
-        """(function, names on disk) of our parameter `name`."""
-        number = re.search(r"\.(\d+)\.", name)
-        name = name.replace(number[0], ".{}.", 1) if number else name
-        module, _, leaf = name.rpartition(".")
-        entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
-        function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
-        block = number[1] if number else ""
-        return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
-
-
-def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
-    """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
-    Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
-    _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
-    prefix = next((name[:-len(anchor)] for name in checkpoint.where if f".{name}".endswith(f".{anchor}")), "")
-    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one
-    left, state = set(checkpoint.where), {}
-    for name, parameter in module.named_parameters():
-        function, disk = family.source(name)
-        disk = [next((p + d for d in names.split("|") for p in prefixes if p + d in checkpoint.where),
-                     prefix + names.split("|")[0]) for names in disk]
-        tensors = []
-        for d in disk:
-            if d not in checkpoint.where:
-                files = set(checkpoint.where.values())
-                where = files.pop() if len(files) == 1 else checkpoint.folder
-                raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
-            with guard(checkpoint.where[d], f"tensor '{d}' can't be read"):
-                tensors.append(checkpoint.tensor(d))
-            left.discard(d)
-        try:
-            tensor = function(*tensors)
-        except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
-            tensor = tensors[0]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-            made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
-            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; "
-                             f"{name} wants {tuple(parameter.shape)}{made}")
-        state[name] = tensor.to(dtype).contiguous()
-    for name in sorted(left):
-        if not any(re.fullmatch(family.unused, known) for known in (name, name.removeprefix(prefix))):
-            kind = checkpoint.config.get("model_type")
-            raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
-    module.load_state_dict(state, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -419,14 +87,6 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gelu_tanh)
-
-
-def name_table(outside: dict, blocks: dict, block: str) -> dict:
-    """A table of names (see `Family`): those `outside` the blocks, and for every block those of `blocks`,
-    ours behind "blocks.{}.", the first or only one on disk behind `block`, such as "layers.{}."."""
-    return outside | {
-        f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
-        for ours, disk in blocks.items()}
 
 
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
@@ -588,11 +248,6 @@ def open_picture(path: "str | Path | Pair") -> Image.Image:
 
 # ---------------------------------------------------------------------------------------------------------
 # Caption sets
-
-def whole(text: str) -> str:
-    """Text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 can't."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 def clean(caption: str) -> str:
     """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in, and

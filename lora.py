@@ -5,7 +5,7 @@ LoRA (Hu et al., 2021, arXiv:2106.09685): h = W₀x + s·BAx. W₀ (out,in) stay
 
 PEFT names modules as the reference's class does, and that class may hold in one matrix what we hold in
 several: GPT-2's c_attn is our q, k and v. Of such a matrix each of ours takes its rows of B, and A
-is shared. Which rows these are is what `data.Family`'s table does to the rows of the matrix itself.
+is shared. Which rows these are is what `Family`'s table does to the rows of the matrix itself.
 """
 import itertools
 import math
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import InputError, guard, named, read_json, read_tensors, write_json, write_tensors
+from formats.files import InputError, guard, named, read_json, read_tensors, write_json, write_tensors
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:

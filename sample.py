@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from adapters import VLM
-from data import (FORMATS, IMAGE, SKILLS, Captions, InputError, Shapes, Views, clean, complain, cut, few_shot,
-                  judge, nearest, one_of, open_picture, references, run, stack, watch, write_picture,
-                  write_text)
+from data import (FORMATS, IMAGE, SKILLS, Captions, Shapes, Views, clean, complain, cut, few_shot, judge,
+                  nearest, one_of, open_picture, references, run, stack, watch, write_picture)
+from formats.files import InputError, write_text
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (InputError, Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout,
-                  draw_shots, few_shot, guard, is_shards, layout_weights, listed, one_of, read_json,
-                  read_metadata, read_tensors, run, send, shuffled, write_file, write_json, write_picture,
-                  write_rows, write_tensors, write_text)
+from data import (Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout, draw_shots,
+                  few_shot, is_shards, layout_weights, listed, one_of, run, send, shuffled, write_picture)
+from formats.files import (InputError, guard, read_json, read_metadata, read_tensors, write_file, write_json, write_rows,
+                           write_tensors, write_text)
 from lora import add_lora, load_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)

@@ -9,8 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (ACTIVATIONS, Checkpoint, Family, FeedForward, InputError, attend, depth, guard,
-                  load_weights, name_table, named, rgb)
+from data import ACTIVATIONS, FeedForward, attend, rgb
+from formats.files import InputError, guard, named
+from formats.weights import Checkpoint, Family, depth, load_weights, name_table
 
 
 @dataclass

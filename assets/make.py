@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 import vit as vit_module
 import llm as llm_module
-from data import COLOURS, SHAPES, SIDE, SIZES, Scene, clean, judge, write_json
+from data import COLOURS, SHAPES, SIDE, SIZES, Scene, clean, judge
+from formats.files import write_json
 
 SEED = 1234
 VIT = dict(architectures=["ViTModel"], model_type="vit", hidden_size=128, num_hidden_layers=6, num_attention_heads=4,

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import llm as language
 import vit as vision
 from adapters import PUBLIC, PixelShuffle, VLM
-from data import Family
+from formats.weights import Family
 from llm import LLM
 from make import randomise
 from start import disk

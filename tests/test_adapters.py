@@ -12,7 +12,8 @@ import train
 from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler,
                       TwoWay, build,
                       fourier_places)
-from data import InputError, stack
+from data import stack
+from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM

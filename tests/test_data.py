@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import data
 from adapters import VLM
-from data import (SKILLS, UNSEEN, Captions, InputError, Scene, Shapes, Thing, arrange, attend, draw_caption,
-                  find_checkpoint, judge, open_picture, references, shuffled, skip, stack, write_file)
+from data import (SKILLS, UNSEEN, Captions, Scene, Shapes, Thing, arrange, attend, draw_caption, judge,
+                  open_picture, references, shuffled, skip, stack)
 from fixtures.pictures import picture
-from llm import LLM, Tokenizer
+from llm import LLM
+from formats.files import InputError, write_file
+from formats.hub import HERE, find_checkpoint
+from formats.tokenizer import Tokenizer
 from vit import ViT
 
 
@@ -271,7 +274,7 @@ def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
     vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
     tokenizer = Tokenizer.from_pretrained("assets/llm")
     assert vit(torch.zeros(1, 3, 96, 96)).shape == (1, 65, vit.config.hidden)
-    stored = load_file(data.HERE / "assets" / "vit" / "model.safetensors")
+    stored = load_file(HERE / "assets" / "vit" / "model.safetensors")
     # as the reference's own class wants it
     assert stored["embeddings.cls_token"].shape == (1, 1, vit.config.hidden)
     ids = tokenizer.encode("a large red circle above a small blue star\n")

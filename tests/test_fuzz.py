@@ -19,10 +19,13 @@ from PIL import Image, PngImagePlugin
 
 from adapters import PUBLIC, VLM, QFormer
 from conftest import ROOT
-from data import HERE, IMAGE, Captions, InputError, find_checkpoint, open_picture, stack
+from data import IMAGE, Captions, open_picture, stack
 from fixtures.pictures import picture
 from llm import FAMILIES as LLMS
-from llm import LLM, Tokenizer
+from llm import LLM
+from formats.files import InputError
+from formats.hub import HERE, find_checkpoint
+from formats.tokenizer import Tokenizer
 from lora import add_lora, load_lora, save_lora
 from test_public import FAMILIES
 from vit import FAMILIES as VITS

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import VLM
-from data import (IMAGE, LAYOUTS, InputError, Shapes, arrange, draw_layout, draw_shots, few_shot,
-                  layout_weights, stack)
+from data import IMAGE, LAYOUTS, Shapes, arrange, draw_layout, draw_shots, few_shot, layout_weights, stack
 from fixtures.pictures import picture
-from llm import LLM, Tokenizer
+from llm import LLM
+from formats.files import InputError
+from formats.tokenizer import Tokenizer
 from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 

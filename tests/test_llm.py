@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import InputError
+from formats.files import InputError
 from fixtures.compare import close
 from llm import LLM, KVCache, sample
 from lora import add_lora

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from adapters import VLM, QFormer
-from data import InputError, stack
+from data import stack
+from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from adapters import VLM
-from data import InputError, Scene
+from data import Scene
+from formats.files import InputError
 from fixtures import start
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture

@@ -17,7 +17,7 @@ import adapters
 import data
 import train
 from adapters import VLM
-from data import write_file
+from formats.files import write_file
 from test_vlm import SMALL, command
 
 resource = pytest.importorskip("resource")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
-from data import InputError, Shapes, Shards, read_shard
+from data import Shapes, Shards, read_shard
+from formats.files import InputError
 from test_vlm import QUICK, SMALL, command, interrupt
 from vit import ViT
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from compare_tokenizers import hard_strings
-from data import InputError
-from llm import Tokenizer
+from formats.files import InputError
+from formats.tokenizer import Tokenizer
 
 
 FAMILIES = ("gpt2", "opt", "neox", "prefix_space", "smollm2", "llama3", "qwen2",

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import InputError
+from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import PROCESSING, photographs, picture
 from vit import FAMILIES, PROCESSORS, Preprocessor, ViT

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import InputError, Shapes, run, stack
+from data import Shapes, run, stack
+from formats.files import InputError
 from fixtures.pictures import picture
 from llm import LLM, nats
 from vit import ViT

@@ -1,0 +1,123 @@
+"""Files, read and written: errors that name them, JSON, safetensors; what is written is whole or not there."""
+import contextlib
+import glob
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class InputError(Exception):
+    """What the user gave can't be used: the message names the file and the reason in one printable line."""
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+        super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
+
+
+@contextlib.contextmanager
+def guard(path: str | Path, problem: str = "can't be read"):
+    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of
+    what their readers may raise would be whole."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or (f"{problem} ({error})" if str(error) else problem)
+        raise InputError(f"{path}: {reason}") from None
+    except Exception as error:
+        name = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}: {problem} ({name}{error})") from None
+
+
+@contextlib.contextmanager
+def named(path: str | Path):
+    """Puts a file's name before an InputError of what stands in it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def whole(text: str) -> str:
+    """Text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
+    process or the power ends. Raises InputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with guard(path, "can't be written"):
+        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
+            with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
+                if time.time() - left.stat().st_mtime > 86_400:  # who wrote no byte for a day was killed
+                    left.unlink()
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # where a folder's own entries are to be asked for
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
+    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
+    the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    size = dtype.itemsize * math.prod(shape)  # bytes
+    header = json.dumps({
+        "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
+        "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for chunk in chunks:
+            file.write(chunk.cpu().contiguous().view(torch.uint8).numpy())
+        file.write(bytes(marks()))
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda file: save_file(tensors, file, metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    with guard(path, "not valid JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file whose names begin with `prefix`, by the rest. Raises InputError."""
+    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                if name.startswith(prefix)}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises InputError."""
+    with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}

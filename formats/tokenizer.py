@@ -1,0 +1,384 @@
+"""Text to ids and back, as a checkpoint's own files say (`Tokenizer`)."""
+import functools
+import heapq
+import itertools
+import re
+import unicodedata
+from typing import Callable
+
+import regex
+import tiktoken
+
+from formats.files import InputError, guard, read_json, whole
+from formats.hub import find_checkpoint
+
+WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+"
+GPT2_SPLIT = WORD + r"| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same with each digit alone: white space before a digit then stays whole, as before the text's end. The
+# reference takes these digits from a newer Unicode than its regular expressions do.
+DIGIT = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
+DIGITS_SPLIT = rf"[{DIGIT}]|{WORD}| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte in the files of SentencePiece's kind
+WHITE_SPACE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200b))}
+# What NFC composes or reorders, but of a newer Unicode than the reference's NFC, which leaves it as it stands
+NEWER_CODES = """5c8-5c9 7fd 897-89f 8ca-8d3 9fe b53-b54 c3c cf3 d3b-d3c eba ece 1715 1abf-1af0 1df6-1dfa a82c
+    105d2-105da 10d24-10d27 10d69-10d6d 10eab-10eac 10ecb-10eff 10f46-10f50 10f82-10f85 11070 11241 1133b
+    113b8-113e2 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11b60-11b67 11d42
+    11d44-11d45 11d97 11df0 11f00-11f03 11f34-11f5a 13440-13455 1611e-1612f 16d63-16d68 16ff0-16ff1
+    1d127-1d128 1d250-1d281 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6e3-1e6f5"""
+NEWER = re.compile("([%s])" % re.sub(r"\s*(\w+)", lambda code: chr(int(code[1], 16)), NEWER_CODES))
+
+
+def nfc(text: str) -> str:
+    """Unicode's normalisation form C, as far as the reference knows it."""
+    if text.isascii():
+        return text
+    return "".join(unicodedata.normalize("NFC", part) for part in NEWER.split(text))
+
+
+def as_pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def any_of(tokens) -> re.Pattern:
+    """Finds these tokens in a text, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def as_id(id: int) -> int:
+    if not isinstance(id, int) or not 0 <= id < 1 << 31:
+        raise ValueError(f"{id!r} is no token's id")
+    return id
+
+
+def steps(part: dict | None, inner: str) -> list[dict]:
+    """The steps of a part of tokenizer.json: none, the one, or those of a `Sequence`."""
+    return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
+
+
+class ByteLevel:
+    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts words, whose bytes are merged."""
+
+    # what stands for a byte in the files: a printable character for itself, for the others U+0100 and on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {chr(b): b for b in printable}
+    alphabet |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
+
+    def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
+        vocabulary, self.prefix_space = model["vocab"], prefix_space
+        # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another
+        # order. It merges any two tokens that make a third, the reference listed pairs alone: the same where
+        # the list was made by training or has all pairs: no other pair that makes a token then comes about.
+        ranks = {bytes([b]): i for i, b in enumerate(self.alphabet.values())}
+        self.ids = [vocabulary[c] for c in self.alphabet]  # our rank -> the file's id
+        for a, b in map(as_pair, model["merges"]):
+            if ranks.setdefault(self.spell(a + b), len(ranks)) == len(self.ids):
+                self.ids.append(vocabulary[a + b])
+        if model.get("ignore_merges"):  # a word in the vocabulary is its token, even if no merge leads to it
+            for token in vocabulary:
+                word = self.spell(token)
+                if token in added or word in ranks:
+                    continue
+                if any(word[:i] in ranks and word[i:] in ranks for i in range(1, len(word))):
+                    raise ValueError(f"{token!r} is in the vocabulary, but not the merge that could make it")
+                ranks[word] = len(ranks)
+                self.ids.append(vocabulary[token])
+        # what the pattern leaves between its matches are words too
+        split = rf"{split}|(?:(?!{split})[\s\S])+"
+        self.encoding = tiktoken.Encoding("file", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+    def spell(self, token: str) -> bytes:
+        return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        text = " " * (self.prefix_space and text[0] != " ") + text
+        try:
+            return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+        except BaseException as error:  # a panic of tiktoken's is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"the tokenizer's pattern can't split this text ({error})") from None
+
+
+class Pieces:
+    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes
+    for a character that the vocabulary lacks."""
+
+    def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
+        self.vocabulary, self.prefix = model["vocab"], prefix
+        merges = [as_pair(merge) for merge in model["merges"]]
+        self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
+        self.merged = [self.vocabulary[a + b] for a, b in merges]
+        self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
+        fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
+        self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") if fallback else None for b in range(256)]
+        # where no merge reaches over the start of a run of "▁", what lies between two starts is a word
+        across = any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        apart = "▁" in self.vocabulary and not across and not self.ignore_merges
+        self.words = re.compile("▁[^▁]*|[^▁]+" if split else "▁*[^▁]+|▁+" if apart else r"[\s\S]+")
+        self.word = functools.lru_cache(1 << 16)(self.merge)
+
+    def spell(self, token: str) -> bytes:
+        byte = BYTE.fullmatch(token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        if self.prefix:
+            text = text.replace(" ", "▁")
+            prefixed = self.prefix == "always" or first and self.prefix == "first"
+            text = "▁" * (text[0] != "▁" and prefixed) + text
+        return [id for word in self.words.findall(text) for id in self.word(word)]
+
+    def merge(self, word: str) -> tuple[int, ...]:
+        """Ids of a word: the pair listed first, the leftmost of its kind, is merged until none is left."""
+        if self.ignore_merges and word in self.vocabulary:
+            return self.vocabulary[word],
+        ids = []
+        for c in word:
+            spelled = [self.vocabulary[c]] if c in self.vocabulary else [self.bytes[b] for b in c.encode()]
+            if None in spelled:
+                dropped = self.unknown is None or self.fuse and ids[-1:] == [self.unknown]
+                spelled = [] if dropped else [self.unknown]
+            ids += spelled
+        left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
+        ids.append(None)  # ends in nothing, which merges with nothing
+        heap = [(self.ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = right[i]
+            if self.ranks.get((ids[i], ids[j])) == rank:  # neither was merged with another since
+                ids[i], ids[j], right[i] = self.merged[rank], None, right[j]
+                left[right[i]] = i
+                for k in (left[i], i):
+                    if (rank := self.ranks.get((ids[k], ids[right[k]]))) is not None:
+                        heapq.heappush(heap, (rank, k))
+        return tuple(id for id in ids if id is not None)
+
+
+CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+                        r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])")
+
+
+def bert_normaliser(step: dict) -> Callable[[str], str]:
+    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
+    accents if it says so. The reference classes characters as Unicode 8 did."""
+    lower, plain = step.get("lowercase", True), step.get("strip_accents")
+    plain = lower if plain is None else plain
+
+    def normalise(text: str) -> str:
+        if step.get("clean_text", True):
+            text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or (
+                unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd"))
+        if step.get("handle_chinese_chars", True):
+            text = CHINESE.sub(r" \1 ", text)
+        if plain:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return text.lower() if lower else text
+
+    return normalise
+
+
+def normaliser(step: dict) -> Callable[[str], str]:
+    """What a step of tokenizer.json's normalizer makes of a text."""
+    match step:
+        case {"type": "NFC"}:
+            return nfc
+        case {"type": "BertNormalizer"}:
+            return bert_normaliser(step)
+        case {"type": "Prepend", "prepend": str(prefix)}:
+            return prefix.__add__
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                len(new) <= len(old)):  # so that no text grows without bound
+            return lambda text: text.replace(old, new)
+    raise ValueError(f"the normaliser {step} is not supported")
+
+
+class WordPieces:
+    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those
+    that go on."""
+
+    def __init__(self, model: dict):
+        self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
+        self.on = str(model.get("continuing_subword_prefix", "##"))
+        self.longest = int(model.get("max_input_chars_per_word", 100))
+        self.word = functools.lru_cache(1 << 16)(self.cut)
+
+    def spell(self, token: str) -> bytes:
+        return (token.removeprefix(self.on) if token.startswith(self.on) else " " + token).encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        words = regex.findall(r"[\p{P}$+<=>^`|~]|[^\s\p{P}$+<=>^`|~]+", text)
+        return [id for word in words for id in self.word(word)]
+
+    def cut(self, word: str) -> tuple[int, ...]:
+        ids, start = [], 0
+        if len(word) > self.longest:
+            return self.unknown,
+        while start < len(word):
+            on = self.on * (start > 0)
+            end = next((e for e in range(len(word), start, -1) if on + word[start:e] in self.vocabulary), 0)
+            if not end:
+                return self.unknown,
+            ids.append(self.vocabulary[on + word[start:end]])
+            start = end
+        return tuple(ids)
+
+
+class Tokenizer:
+    """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
+
+    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any;
+    `encode` leaves them out), `special` the ids of the special tokens by their text, `bytes` the bytes each
+    id stands for.
+    """
+
+    def __init__(self, file: dict):
+        model, self.prefix, self.suffix = file["model"], [], []
+        words = model.get("type") == "WordPiece"
+        if not words and model.get("type", "BPE") != "BPE":
+            raise ValueError(f"a {model['type']} model is not supported")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option) and not words:
+                raise ValueError(f"{option} is not supported")
+        self.normalisers = [normaliser(step) for step in steps(file.get("normalizer"), "normalizers")]
+        added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
+        match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
+            case [{"type": "BertPreTokenizer"}] if words:
+                self.model = WordPieces(model)
+            case _ if words:
+                raise ValueError(f"the pre-tokenizer {pre} of a WordPiece model is not supported")
+            case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
+                self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
+            case [{"type": "Digits", "individual_digits": True},
+                  {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+                self.model = ByteLevel(model, added, DIGITS_SPLIT)
+            case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+                  {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
+                self.model = ByteLevel(model, added, split)
+            case [{"type": "Metaspace", "replacement": "▁"} as last]:
+                self.model = Pieces(model, last.get("prepend_scheme", "always"), last.get("split", True))
+            case [{"type": "Split", "pattern": {"String": " "}}] | [] if " " not in self.normalise(" "):
+                self.model = Pieces(model)
+            case _:
+                raise ValueError(f"the pre-tokenizer {pre} is not supported")
+        decoder = steps(file.get("decoder"), "decoders")
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        self.strip = " " * (strip in decoder or words)
+        known = words or [step["type"] for step in decoder] == ["ByteLevel"]
+        if pieces := isinstance(self.model, Pieces):
+            spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+            known = decoder == [
+                spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *[strip] * len(self.strip)]
+        if not known:
+            raise ValueError(f"the decoder {decoder} is not supported")
+        for step in steps(file.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing":
+                before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
+                after = itertools.takewhile(lambda part: "SpecialToken" in part, reversed(step["single"]))
+                for ids, parts in ((self.prefix, before), (self.suffix, list(after)[::-1] if words else ())):
+                    for part in parts:
+                        ids += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+            elif step["type"] != "ByteLevel":
+                raise ValueError(f"the post-processor {step} is not supported")
+        self.special = {content: token["id"] for content, token in added.items() if token["special"]}
+        self.added = {}, {}  # tokens that are looked for in the text as it comes, and in the normalised text
+        for content, token in added.items():
+            normalised = bool(token.get("normalized"))
+            self.added[normalised][self.normalise(content) if normalised else content] = token
+        self.patterns = [any_of(tokens) for tokens in self.added]
+        ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
+        self.bytes = {as_id(id): self.model.spell(token) for token, id in ids.items()}
+        self.prefix, self.suffix = [*map(as_id, self.prefix)], [*map(as_id, self.suffix)]
+        self.fallback = {id for token, id in ids.items() if pieces and BYTE.fullmatch(token)}
+
+    def add(self, token: str, id: int, special: bool = False) -> None:
+        """Makes `token` stand for `id`: in every text, or with `special` where special tokens are read."""
+        self.added[False][token] = {"id": as_id(id), "special": special}
+        self.added[True].pop(token, None)
+        self.patterns = [any_of(tokens) for tokens in self.added]
+        self.special[token], self.bytes[id] = id, token.encode()
+
+    def normalise(self, text: str) -> str:
+        for step in self.normalisers:
+            text = step(text)
+        return text
+
+    def cut(self, text: str, normalised: bool, special: bool, plain: range = range(0)):
+        """Yields a text's added tokens and what is between: (start, None, id) and (start, text, None)."""
+        end = 0  # of what has been yielded
+        for match in self.patterns[normalised].finditer(text):
+            token, (start, stop) = self.added[normalised][match[0]], match.span()
+            if token["special"] and (not special or start in plain) or token.get("single_word") and (
+                    regex.match(r"\w", text[stop:stop + 1]) or regex.match(r"\w", text[start - 1:start])):
+                continue
+            while token.get("lstrip") and start > end and text[start - 1] in WHITE_SPACE:
+                start -= 1
+            while token.get("rstrip") and stop < len(text) and text[stop] in WHITE_SPACE:
+                stop += 1
+            if end < start:
+                yield end, text[end:start], None
+            yield start, None, token["id"]
+            end = stop
+        if end < len(text):
+            yield end, text[end:], None
+
+    def encode(self, text: str, special: bool = True, plain: range = range(0)) -> list[int]:
+        """Text to ids, without `prefix`. `special=False` reads the text of a special token as plain text:
+        data, not control; so it is among the characters `plain`. Half a surrogate pair is read as U+FFFD."""
+        text, ids = whole(text), []
+        for start, piece, id in self.cut(text, False, special, plain):
+            if piece is None:
+                ids.append(id)
+                continue
+            data = plain.start < start + len(piece) and start < plain.stop
+            for begin, part, id in self.cut(self.normalise(piece), True, special and not data):
+                ids += [id] if part is None else self.model.encode(part, first=start == begin == 0)
+        return ids
+
+    def decode(self, ids: list[int], special: bool = True) -> str:
+        """Ids to text; bytes that are not UTF-8 become U+FFFD. `special=False` leaves special tokens out."""
+        hidden = () if special else set(self.special.values())
+        text, shown = "", (id for id in ids if id in self.bytes and id not in hidden)
+        for fallback, run in itertools.groupby(shown, self.fallback.__contains__):
+            raw = b"".join(map(self.bytes.get, run))
+            try:
+                text += raw.decode()
+            except UnicodeDecodeError:  # one for each byte, where the file spells characters with bytes
+                text += "\ufffd" * len(raw) if fallback else raw.decode(errors="replace")
+        return text.removeprefix(self.strip)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Tokenizer":
+        """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
+        folder = find_checkpoint(name, weights=False)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            path = folder / "vocab.json"
+        with guard(path, "not a tokenizer that can be read"):
+            config, file = {}, read_json(path)
+            for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+                config |= read_json(other) if other.is_file() else {}
+            if path.name == "vocab.json":
+                path = folder / "merges.txt"
+                with guard(path):
+                    lines = path.read_text(encoding="utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
+                level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
+                model = {"vocab": file, "merges": merges}
+                file = {"model": model, "pre_tokenizer": level, "decoder": level}
+                config = {"eos_token": "<|endoftext|>"} | config  # GPT-2's, where no file says
+            # added tokens that the file leaves out: the others give them in full, or name those with a role
+            added = {token["content"]: token for token in file.get("added_tokens") or []}
+            for id, token in config.get("added_tokens_decoder", {}).items():
+                added.setdefault(token["content"], {**token, "id": int(id)})
+            vocabulary = file["model"]["vocab"]
+            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+                token = config.get(role) or ""
+                content = config[role] = token["content"] if isinstance(token, dict) else token
+                if content in vocabulary:
+                    added.setdefault(content, dict(content=content, id=vocabulary[content], special=True))
+            tokenizer = cls({**file, "added_tokens": list(added.values())})
+            if config.get("add_bos_token") and not tokenizer.prefix:
+                tokenizer.prefix = [added[config["bos_token"]]["id"]]
+            return tokenizer

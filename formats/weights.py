@@ -1,0 +1,143 @@
+"""Weights of a checkpoint: which tensor on disk is which parameter of ours, and how it is read."""
+import copy
+import re
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from formats.files import InputError, guard, read_json
+from formats.hub import find_checkpoint, shards
+
+
+class Checkpoint:
+    """A checkpoint's folder: `config` (config.json), and tensors read by name from the mapped files."""
+
+    def __init__(self, name: str):
+        self.name, self.folder = name, find_checkpoint(name)
+        self.config = read_json(self.folder / "config.json")
+        self.where: dict[str, Path] = {}  # tensor name -> its file
+        self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
+        for path in shards(self.folder):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+            with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
+                self.where.update((name, path) for name in file.keys())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as it lies in the file, which is mapped anew every 128 MiB: where converted copies replace
+        the tensors, the pages read so far are let go, so that the weights are never held twice."""
+        path = self.where[name]
+        if path != self.mapped[0] or self.mapped[2] > 1 << 27:
+            self.mapped = [path, safe_open(path, framework="pt"), 0]
+        tensor = self.mapped[1].get_tensor(name)
+        self.mapped[2] += tensor.nbytes
+        return tensor
+
+    def part(self, prefixes: str, config: dict) -> "Checkpoint":
+        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
+        expression, begins."""
+        part = copy.copy(self)
+        part.config = config
+        part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
+        return part
+
+    def json(self, file: str) -> dict:
+        """A JSON file of the folder; empty where there is none."""
+        return read_json(self.folder / file) if (self.folder / file).is_file() else {}
+
+    def family(self, families: dict):
+        """The row of `families` that config.json's `model_type` names, its names a table, and the config."""
+        path, kind = self.folder / "config.json", self.config.get("model_type")
+        with guard(path, f"can't be read as a {kind} config"):
+            if kind not in families:
+                raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
+            config = families[kind].config(self.config)
+            for name, kind_of in getattr(config, "__annotations__", {}).items():
+                value = getattr(config, name)
+                if kind_of is bool and value in (True, False, None):
+                    setattr(config, name, bool(value))
+                elif kind_of in (bool, int, float, str) and (
+                        not isinstance(value, (int, float) if kind_of is float else kind_of)
+                        or kind_of is not str and value < 0):
+                    raise ValueError(f"{name} is {value!r}")
+            names = families[kind].names
+            return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
+
+
+def depth(layers: int) -> int:
+    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before its
+    sizes are compared with the file's, which costs time and memory for each block, though none for width."""
+    if not 0 < layers <= 1000:
+        raise ValueError(f"{layers} layers")
+    return layers
+
+
+class Family(NamedTuple):
+    """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
+    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b"
+    where some files have a, others b; b is the name in the reference's class, where that differs) or
+    (function, name, …), the function making our tensor of theirs; where the table itself depends on the
+    config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
+    leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share;
+    `path` is that prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it."""
+    config: Callable[[dict], object]
+    names: dict | Callable[[object], dict]
+    unused: str
+    path: str = ""
+
+    def source(self, name: str) -> tuple:
+        """(function, names on disk) of our parameter `name`."""
+        number = re.search(r"\.(\d+)\.", name)
+        name = name.replace(number[0], ".{}.", 1) if number else name
+        module, _, leaf = name.rpartition(".")
+        entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
+        function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
+        block = number[1] if number else ""
+        return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
+
+
+def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
+    """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
+    Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
+    _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
+    prefix = next((name[:-len(anchor)] for name in checkpoint.where if f".{name}".endswith(f".{anchor}")), "")
+    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one
+    left, state = set(checkpoint.where), {}
+    for name, parameter in module.named_parameters():
+        function, disk = family.source(name)
+        disk = [next((p + d for d in names.split("|") for p in prefixes if p + d in checkpoint.where),
+                     prefix + names.split("|")[0]) for names in disk]
+        tensors = []
+        for d in disk:
+            if d not in checkpoint.where:
+                files = set(checkpoint.where.values())
+                where = files.pop() if len(files) == 1 else checkpoint.folder
+                raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
+            with guard(checkpoint.where[d], f"tensor '{d}' can't be read"):
+                tensors.append(checkpoint.tensor(d))
+            left.discard(d)
+        try:
+            tensor = function(*tensors)
+        except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
+            tensor = tensors[0]
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+            made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
+            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; "
+                             f"{name} wants {tuple(parameter.shape)}{made}")
+        state[name] = tensor.to(dtype).contiguous()
+    for name in sorted(left):
+        if not any(re.fullmatch(family.unused, known) for known in (name, name.removeprefix(prefix))):
+            kind = checkpoint.config.get("model_type")
+            raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
+    module.load_state_dict(state, assign=True)
+
+
+def name_table(outside: dict, blocks: dict, block: str) -> dict:
+    """A table of names (see `Family`): those `outside` the blocks, and for every block those of `blocks`,
+    ours behind "blocks.{}.", the first or only one on disk behind `block`, such as "layers.{}."."""
+    return outside | {
+        f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
+        for ours, disk in blocks.items()}
