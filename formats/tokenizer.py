@@ -4,6 +4,7 @@ import heapq
 import itertools
 import re
 import unicodedata
+from pathlib import Path
 from typing import Callable
 
 import regex
@@ -18,6 +19,8 @@ GPT2_SPLIT = WORD + r"| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # reference takes these digits from a newer Unicode than its regular expressions do.
 DIGIT = r"\p{N}\x{11de0}-\x{11de9}\x{16ff4}-\x{16ff6}"
 DIGITS_SPLIT = rf"[{DIGIT}]|{WORD}| ?[^\s\p{{L}}{DIGIT}]+|\s+(?![^\s{DIGIT}])|\s+"
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte in the files of SentencePiece's kind
 WHITE_SPACE = {*"\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200b))}
 # What NFC composes or reorders, but of a newer Unicode than the reference's NFC, which leaves it as it stands
@@ -56,21 +59,76 @@ def steps(part: dict | None, inner: str) -> list[dict]:
     return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
 
 
+class Merges:
+    """Byte-pair encoding of a word (Sennrich et al., 2016, arXiv:1508.07909), as the reference does it: the
+    pair listed first, the leftmost of its kind, is merged until none is left.
+
+    A character that the vocabulary lacks becomes its bytes, spelled "<0x0A>", where the file has
+    `byte_fallback`; else the unknown token, one for a run of them with `fuse_unk`; and without an unknown
+    token nothing, so that its neighbours may merge.
+    """
+
+    def __init__(self, model: dict):
+        self.vocabulary = model["vocab"]
+        merges = [as_pair(merge) for merge in model["merges"]]
+        self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
+        self.merged = [self.vocabulary[a + b] for a, b in merges]
+        self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
+        self.fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
+
+    def spelled(self, character: str) -> list[int]:
+        """Ids of one character, before any merge."""
+        if character in self.vocabulary:
+            return [self.vocabulary[character]]
+        names = [f"<0x{byte:02X}>" for byte in character.encode()] if self.fallback else [None]
+        if all(name in self.vocabulary for name in names):
+            return [self.vocabulary[name] for name in names]
+        return [] if self.unknown is None else [self.unknown]
+
+    def __call__(self, word: str) -> tuple[int, ...]:
+        if self.ignore_merges and word in self.vocabulary:
+            return self.vocabulary[word],
+        ids = []
+        for character in word:
+            spelled = self.spelled(character)
+            if not (self.fuse and spelled == [self.unknown] == ids[-1:]):
+                ids += spelled
+        left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
+        ids.append(None)  # ends in nothing, which merges with nothing
+        heap = [(self.ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = right[i]
+            if self.ranks.get((ids[i], ids[j])) == rank:  # neither was merged with another since
+                ids[i], ids[j], right[i] = self.merged[rank], None, right[j]
+                left[right[i]] = i
+                for k in (left[i], i):
+                    if (rank := self.ranks.get((ids[k], ids[right[k]]))) is not None:
+                        heapq.heappush(heap, (rank, k))
+        return tuple(id for id in ids if id is not None)
+
+
 class ByteLevel:
-    """Byte-level BPE (Radford et al., 2019), by tiktoken: a pattern cuts words, whose bytes are merged."""
+    """Byte-level BPE (Radford et al., 2019): a pattern cuts a text into words, whose bytes are merged.
+
+    tiktoken does both, and fast, but must have a token for every single byte. Public vocabularies lack some
+    (SmolLM2's 21, Pythia's 13): a text with such a byte is cut by tiktoken and merged by `Merges`.
+    """
 
     # what stands for a byte in the files: a printable character for itself, for the others U+0100 and on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {chr(b): b for b in printable}
     alphabet |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
+    letters = {b: c for c, b in alphabet.items()}
 
     def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
-        vocabulary, self.prefix_space = model["vocab"], prefix_space
+        vocabulary, self.model, self.prefix_space = model["vocab"], model, prefix_space
         # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another
         # order. It merges any two tokens that make a third, the reference listed pairs alone: the same where
         # the list was made by training or has all pairs: no other pair that makes a token then comes about.
         ranks = {bytes([b]): i for i, b in enumerate(self.alphabet.values())}
-        self.ids = [vocabulary[c] for c in self.alphabet]  # our rank -> the file's id
+        self.ids = [vocabulary.get(c) for c in self.alphabet]  # our rank -> the file's id
         for a, b in map(as_pair, model["merges"]):
             if ranks.setdefault(self.spell(a + b), len(ranks)) == len(self.ids):
                 self.ids.append(vocabulary[a + b])
@@ -86,14 +144,40 @@ class ByteLevel:
         # what the pattern leaves between its matches are words too
         split = rf"{split}|(?:(?!{split})[\s\S])+"
         self.encoding = tiktoken.Encoding("file", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+        # the bytes without a token, and what finds the first word of a text: its bytes are its tokens
+        missing = bytes(b for c, b in self.alphabet.items() if c not in vocabulary)
+        self.missing = re.compile(b"[%s]" % re.escape(missing)) if missing else None
+        single = {bytes([b]): b for b in range(256)}
+        self.first = tiktoken.Encoding("first", pat_str=rf"\A(?:{split})", mergeable_ranks=single,
+                                       special_tokens={})
+
+    @functools.cached_property
+    def word(self) -> Callable[[str], tuple[int, ...]]:
+        return functools.lru_cache(1 << 16)(Merges(self.model))
 
     def spell(self, token: str) -> bytes:
         return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
 
+    def words(self, text: str):
+        """Yields a text's words, as the pattern cuts it. It looks at a window of the text at a time: one that
+        goes on far enough behind the word that what comes later can't change it."""
+        start, size = 0, 256
+        while start < len(text):
+            window = text[start:start + size]
+            word = bytes(self.first.encode_ordinary(window)).decode()
+            if len(window.rstrip()) < len(word) + 8 and start + size < len(text):
+                size *= 2
+                continue
+            yield word
+            start, size = start + len(word), 256
+
     def encode(self, text: str, first: bool) -> list[int]:
         text = " " * (self.prefix_space and text[0] != " ") + text
         try:
-            return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+            if self.missing is None or not self.missing.search(text.encode()):
+                return list(map(self.ids.__getitem__, self.encoding.encode_ordinary(text)))
+            words = ["".join(map(self.letters.get, word.encode())) for word in self.words(text)]
+            return [id for word in words for id in self.word(word)]
         except BaseException as error:  # a panic of tiktoken's is no Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -101,22 +185,15 @@ class ByteLevel:
 
 
 class Pieces:
-    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space, and bytes
-    for a character that the vocabulary lacks."""
+    """BPE in SentencePiece's manner (Kudo and Richardson, 2018): over characters, "▁" for a space."""
 
     def __init__(self, model: dict, prefix: str | None = None, split: bool = False):
-        self.vocabulary, self.prefix = model["vocab"], prefix
-        merges = [as_pair(merge) for merge in model["merges"]]
-        self.ranks = {(self.vocabulary[a], self.vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
-        self.merged = [self.vocabulary[a + b] for a, b in merges]
-        self.unknown, self.fuse = self.vocabulary.get(model.get("unk_token")), model.get("fuse_unk")
-        fallback, self.ignore_merges = model.get("byte_fallback"), model.get("ignore_merges")
-        self.bytes = [self.vocabulary.get(f"<0x{b:02X}>") if fallback else None for b in range(256)]
+        merges, self.prefix = [as_pair(merge) for merge in model["merges"]], prefix
         # where no merge reaches over the start of a run of "▁", what lies between two starts is a word
         across = any("▁" in (a + b).lstrip("▁") for a, b in merges)
-        apart = "▁" in self.vocabulary and not across and not self.ignore_merges
+        apart = "▁" in model["vocab"] and not across and not model.get("ignore_merges")
         self.words = re.compile("▁[^▁]*|[^▁]+" if split else "▁*[^▁]+|▁+" if apart else r"[\s\S]+")
-        self.word = functools.lru_cache(1 << 16)(self.merge)
+        self.word = functools.lru_cache(1 << 16)(Merges(model))
 
     def spell(self, token: str) -> bytes:
         byte = BYTE.fullmatch(token)
@@ -128,32 +205,6 @@ class Pieces:
             prefixed = self.prefix == "always" or first and self.prefix == "first"
             text = "▁" * (text[0] != "▁" and prefixed) + text
         return [id for word in self.words.findall(text) for id in self.word(word)]
-
-    def merge(self, word: str) -> tuple[int, ...]:
-        """Ids of a word: the pair listed first, the leftmost of its kind, is merged until none is left."""
-        if self.ignore_merges and word in self.vocabulary:
-            return self.vocabulary[word],
-        ids = []
-        for c in word:
-            spelled = [self.vocabulary[c]] if c in self.vocabulary else [self.bytes[b] for b in c.encode()]
-            if None in spelled:
-                dropped = self.unknown is None or self.fuse and ids[-1:] == [self.unknown]
-                spelled = [] if dropped else [self.unknown]
-            ids += spelled
-        left, right = list(range(-1, len(ids))), [*range(1, len(ids) + 1), -1]  # neighbours, in a ring that
-        ids.append(None)  # ends in nothing, which merges with nothing
-        heap = [(self.ranks[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in self.ranks]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = right[i]
-            if self.ranks.get((ids[i], ids[j])) == rank:  # neither was merged with another since
-                ids[i], ids[j], right[i] = self.merged[rank], None, right[j]
-                left[right[i]] = i
-                for k in (left[i], i):
-                    if (rank := self.ranks.get((ids[k], ids[right[k]]))) is not None:
-                        heapq.heappush(heap, (rank, k))
-        return tuple(id for id in ids if id is not None)
 
 
 CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
@@ -353,32 +404,74 @@ class Tokenizer:
         """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
         folder = find_checkpoint(name, weights=False)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        config = {}
+        for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            config |= read_json(other) if other.is_file() else {}
+        if not path.is_file() and (folder / "vocab.json").is_file():
             path = folder / "vocab.json"
+        if not path.is_file():
+            model = folder / "tokenizer.model"
+            raise InputError(f"{path}: no such file" + f" ({model.name} isn't read)" * model.is_file())
         with guard(path, "not a tokenizer that can be read"):
-            config, file = {}, read_json(path)
-            for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-                config |= read_json(other) if other.is_file() else {}
+            file = read_json(path)
             if path.name == "vocab.json":
-                path = folder / "merges.txt"
-                with guard(path):
-                    lines = path.read_text(encoding="utf-8").split("\n")
-                merges = [line for line in lines if line and not line.startswith("#version")]
-                level = {"type": "ByteLevel", "add_prefix_space": config.get("add_prefix_space", False)}
-                model = {"vocab": file, "merges": merges}
-                file = {"model": model, "pre_tokenizer": level, "decoder": level}
-                config = {"eos_token": "<|endoftext|>"} | config  # GPT-2's, where no file says
-            # added tokens that the file leaves out: the others give them in full, or name those with a role
-            added = {token["content"]: token for token in file.get("added_tokens") or []}
-            for id, token in config.get("added_tokens_decoder", {}).items():
-                added.setdefault(token["content"], {**token, "id": int(id)})
-            vocabulary = file["model"]["vocab"]
-            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-                token = config.get(role) or ""
-                content = config[role] = token["content"] if isinstance(token, dict) else token
-                if content in vocabulary:
-                    added.setdefault(content, dict(content=content, id=vocabulary[content], special=True))
-            tokenizer = cls({**file, "added_tokens": list(added.values())})
+                file, config = from_vocabulary(file, config, folder)
+            file = with_added_tokens(file, config, folder)
+            tokenizer = cls(file)
             if config.get("add_bos_token") and not tokenizer.prefix:
-                tokenizer.prefix = [added[config["bos_token"]]["id"]]
+                start = config["bos_token"]
+                start = start["content"] if isinstance(start, dict) else start
+                tokenizer.prefix = [token["id"] for token in file["added_tokens"] if token["content"] == start]
             return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files beside tokenizer.json, or instead of it
+
+def from_vocabulary(vocabulary: dict, config: dict, folder: Path) -> tuple[dict, dict]:
+    """What tokenizer.json would say, of a folder with vocab.json and merges.txt in its place; and `config`,
+    tokenizer_config.json, with what the class takes where it says nothing. The class tells how a text is cut:
+    config's `tokenizer_class` or, where none is named, the model's own. Raises InputError."""
+    path, model = folder / "merges.txt", folder / "config.json"
+    with guard(path):
+        lines = path.read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    kind = config.get("tokenizer_class")
+    if kind is None:
+        kind = read_json(model).get("model_type") if model.is_file() else "gpt2"
+    level = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space"))}
+    match str(kind).removesuffix("Fast"):
+        case "GPT2Tokenizer" | "gpt2" | "opt":
+            how = {"pre_tokenizer": level}
+        case "Qwen2Tokenizer" | "qwen2" | "qwen3":
+            split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+            steps = [split, level | {"use_regex": False}]
+            how = {"normalizer": {"type": "NFC"},
+                   "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        case _:
+            raise InputError(f"{folder / 'vocab.json'}: how {kind} cuts a text isn't known here: "
+                             "tokenizer.json would say it")
+    file = {"model": {"vocab": vocabulary, "merges": merges}, "decoder": level, **how}
+    return file, dict.fromkeys(("eos_token", "unk_token"), "<|endoftext|>") | config
+
+
+def with_added_tokens(file: dict, config: dict, folder: Path) -> dict:
+    """`file`, tokenizer.json, with the added tokens that only other files of the folder tell:
+    tokenizer_config.json gives them in full, or names those with a role; added_tokens.json has their ids."""
+    added = {token["content"]: token for token in file.get("added_tokens") or []}
+    for id, token in (config.get("added_tokens_decoder") or {}).items():
+        added.setdefault(token["content"], {**token, "id": int(id)})
+    # the tokens with a role are special ones
+    roles = [config.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(name) or []
+        roles += more.values() if isinstance(more, dict) else more
+    roles = [token["content"] if isinstance(token, dict) else token for token in roles]
+    known, path = file["model"]["vocab"], folder / "added_tokens.json"
+    listed = read_json(path) if path.is_file() else {}
+    for content in filter(None, [*roles, *listed]):
+        id = known.get(content, listed.get(content))
+        if id is not None:
+            special = content in roles
+            added.setdefault(content, dict(content=content, id=id, special=special, normalized=not special))
+    return {**file, "added_tokens": list(added.values())}

@@ -9,7 +9,8 @@ from formats.files import InputError
 from formats.tokenizer import Tokenizer
 
 
-FAMILIES = ("gpt2", "opt", "neox", "prefix_space", "smollm2", "llama3", "qwen2",
+FAMILIES = ("gpt2", "opt", "neox", "prefix_space", "smollm2", "gaps", "gaps_unknown", "gaps_fused",
+            "llama3", "qwen2", "qwen2_files",
             "llama2", "mistral", "metaspace", "phi3", "flags", "gemma", "unknown", "crossing")
 
 
@@ -86,12 +87,40 @@ def test_other_files_add_what_tokenizer_json_lacks(fixtures, tmp_path):
     ({"pre_tokenizer": None}, "pre-tokenizer"),
     ({"decoder": {"type": "Metaspace"}}, "Metaspace"),
     ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
-    ({"added_tokens": [{"content": "x"}]}, "special"),
-    ({"model": {"vocab": {"a": 0}, "merges": []}}, "KeyError")])
+    ({"added_tokens": [{"content": "x"}]}, "special")])
 def test_refuses_by_name(change, name, fixtures, tmp_path):
     file = json.loads((fixtures / "tokenizer_gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(file | change))
     with pytest.raises(InputError, match=name):
+        Tokenizer.from_pretrained(str(tmp_path))
+
+
+def test_a_byte_without_a_token_is_left_out_before_its_neighbours_merge(fixtures):
+    tokenizer = Tokenizer.from_pretrained(str(fixtures / "tokenizer_gaps"))
+    assert tokenizer.encode("'\x04'\x06'") == tokenizer.encode("'''") != tokenizer.encode("'") * 3
+    assert tokenizer.encode("a\x04") == tokenizer.encode("a") and tokenizer.encode("\x04\x06") == []
+    for text in ("the dog runs " * 300, " " * 700 + "a", "a" * 700, "\n" + " " * 300 + "\n!", "it's"):
+        assert tokenizer.encode(text + "\x04") == tokenizer.encode(text)  # whatever the window it is cut in
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("RobertaTokenizer", "how RobertaTokenizer cuts a text isn't known here"), ("GPT2TokenizerFast", None)])
+def test_the_class_decides_how_vocab_json_is_read(kind, reason, fixtures, tmp_path):
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).write_bytes((fixtures / "tokenizer_opt" / file).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    if reason is None:
+        assert Tokenizer.from_pretrained(str(tmp_path)).encode("a dog")
+        (tmp_path / "tokenizer_config.json").unlink()
+        (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+        reason = "how roberta cuts a text isn't known here"
+    with pytest.raises(InputError, match=reason):
+        Tokenizer.from_pretrained(str(tmp_path))
+
+
+def test_a_model_file_alone_is_not_enough(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file \(tokenizer\.model isn't read\)"):
         Tokenizer.from_pretrained(str(tmp_path))
 
 
