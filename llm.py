@@ -1,6 +1,7 @@
 """The language model: ids → logits → ids (`LLM`), for every family."""
 import itertools
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import ACTIVATIONS, FeedForward, attend, pack, project
-from formats.files import InputError, guard
+from formats.files import InputError, guard, warn
 from formats.tokenizer import as_id
-from formats.weights import Checkpoint, Family, depth, load_weights, name_table
+from formats.weights import Checkpoint, Family, depth, find_tensors, load_weights, name_table
 
 
 class Rope(NamedTuple):
@@ -371,14 +372,37 @@ class LLM(nn.Module):
         # generation_config.json, where there is one, knows best what ends a text
         end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
         config.end_tokens = tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (end,)
+        config.tied = config.tied and not own_head(checkpoint, family)
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             for id in (*config.end_tokens, config.start_token or 0):
                 as_id(id)
             llm = cls(config)
         llm.name, llm.family = checkpoint.name, family
-        unused = family.unused + r"|(.*\.)?(lm_head|embed_out)\.weight" * config.tied
-        load_weights(llm, checkpoint, family._replace(unused=unused), dtype)
+        if config.tied:
+            family = tie(family)
+        load_weights(llm, checkpoint, family, dtype)
         return llm.eval()
+
+
+def own_head(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether a checkpoint has a head that differs from its embedding, whatever config.json says."""
+    places, _ = find_tensors(("embedding.weight", "head.weight"), family, checkpoint.where)
+    names = [disk[0] for _, disk in places.values()]
+    with guard(checkpoint.folder, "not whole safetensors files"):
+        if not checkpoint.where.keys() >= {*names} or torch.equal(*map(checkpoint.tensor, names)):
+            return False
+    warn(f"{checkpoint.folder}: config.json ties the head to the embedding, but '{names[1]}' differs from "
+         f"'{names[0]}': the model keeps both")
+    return True
+
+
+def tie(family: Family) -> Family:
+    """The family's names where the head is the embedding: a file holds the one tensor under either name, or
+    the same one under both."""
+    embedding, head = family.names["embedding"], family.names["head"]
+    heads = "|".join(re.escape(f"{name}.weight") for name in head.split("|"))
+    return family._replace(names=family.names | {"embedding": f"{embedding}|{head}"},
+                           unused=rf"{family.unused}|(.*\.)?({heads})")
 
 
 def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
@@ -684,7 +708,7 @@ def neox_names(config: LLMConfig) -> dict:
         "mlp.down": "mlp.dense_4h_to_h"}, "layers.{}.")
 
 
-NANOVLM_NAMES = name_table({"norm": "norm", "embedding": "token_embedding|head", "head": "head"}, {
+NANOVLM_NAMES = name_table({"embedding": "token_embedding", "norm": "norm", "head": "head"}, {
     "norm1": "norm1", "norm2": "norm2",
     **{f"attention.{name}": f"attn.{name}_proj" for name in ("q", "k", "v", "out")},
     **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}}, "blocks.{}.")
@@ -704,7 +728,7 @@ FAMILIES = {  # config.json's model_type -> family
     "phi3": Family(llama_config, phi3_names, ROPE_BUFFER, "model."),
     "gpt_neox": Family(neox_config, neox_names, ROPE_BUFFER + r"|layers\.\d+\.attention\.(masked_)?bias",
                        "gpt_neox."),
-    "nanovlm": Family(nanovlm_config, NANOVLM_NAMES, r"rotary_embd\.inv_freq|head\.weight"),
+    "nanovlm": Family(nanovlm_config, NANOVLM_NAMES, r"rotary_embd\.inv_freq"),
     "gemma3_text": Family(gemma3_config, GEMMA3_NAMES, "", "model."),
     "gemma3": Family(inner_config, GEMMA3_NAMES, r"(model\.)?(vision_tower|multi_modal_projector)\..*",
                      "model.language_model."),

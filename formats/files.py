@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Callable
@@ -19,6 +20,11 @@ class InputError(Exception):
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
         super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
+
+
+def warn(text: str) -> None:
+    """Prints a line on stderr about what goes on, but perhaps not as the user means it."""
+    print(f"warning: {InputError(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 import copy
 import re
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Collection, Iterable, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -80,8 +80,8 @@ class Family(NamedTuple):
     where some files have a, others b; b is the name in the reference's class, where that differs) or
     (function, name, …), the function making our tensor of theirs; where the table itself depends on the
     config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
-    leave unread. The first entry of `names`, a module with a weight, also finds the prefix that all share;
-    `path` is that prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it."""
+    leave unread, without the prefix that all names share; `path` is that prefix in the reference's class, as
+    AutoModelForCausalLM or AutoModel choose it."""
     config: Callable[[dict], object]
     names: dict | Callable[[object], dict]
     unused: str
@@ -98,40 +98,63 @@ class Family(NamedTuple):
         return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
 
 
+def find_tensors(parameters: Iterable[str], family: Family, known: Collection[str]) -> tuple[dict, list[str]]:
+    """Where `parameters` of ours lie among the names `known` on disk: {parameter: (function, names on disk)},
+    see `Family.source`; one that isn't there gets the name that it should have. And the names that are left
+    over: no parameter claims them, and the family doesn't leave them unread."""
+    sources = {parameter: family.source(parameter) for parameter in parameters}
+    names = [name for _, disk in sources.values() for alternatives in disk for name in alternatives.split("|")]
+
+    # All names begin with the same prefix, such as "model.": the one under which most of them are known. The
+    # names outside the blocks tell which there are.
+    outside = [name for name in names if not re.search(r"\.\d+\.", name)]
+    prefixes = {it[:-len(name)] for name in outside for it in known if f".{it}".endswith(f".{name}")}
+    def found(prefix: str) -> tuple[int, int]:
+        return sum(prefix + name in known for name in names), len(prefix)
+
+    prefix = max(sorted(prefixes), key=found, default="")
+    # A language model's head lies further out.
+    shorter = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
+
+    def place(alternatives: str) -> str:
+        tried = [p + name for name in alternatives.split("|") for p in shorter]
+        return next((name for name in tried if name in known), tried[0])
+
+    places = {parameter: (function, [place(alternatives) for alternatives in disk])
+              for parameter, (function, disk) in sources.items()}
+    claimed = {name for _, disk in places.values() for name in disk}
+    left = [name for name in sorted({*known} - claimed) if not any(
+        re.fullmatch(family.unused, unread) for unread in (name, name.removeprefix(prefix)))]
+    return places, left
+
+
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
     """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
     Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
-    _, (anchor,) = family.source(next(iter(family.names)) + ".weight")
-    prefix = next((name[:-len(anchor)] for name in checkpoint.where if f".{name}".endswith(f".{anchor}")), "")
-    prefixes = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]  # lm_head has a shorter one
-    left, state = set(checkpoint.where), {}
-    for name, parameter in module.named_parameters():
-        function, disk = family.source(name)
-        disk = [next((p + d for d in names.split("|") for p in prefixes if p + d in checkpoint.where),
-                     prefix + names.split("|")[0]) for names in disk]
-        tensors = []
-        for d in disk:
-            if d not in checkpoint.where:
+    parameters, state = dict(module.named_parameters()), {}
+    places, left = find_tensors(parameters, family, checkpoint.where)
+    for name, (function, disk) in places.items():
+        shape, tensors = tuple(parameters[name].shape), []
+        for theirs in disk:
+            if theirs not in checkpoint.where:
                 files = set(checkpoint.where.values())
                 where = files.pop() if len(files) == 1 else checkpoint.folder
-                raise InputError(f"{where}: tensor '{d}' is missing (for {name}, {tuple(parameter.shape)})")
-            with guard(checkpoint.where[d], f"tensor '{d}' can't be read"):
-                tensors.append(checkpoint.tensor(d))
-            left.discard(d)
+                raise InputError(f"{where}: tensor '{theirs}' is missing (for {name}, {shape})")
+            with guard(checkpoint.where[theirs], f"tensor '{theirs}' can't be read"):
+                tensors.append(checkpoint.tensor(theirs))
         try:
             tensor = function(*tensors)
         except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
             tensor = tensors[0]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        if tensor.shape != shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
             made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
-            raise InputError(f"{checkpoint.where[d]}: tensor '{disk[0]}' is {found}; "
-                             f"{name} wants {tuple(parameter.shape)}{made}")
+            raise InputError(f"{checkpoint.where[disk[-1]]}: tensor '{disk[0]}' is {found}; "
+                             f"{name} wants {shape}{made}")
         state[name] = tensor.to(dtype).contiguous()
-    for name in sorted(left):
-        if not any(re.fullmatch(family.unused, known) for known in (name, name.removeprefix(prefix))):
-            kind = checkpoint.config.get("model_type")
-            raise InputError(f"{checkpoint.where[name]}: tensor '{name}' is not part of a {kind} model")
+    if left:
+        kind = checkpoint.config.get("model_type")
+        raise InputError(f"{checkpoint.where[left[0]]}: tensor '{left[0]}' is not part of a {kind} model")
     module.load_state_dict(state, assign=True)
 
 

@@ -266,7 +266,7 @@ def table(row: str, unit: str, work: float, times: dict[str, float], limit: str 
 
 def linear_size(folder: Path) -> int:
     """Numbers in the matrices of a checkpoint's blocks."""
-    from data import Checkpoint
+    from formats.weights import Checkpoint
     checkpoint = Checkpoint(str(folder))
     return sum(checkpoint.tensor(name).numel() for name in checkpoint.where if ".layers." in name)
 
@@ -435,7 +435,7 @@ def data(size: str, args) -> None:
 def tokenizer(size: str, args) -> None:
     """Of both a new one for each turn, so that no turn finds its words in a cache."""
     import tokenizers
-    from llm import Tokenizer
+    from formats.tokenizer import Tokenizer
     text, path = "\n".join(pydoc_data.topics.topics.values()), str(ROOT / "assets/llm")
     file = f"{path}/tokenizer.json"
     times = {"ours": [], "tokenizers": []}

@@ -135,7 +135,7 @@ def speeds(make_ours, make_reference, texts: list[str], runs: int = 5) -> tuple[
 def main() -> None:
     import tokenizers
     from make import tokenizer_families, write_tokenizer
-    from llm import Tokenizer
+    from formats.tokenizer import Tokenizer
     parser = argparse.ArgumentParser()
     parser.add_argument("text", type=Path)
     parser.add_argument("--strings", type=int, default=20_000)

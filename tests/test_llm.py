@@ -56,6 +56,33 @@ def test_family_equals_reference(name, fixtures):
     assert (half - golden["logits"]).abs().mean() < 0.2 * golden["logits"].abs().mean()
 
 
+TIED = {"gpt2": ("transformer.wte", "lm_head"), "opt": ("model.decoder.embed_tokens", "lm_head"),
+        "llama": ("model.embed_tokens", "lm_head"), "gemma3": ("model.embed_tokens", "lm_head"),
+        "gpt_neox_serial": ("gpt_neox.embed_in", "embed_out")}
+
+
+@pytest.mark.parametrize("name", TIED)
+@torch.no_grad()
+def test_a_tied_pair_is_one_tensor_under_either_name(name, fixtures, tmp_path, capsys):
+    embedding, head = (f"{module}.weight" for module in TIED[name])
+    state, golden = load_file(fixtures / name / "model.safetensors"), load_file(fixtures / name / "golden.safetensors")
+    (tmp_path / "config.json").write_bytes((fixtures / name / "config.json").read_bytes())
+
+    def logits(**changes) -> torch.Tensor:
+        tensors = {key: tensor for key, tensor in (state | changes).items() if tensor is not None}
+        save_file(tensors, tmp_path / "model.safetensors")
+        return LLM.from_pretrained(str(tmp_path))(golden["tokens"])
+
+    words = state[embedding]
+    close(logits(**{embedding: None, head: words}), golden["logits"])
+    close(logits(**{head: words.clone()}), golden["logits"])
+    assert not capsys.readouterr().err
+    # a head of its own is read as one, whatever config.json says, and that is said
+    other = logits(**{head: words.flip(0)})
+    close(other, golden["logits"].flip(-1))
+    assert f"'{head}' differs from '{embedding}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("name", ("gpt2", "qwen2"))  # tied, with biases; grouped keys
 @torch.no_grad()

@@ -78,6 +78,20 @@ def test_other_layouts(name, fixtures, tmp_path):
         VLM.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("name, embedding, head", [
+    ("llava_qwen", "language_model.model.embed_tokens", "language_model.lm_head"),
+    ("nanovlm", "decoder.token_embedding", "decoder.head")])
+@torch.no_grad()
+def test_a_tied_pair_is_one_tensor_under_either_name(name, embedding, head, fixtures, tmp_path):
+    golden = copy_of(fixtures / name, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    words = [state.pop(f"{module}.weight", None) for module in (embedding, head)]
+    for module in (embedding, head):
+        save_file(state | {f"{module}.weight": next(x for x in words if x is not None)},
+                  tmp_path / "model.safetensors")
+        answers_equal_the_reference(tmp_path, golden)
+
+
 def copy_of(fixture, folder, **changes) -> dict:
     """Copies a fixture, its config.json with `changes` (None: without that key); returns what it answers."""
     for path in fixture.iterdir():
