@@ -503,10 +503,11 @@ IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter.
 
-    In the ids of a prompt, `placeholder` stands for each embedding of an image. The vocabulary (V ids) of a
-    VLM of ours grows by three: V and V+1, learned embeddings (`markers`) that begin and end an image, and
-    V+2, the placeholder. Public VLMs (see PUBLIC) have these, if any, in their vocabulary. `dtype` is what is
-    computed in (unless given, that of the LLM's weights); what is trained whole is held in float32.
+    In the ids of a prompt, `placeholder` stands for each embedding of an image. The vocabulary of a VLM of
+    ours grows by three ids that neither the LLM nor the tokenizer has: `marker` and the next one, learned
+    embeddings (`markers`) that begin and end an image, and the placeholder. Public VLMs (see PUBLIC) have
+    these, if any, in their vocabulary. `dtype` is what is computed in (unless given, that of the LLM's
+    weights); what is trained whole is held in float32.
 
     `config` is what config.json of a run's folder holds: "vit" and "llm" (names) or "from" (the name of a
     public VLM, whose parts it takes), "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT;
@@ -526,7 +527,10 @@ class VLM(nn.Module):
         super().__init__()
         self.format, self.dtype, V = format, dtype or llm.dtype, llm.config.vocabulary
         self.reader = None  # the tokenizer of an adapter with a vocabulary of its own
-        self.placeholder = config.get("placeholder", V + 2)
+        # a tokenizer may have tokens for which the LLM has no embedding: no id of ours is one of them
+        self.marker = max(V, *(id + 1 for id in tokenizer.bytes))
+        self.placeholder = config.get("placeholder", self.marker + 2)
+        self.homeless = {id for id in tokenizer.bytes if id >= V} - {self.placeholder}
         tokenizer.add(IMAGE, self.placeholder)
         self.split = config.get("split", True)
         position = config.get("image_position", "sequence")
@@ -552,8 +556,8 @@ class VLM(nn.Module):
         if format is OURS:
             self.start = [] if llm.config.start_token is None else [llm.config.start_token]
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
-            tokenizer.add(BEGIN, V, special=True)
-            tokenizer.add(END, V + 1, special=True)
+            tokenizer.add(BEGIN, self.marker, special=True)
+            tokenizer.add(END, self.marker + 1, special=True)
             scale = llm.embedding.weight.float().std() * llm.config.embedding_scale
             self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
@@ -613,8 +617,10 @@ class VLM(nn.Module):
                prefix: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a sequence: start token, `text` in the model's prompt format with an image where it says
         `<image>` (before it as many as `images`, where it doesn't), and the caption, at most `max_tokens`
-        long, with the newline or token that ends it. Also returns which of the ids are targets: those of the
-        caption, with `prefix` those of the text's words too.
+        long, with what ends it: in a run of ours a newline (which may be one token with the sign before it)
+        or, where the vocabulary has none, and in a public VLM, the end token. Also returns which of the ids
+        are targets: those of the caption, with `prefix` those of the text's words too. Raises InputError
+        where a token of the text has no embedding.
 
         `tiles` yields rows and columns of each picture (unless given, all are seen as a whole). Text is data:
         a special token that it spells is read as plain text. With `raw` it is the whole prompt, special
@@ -638,9 +644,14 @@ class VLM(nn.Module):
         target = []
         if caption is not None:
             space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
-            end, token = ("\n", ()) if self.format is OURS else ("", self.ends[:1])
+            end = "\n" if self.format is OURS else ""
             target = self.tokenizer.encode(space + caption.replace(IMAGE, " ") + end, special=False)
-            target = [*target[:max_tokens], *token]
+            ended = len(target) > max_tokens or end and target and target[-1] in self.ends
+            target = target[:max_tokens] + ([] if ended else list(self.ends[:1]))
+        for id in self.homeless.intersection(ids + target):
+            token = self.tokenizer.bytes[id].decode(errors="replace")
+            raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
+                             f"language model wasn't (it has {self.llm.config.vocabulary})")
         words = [prefix and id < self.llm.config.vocabulary and id != self.placeholder for id in ids]
         return ids + target, words + [True] * len(target)
 
@@ -696,11 +707,10 @@ class VLM(nn.Module):
     def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
         """Ids (B,T), with as many placeholders as the embeddings of P pictures (P,Q,D) fill (None if P is 0),
         to embeddings (B,T,D)."""
-        V = self.llm.config.vocabulary
-        x = self.llm.embed(tokens.clamp(0, V - 1))  # (B,T,D)
+        x = self.llm.embed(tokens.clamp(0, self.llm.config.vocabulary - 1))  # (B,T,D)
         if self.markers is not None:
-            marks = F.embedding((tokens - V).clamp(0, 1), self.markers).to(x.dtype)
-            x = torch.where((tokens >= V)[..., None], marks, x)
+            marks = F.embedding((tokens - self.marker).clamp(0, 1), self.markers).to(x.dtype)
+            x = torch.where((tokens >= self.marker)[..., None], marks, x)
         if images is None or not self.slots:
             return x
         image = tokens == self.placeholder
@@ -728,7 +738,7 @@ class VLM(nn.Module):
         inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
         if self.slots or images is None:
             return inputs
-        begin = tokens == self.llm.config.vocabulary
+        begin = tokens == self.marker
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
         return inputs | dict(between=self.adapter.between(images, begins))
@@ -807,14 +817,23 @@ class VLM(nn.Module):
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
                **decoding) -> list[str]:
         """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
-        (None if V is 0); a VLM of ours gives one line, newline taken off. `decoding`: see `LLM.generate`."""
-        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row, device=self.device) for row in rows], True)
+        (None if V is 0); a VLM of ours gives one line, newline taken off. `decoding`: see `LLM.generate`.
+        Raises InputError where a prompt has neither a token nor a picture."""
+        tokens = nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows], True)
         inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        ids = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, **decoding)
-        return [self.tokenizer.decode(row, special=False).strip() for row in ids]
+        rows = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=self.ends, keep_end=True,
+                                 **decoding)
+        return [self.text(row).strip() for row in rows]
+
+    def text(self, ids: list[int]) -> str:
+        """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""
+        spoken = [id for id in ids if id not in self.llm.config.end_tokens]
+        text = self.tokenizer.decode(spoken, special=False)
+        return text.partition("\n")[0] if self.format is OURS else text
 
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import ACTIVATIONS, FeedForward, attend, pack, project
+from data import ACTIVATIONS, FeedForward, PackedLinear, attend, pack, project
 from formats.files import InputError, guard, warn
 from formats.tokenizer import as_id
 from formats.weights import Checkpoint, Family, depth, find_tensors, load_weights, name_table
@@ -228,6 +228,7 @@ class LLM(nn.Module):
         self.norm = make_norm(config, W) if config.final_norm else nn.Identity()
         self.project_out = nn.Linear(W, D, bias=False) if W != D else nn.Identity()
         self.head = None if config.tied else nn.Linear(D, V, bias=False)
+        self.plain_head = []  # its weight, once the head is packed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,11 +276,26 @@ class LLM(nn.Module):
         """States (…,D) to scores (…,V) of the next token."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    def exact_logits(self, hidden: torch.Tensor, few: int = 8) -> torch.Tensor:
+        """States (B,D) to float32 scores (B,V), of which the best few are computed in float32.
+
+        Scores that are rounded to bfloat16 tie: about 20 they are an eighth apart. Of a tie the lowest id
+        would win, whatever the text says.
+        """
+        logits = self.logits(hidden).float()
+        if hidden.dtype == torch.float32 or not isinstance(self.head, (type(None), nn.Linear, PackedLinear)):
+            return logits
+        weight, = self.plain_head or [(self.head or self.embedding).weight]  # (V,D)
+        best = logits.topk(min(few, logits.shape[-1])).indices  # (B,few)
+        exact = weight[best].float() @ hidden.float()[..., None]  # (B,few,1)
+        return logits.scatter(1, best, exact[..., 0])
+
     def pack(self) -> None:
         """See `data.pack`; a tied head gets a packed copy of the embedding."""
         if self.head is None:
             self.head = nn.Linear(1, 1, bias=False)
             self.head.weight = self.embedding.weight
+        self.plain_head = [self.head.weight]  # a packed one can't be looked up
         pack(self, self.dtype)
 
     def forward(self, tokens=None, *, embeddings=None) -> torch.Tensor:
@@ -289,7 +305,7 @@ class LLM(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens=None, *, embeddings=None, positions=None, between=None, max_tokens: int = 50,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, beams: int = 1,
-                 end_tokens: tuple[int, ...] | None = None,
+                 end_tokens: tuple[int, ...] | None = None, keep_end: bool = False,
                  generator: torch.Generator | None = None) -> list[list[int]]:
         """Continues each row until one of `end_tokens` (the checkpoint's own, unless given) or `max_tokens`.
 
@@ -298,11 +314,15 @@ class LLM(nn.Module):
         given), (B,T) or (B,T,3) or a list of rows, go on after the largest of a row. `between` as for
         `hidden`; with beams it meets each row as often, one after the other. temperature 0 is greedy; top_k
         (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
-        the likeliest text instead. Returns B lists of new ids, without the end token. Raises InputError.
+        the likeliest text instead. Returns B lists of new ids, without the end token unless `keep_end`. Raises
+        InputError.
         """
         device = self.embedding.weight.device
         if embeddings is None:
-            embeddings = [self.embed(torch.as_tensor(row, device=device)) for row in tokens]
+            rows = [torch.as_tensor(row, dtype=torch.long, device=device) for row in tokens]
+            if strange := [id for row in rows for id in row.tolist() if not 0 <= id < self.config.vocabulary]:
+                raise InputError(f"token {strange[0]} has no embedding: there are {self.config.vocabulary}")
+            embeddings = [self.embed(row) for row in rows]
         end_tokens = self.config.end_tokens if end_tokens is None else end_tokens
         lengths = [len(row) for row in embeddings]
         B, T = len(lengths), max(lengths)
@@ -337,7 +357,7 @@ class LLM(nn.Module):
                 # a padding token sees itself alone: softmax over nothing would be NaN
                 seen = (key >= pad[:, :, None]) | (key == query[:, None])
                 mask = (seen & (key <= query[:, None]))[:, None]  # (B,1,T,S)
-            return self.logits(self.hidden(x, positions, mask, cache, between)[:, -1]).float()
+            return self.exact_logits(self.hidden(x, positions, mask, cache, between)[:, -1])
 
         def step(chosen, after):
             return read(self.embed(chosen)[:, None], after)
@@ -362,7 +382,8 @@ class LLM(nn.Module):
             self.check(T + n)
             logits, after = step(chosen, after), after + 1
         rows = torch.stack(ids, 1).tolist() if ids else search.best() if search else [[]] * B
-        return [[*itertools.takewhile(lambda id: id not in end_tokens, row)] for row in rows]
+        lengths = [next((i for i, id in enumerate(row) if id in end_tokens), len(row)) for row in rows]
+        return [row[:length + keep_end] for row, length in zip(rows, lengths)]
 
     @classmethod
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":

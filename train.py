@@ -252,6 +252,16 @@ def caption_sets(args: argparse.Namespace) -> tuple:
 
 
 def adapter_sizes(args: argparse.Namespace) -> dict:
+def find_homeless_tokens(vlm: VLM, captions) -> None:
+    """Raises InputError where a text of a caption set has a token without an embedding: before the first
+    step, not when its turn comes. Shards are not read through."""
+    if vlm.homeless and isinstance(captions, Captions):
+        for i in range(len(captions)):
+            with named(captions.name(i)):
+                for question, caption in captions.pairs(i):
+                    vlm.encode(vlm.prompt_for(question), caption)
+
+
     """All sizes of the chosen adapter: those on the command line, else its defaults."""
     sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
     for option, size in SIZES.items():
@@ -642,6 +652,8 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
         torch.manual_seed(args.seed)
         self.vlm = vlm = make_vlm(args, self.device)
+        for captions in (self.train, val):
+            find_homeless_tokens(vlm, captions)
         fixed = not args.split and not any(p.requires_grad for p in vlm.vit.parameters())
         if (args.cache_features or args.features) and (self.streamed or not fixed):
             why = ("shards are streamed, more than can be kept" if self.streamed else

@@ -11,7 +11,7 @@ import regex
 import tiktoken
 
 from formats.files import InputError, guard, read_json, whole
-from formats.hub import find_checkpoint
+from formats.hub import find_checkpoint, find_file
 
 WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+"
 GPT2_SPLIT = WORD + r"| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -403,15 +403,14 @@ class Tokenizer:
     def from_pretrained(cls, name: str) -> "Tokenizer":
         """Reads the tokenizer of a checkpoint (a folder or a hub name). Raises InputError."""
         folder = find_checkpoint(name, weights=False)
-        path = folder / "tokenizer.json"
-        config = {}
-        for other in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-            config |= read_json(other) if other.is_file() else {}
-        if not path.is_file() and (folder / "vocab.json").is_file():
-            path = folder / "vocab.json"
-        if not path.is_file():
-            model = folder / "tokenizer.model"
+        path = find_file(folder, "tokenizer.json") or find_file(folder, "vocab.json")
+        if not path:
+            path, model = folder / "tokenizer.json", folder / "tokenizer.model"
             raise InputError(f"{path}: no such file" + f" ({model.name} isn't read)" * model.is_file())
+        config = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            other = find_file(folder, file)
+            config |= read_json(other) if other else {}
         with guard(path, "not a tokenizer that can be read"):
             file = read_json(path)
             if path.name == "vocab.json":
@@ -432,7 +431,8 @@ def from_vocabulary(vocabulary: dict, config: dict, folder: Path) -> tuple[dict,
     """What tokenizer.json would say, of a folder with vocab.json and merges.txt in its place; and `config`,
     tokenizer_config.json, with what the class takes where it says nothing. The class tells how a text is cut:
     config's `tokenizer_class` or, where none is named, the model's own. Raises InputError."""
-    path, model = folder / "merges.txt", folder / "config.json"
+    path = find_file(folder, "merges.txt") or folder / "merges.txt"
+    model = folder / "config.json"
     with guard(path):
         lines = path.read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
@@ -444,10 +444,10 @@ def from_vocabulary(vocabulary: dict, config: dict, folder: Path) -> tuple[dict,
         case "GPT2Tokenizer" | "gpt2" | "opt":
             how = {"pre_tokenizer": level}
         case "Qwen2Tokenizer" | "qwen2" | "qwen3":
-            split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
-            steps = [split, level | {"use_regex": False}]
-            how = {"normalizer": {"type": "NFC"},
-                   "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+            split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated",
+                     "invert": False}
+            steps = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
+            how = {"normalizer": {"type": "NFC"}, "pre_tokenizer": steps}
         case _:
             raise InputError(f"{folder / 'vocab.json'}: how {kind} cuts a text isn't known here: "
                              "tokenizer.json would say it")
@@ -467,8 +467,8 @@ def with_added_tokens(file: dict, config: dict, folder: Path) -> dict:
         more = config.get(name) or []
         roles += more.values() if isinstance(more, dict) else more
     roles = [token["content"] if isinstance(token, dict) else token for token in roles]
-    known, path = file["model"]["vocab"], folder / "added_tokens.json"
-    listed = read_json(path) if path.is_file() else {}
+    known, path = file["model"]["vocab"], find_file(folder, "added_tokens.json")
+    listed = read_json(path) if path else {}
     for content in filter(None, [*roles, *listed]):
         id = known.get(content, listed.get(content))
         if id is not None:
