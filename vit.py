@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import ACTIVATIONS, FeedForward, attend, rgb
-from formats.files import InputError, guard, named
+from formats.files import InputError, guard, named, warn
 from formats.weights import Checkpoint, Family, depth, load_weights, name_table
 
 
@@ -330,6 +330,7 @@ class ViT(nn.Module):
             vit = cls(config)
         vit.name, vit.family = checkpoint.name, family
         load_weights(vit, checkpoint, family, dtype)
+        # image settings are in config.json, preprocessor_config.json, or with others in processor_config.json
         path = checkpoint.folder / "preprocessor_config.json"
         settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
                     or checkpoint.json("processor_config.json").get("image_processor") or {})
@@ -342,6 +343,11 @@ class ViT(nn.Module):
             vit.preprocess = Preprocessor(PROCESSORS[kind] | settings, config.image_size, image_size)
         with named(path):
             vit.resize(vit.preprocess.image_size)
+        if not settings:
+            mean, std = vit.preprocess.mean.flatten().tolist(), vit.preprocess.std.flatten().tolist()
+            warn(f"{checkpoint.folder}: no {path.name} with image settings: assuming {kind}'s, mean "
+                 f"{[round(x, 3) for x in mean]}, std {[round(x, 3) for x in std]}, "
+                 f"size {vit.preprocess.image_size} px")
         return vit.eval()
 
 

@@ -1,21 +1,24 @@
-"""Where a name of a model leads: a folder, the Hugging Face cache, or a download into it."""
-import json
-import os
+"""Where a name of a model leads: a folder, the Hugging Face cache, or a download into it.
+
+In the cache, models--OWNER--MODEL/refs/REVISION names a commit, whose files lie in snapshots/COMMIT/. An
+empty file in .no_exist/COMMIT/ says that the commit has none of that name.
+"""
+import contextlib
 import re
-import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import torch
-
-from formats.files import InputError, guard, read_json, write_text
+from formats.download import COMMIT, home, listing, offline, path_in, save
+from formats.files import InputError, guard, read_json, warn, write_text
 
 HERE = Path(__file__).resolve().parent.parent
+NAME = re.compile(r"(?!.*(--|\.\.))(?P<model>(\w[\w.-]*/)?\w[\w.-]*)"
+                  r"(@(?P<revision>[\w+#=-][\w.+#=-]*(/[\w+#=-][\w.+#=-]*)*))?", re.ASCII)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-               "merges.txt", "qformer_tokenizer/tokenizer.json")
+               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "vocab.json", "merges.txt", "qformer_tokenizer/tokenizer.json")
+
+incomplete: set[Path] = set()  # snapshots that lack files which this process couldn't get
 
 
 def shards(folder: Path) -> list[Path]:
@@ -33,75 +36,119 @@ def shards(folder: Path) -> list[Path]:
 
 def find_checkpoint(name: str, weights: bool = True) -> Path:
     """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
-    cache; 3. a download of just the files needed, into that cache. `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`
-    and `HF_HUB_CACHE` mean what they mean to the hub's own client. `weights`: with its tensors, not for its
-    tokenizer alone. Raises InputError."""
+    cache; 3. a download of just the files needed, into that cache.
+
+    OWNER/MODEL@REVISION names a branch, a tag, a commit or a pull request ("refs/pr/1") instead of the main
+    branch. `weights`: with its tensors, not for its tokenizer alone. Raises InputError.
+    """
     with guard(name, "no name of a model"):
         for folder in (Path(name).expanduser(), HERE / name):
             if folder.is_dir():
                 return folder
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+        match = NAME.fullmatch(name)
+    if not match:
         raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    repository = cache / f"models--{name.replace('/', '--')}"
-    reference = repository / "refs" / "main"
-    if reference.is_file():
-        with guard(reference):
-            snapshot = repository / "snapshots" / Path(reference.read_text().strip()).name
-            if weights:
-                found = all(file.is_file() for file in (snapshot / "config.json", *shards(snapshot)))
-            else:
-                found = any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json"))
-        if found:
-            return snapshot
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise InputError(f"{name}: no such folder, not in {cache}, and HF_HUB_OFFLINE forbids a download")
-    return download(name, repository, weights)
+    model, revision = match["model"], match["revision"] or "main"
+    cache = path_in("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or home() / "hub"
+    repository = cache / f"models--{model.replace('/', '--')}"
+    reference = repository / "refs" / revision
+
+    # a snapshot that the cache has
+    with guard(reference):
+        commit = reference.read_text(errors="replace").strip() if reference.is_file() else revision
+        snapshot = repository / "snapshots" / commit
+        cached = COMMIT.fullmatch(commit) and snapshot.is_dir()
+        if cached and weights:
+            if (snapshot / "config.json").is_file() and all(file.is_file() for file in shards(snapshot)):
+                return snapshot
+        elif cached:  # `find_file` gets what else a tokenizer needs
+            if any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json", "config.json")):
+                return snapshot
+
+    # a download: where a snapshot lacks files, those of the same commit
+    if offline():
+        raise InputError(f"{name}: no such folder, not in {cache}, and {offline()} forbids a download")
+    try:
+        snapshot = download(model, repository, commit if cached else revision, weights)
+        if revision != snapshot.name:
+            with guard(reference, "can't be written"):
+                reference.parent.mkdir(parents=True, exist_ok=True)
+            write_text(reference, snapshot.name)  # last: a download cut short is never taken for a whole one
+        return snapshot
+    except InputError as error:
+        raise InputError(f"{name}: no such folder, and the download failed: {error}") from None
 
 
-def download(name: str, repository: Path, weights: bool) -> Path:
-    """Fetches a checkpoint's files into `repository`, in the cache's own layout; returns the snapshot folder.
-    `refs/main` is written last, so that a download cut short is never taken for a whole one."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+def download(model: str, repository: Path, revision: str, weights: bool) -> Path:
+    """Fetches the files of a model that are needed; returns the snapshot's folder. Raises InputError."""
+    commit, files = listing(model, revision)
+    snapshot = repository / "snapshots" / commit
+    if weights and not {WEIGHTS, INDEX} & files.keys():
+        problem = f"the repository has no {WEIGHTS}"
+        if pickled := [file for file in files if re.fullmatch(r"pytorch_model.*\.bin", file)]:
+            problem += (f", just {pickled[0]}, which isn't read, for it may hold code; a revision that has "
+                        f"safetensors can be named, such as a pull request: {model}@refs/pr/1")
+        raise InputError(problem)
+    save_small(model, snapshot, files)
+    if weights and WEIGHTS not in files:
+        save(model, snapshot, INDEX, *files[INDEX])
+    for shard in shards(snapshot) if weights else ():
+        if shard.name not in files:
+            raise InputError(f"the repository has no {shard.name}")
+        save(model, snapshot, shard.name, *files[shard.name])
+    return snapshot
 
-    def fetch(file: str) -> None:
-        if (snapshot / file).is_file():
-            return
-        if file not in files:
-            raise InputError(f"{name}: the repository holds no {file}")
-        print(f"downloading {name}/{file}", file=sys.stderr)
-        digest = (files[file].get("lfs") or {}).get("sha256")  # which torch.hub compares
-        part = (snapshot / file).with_name(f".{Path(file).name}.part")
-        part.parent.mkdir(exist_ok=True)
-        torch.hub.download_url_to_file(f"{endpoint}/{name}/resolve/{revision}/{file}", str(part), digest,
-                                       progress=sys.stderr.isatty())
-        if part.stat().st_size != files[file].get("size", part.stat().st_size):
-            part.unlink()
-            raise ValueError(f"{file} came incomplete: run the command again")
-        os.replace(part, snapshot / file)
 
-    with guard(name, "no such folder, and the download failed"):
-        try:
-            about = f"{endpoint}/api/models/{name}/revision/main?blobs=true"
-            with urllib.request.urlopen(about, timeout=30) as reply:
-                info = json.load(reply)
-            revision, files = info["sha"], {file["rfilename"]: file for file in info["siblings"]}
-            if not re.fullmatch(r"[0-9a-f]{6,64}", revision):
-                raise ValueError(f"revision {revision!r}")
-            snapshot, reference = repository / "snapshots" / revision, repository / "refs" / "main"
-            snapshot.mkdir(parents=True, exist_ok=True)
-            for file in SMALL_FILES + (INDEX,) * (weights and WEIGHTS not in files):
-                if file in files:
-                    fetch(file)
-            for shard in shards(snapshot) if weights else ():
-                fetch(shard.name)
-            reference.parent.mkdir(exist_ok=True)
-            write_text(reference, revision)
-            return snapshot
-        except urllib.error.HTTPError as error:
-            hint = {401: "no such model, or it needs a login: download it with the hub's own client, "
-                         "then try again",
-                    403: "access is restricted: ask for it on the model's page",
-                    404: "no such model, or a file is gone"}.get(error.code, error.reason)
-            raise InputError(f"{name}: {endpoint} answered {error.code}: {hint}") from None
+def save_small(model: str, snapshot: Path, files: dict[str, tuple]) -> None:
+    """Downloads the small files that a snapshot lacks; marks those that aren't among the model's `files`, so
+    that they aren't looked for again. Raises InputError."""
+    for file in SMALL_FILES:
+        if file in files:
+            save(model, snapshot, file, *files[file])
+            continue
+        with contextlib.suppress(OSError):  # in a cache that is read-only, it is looked for again
+            marker(snapshot, file).parent.mkdir(parents=True, exist_ok=True)
+            marker(snapshot, file).touch()
+
+
+def marker(snapshot: Path, file: str) -> Path:
+    """The file that says that a snapshot's commit has no `file`."""
+    return snapshot.parent.parent / ".no_exist" / snapshot.name / file
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """An optional file of a checkpoint's folder; None if there is none. Raises InputError.
+
+    A snapshot in the cache may hold just what another program needed. Where it isn't known whether its commit
+    has a small file, the hub is asked, once, for all small files that the snapshot lacks. If that fails, a
+    warning says which they are.
+    """
+    path = folder / name
+    with guard(path):
+        for snapshot in path.absolute().parents:
+            if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
+                if path.absolute().relative_to(snapshot).as_posix() in unknown_files(snapshot):
+                    complete(snapshot)
+        return path if path.is_file() else None
+
+
+def unknown_files(snapshot: Path) -> list[str]:
+    """The small files that a snapshot lacks though its commit may have them."""
+    return [file for file in SMALL_FILES
+            if not (snapshot / file).is_file() and not marker(snapshot, file).is_file()]
+
+
+def complete(snapshot: Path) -> None:
+    """Fetches the small files that a snapshot lacks; warns, once, if that fails."""
+    # .gitattributes comes only with a whole repository: then, offline, it is taken for whole
+    if snapshot in incomplete or offline() and (snapshot / ".gitattributes").is_file():
+        return
+    model = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+    try:
+        if offline():
+            raise InputError(f"{offline()} is set")
+        save_small(model, snapshot, listing(model, snapshot.name)[1])
+    except InputError as error:
+        incomplete.add(snapshot)
+        warn(f"{model}: the cache lacks {', '.join(unknown_files(snapshot))}, which the model may have and "
+             f"which can't be fetched: {error}")

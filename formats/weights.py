@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from formats.files import InputError, guard, read_json
-from formats.hub import find_checkpoint, shards
+from formats.hub import find_checkpoint, find_file, shards
 
 
 class Checkpoint:
@@ -45,7 +45,8 @@ class Checkpoint:
 
     def json(self, file: str) -> dict:
         """A JSON file of the folder; empty where there is none."""
-        return read_json(self.folder / file) if (self.folder / file).is_file() else {}
+        path = find_file(self.folder, file)
+        return read_json(path) if path else {}
 
     def family(self, families: dict):
         """The row of `families` that config.json's `model_type` names, its names a table, and the config."""

@@ -1,10 +1,7 @@
 """Captions, pictures, batches, checkpoints and the shapes world."""
-import hashlib
-import http.server
 import json
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
 
@@ -14,13 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
-from adapters import VLM
 from data import (SKILLS, UNSEEN, Captions, Scene, Shapes, Thing, arrange, attend, draw_caption, judge,
                   open_picture, references, shuffled, skip, stack)
 from fixtures.pictures import picture
 from llm import LLM
 from formats.files import InputError, write_file
-from formats.hub import HERE, find_checkpoint
+from formats.hub import HERE
 from formats.tokenizer import Tokenizer
 from vit import ViT
 
@@ -286,99 +282,7 @@ def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Download, from a server that answers as a hub does
-
-REVISION = "0123456789abcdef"
-
-
-@pytest.fixture
-def hub(fixtures, tmp_path, monkeypatch):
-    faults = {}  # and "serves", where another folder than llama_sharded is served
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if "status" in faults:
-                return self.send_error(faults["status"])
-            path, folder = self.path.split("?")[0], fixtures / faults.get("serves", "llama_sharded")
-            if path == "/api/models/someone/tiny/revision/main":
-                files = [dict(rfilename=str(f.relative_to(folder)), size=f.stat().st_size,
-                              lfs=dict(sha256=hashlib.sha256(f.read_bytes()).hexdigest()))
-                         for f in folder.rglob("*") if f.is_file()]
-                return self.answer(json.dumps(dict(sha=REVISION, siblings=files)).encode())
-            if path.startswith("/someone/tiny/resolve/"):  # large files are kept elsewhere
-                self.send_response(302)
-                self.send_header("Location", path.replace("/someone/tiny/resolve", "/cdn"))
-                self.end_headers()
-                return
-            content = (folder / path.split(f"/{REVISION}/")[1]).read_bytes()
-            if faults.get("corrupt") and path.endswith("00003-of-00007.safetensors"):
-                content = content[:-1] + b"x"
-            cut = faults.get("cut") and path.endswith("00003-of-00007.safetensors")
-            self.answer(content[:len(content) // 2] if cut else content,
-                        len(content))
-
-        def answer(self, content, length=None):
-            self.send_response(200)
-            self.send_header("Content-Length", str(length or len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield faults
-    server.shutdown()
-    server.server_close()
-
-
-def test_download_fills_the_cache(hub, fixtures, tmp_path, monkeypatch):
-    llm = LLM.from_pretrained("someone/tiny")
-    reference = LLM.from_pretrained(str(fixtures / "llama_wide"))
-    assert all(torch.equal(a, b) for a, b in zip(llm.parameters(), reference.parameters()))
-    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / REVISION
-    assert find_checkpoint("someone/tiny") == snapshot
-    assert "golden.safetensors" not in {path.name for path in snapshot.iterdir()}  # just the files needed
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    LLM.from_pretrained("someone/tiny")  # from the cache
-
-
-def test_a_tokenizer_comes_without_the_weights(hub, fixtures, tmp_path, monkeypatch):
-    hub["serves"] = "instructblip_vicuna"
-    assert Tokenizer.from_pretrained("someone/tiny").special["<image>"]
-    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / REVISION
-    assert (snapshot / "config.json").is_file() and not (snapshot / "model.safetensors").exists()
-    assert VLM.from_pretrained("someone/tiny").reader  # the Q-Former's tokenizer lies in a folder of its own
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    VLM.from_pretrained("someone/tiny")
-
-
-@pytest.mark.parametrize("fault", ("cut", "corrupt"))
-def test_broken_download_is_never_taken_for_whole(fault, hub):
-    hub[fault] = True
-    with pytest.raises(InputError, match="someone/tiny: .*download failed"):
-        LLM.from_pretrained("someone/tiny")
-    with pytest.raises(InputError, match="someone/tiny: .*download failed"):
-        LLM.from_pretrained("someone/tiny")
-    hub.clear()
-    LLM.from_pretrained("someone/tiny")
-
-
-def test_download_errors_say_what_to_do(hub, monkeypatch):
-    for status, hint in ((401, "needs a login"), (403, "restricted"), (404, "no such model"), (500, "500")):
-        hub["status"] = status
-        with pytest.raises(InputError, match=hint):
-            find_checkpoint("someone/tiny")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
-        find_checkpoint("someone/tiny")
-    with pytest.raises(InputError, match="no such folder"):
-        find_checkpoint("../no/such/folder")
-
+# Files that are written, and attention
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("old")
