@@ -2,6 +2,7 @@
 
 Adding an adapter takes a class (see `Adapter`) and a line in ADAPTERS; keyword-only arguments are its sizes.
 """
+import collections
 import contextlib
 import itertools
 import math
@@ -19,7 +20,7 @@ from formats.files import InputError, guard, named, read_json, read_metadata, re
 from formats.hub import find_checkpoint
 from formats.tokenizer import Tokenizer
 from formats.weights import Checkpoint, Family, depth, load_weights
-from lora import load_lora, lora_layers, save_lora
+from lora import ROOT, WEIGHTS, fold_lora, load_lora, lora_layers, read_peft, save_lora
 from vit import ViT
 
 
@@ -522,6 +523,8 @@ class VLM(nn.Module):
     that keeps the grid of patches and an LLM with rotary positions.
     """
 
+    prefixes = {}  # of a public one: part -> a regular expression, how the names of its tensors begin
+
     def __init__(self, vit: ViT, llm: LLM, tokenizer: Tokenizer, config: dict, format: Format = OURS,
                  dtype: torch.dtype | None = None):
         super().__init__()
@@ -855,6 +858,35 @@ class VLM(nn.Module):
         for part in sorted({"adapter", *self.config.get("train", ())}, reverse=True):
             write_tensors(folder / f"{part}.safetensors", self.weights(part), {"step": str(step)})
 
+    def load_lora(self, folder: Path, parts: list[str]) -> None:
+        """Gives the `parts` ("llm", "vit") the LoRA in a folder: a run's lora/, or one of PEFT's, of a part
+        or, where this is a public VLM, of the whole. Of the whole each part takes its own tensors, and the
+        adapter, which needs no LoRA to be trained, takes its own into its weights. Raises InputError, also
+        where the file changes a part that isn't asked for: a half of what was trained is another model."""
+        if any((folder / part).is_dir() for part in parts):
+            for part in parts:
+                load_lora(getattr(self, part), folder / part if (folder / part).is_dir() else folder)
+            return
+
+        # Whose tensors are they? Where one has no owner, the names are those of a part's own class.
+        config, tensors = read_peft(folder)
+        found = collections.defaultdict(dict)  # part -> its tensors
+        for name, tensor in tensors.items():
+            path = name.removeprefix(ROOT)
+            owners = [part for part, prefixes in self.prefixes.items() if re.match(prefixes, path)]
+            found[owners[0] if owners else None][name] = tensor
+        if None in found:
+            found = dict.fromkeys(parts, tensors)
+
+        changed = [part for part in ("llm", "vit") if part in found]
+        if not {*changed} <= {*parts}:
+            raise InputError(f"{folder / WEIGHTS}: it changes {' and '.join(changed)}: "
+                             f"say --lora-on {','.join(changed)}")
+        for part in parts:
+            load_lora(getattr(self, part), folder, (config, found.get(part, {})))
+        if "adapter" in found:
+            fold_lora(self.adapter, folder, (config, found["adapter"]))
+
     def catch_up(self, folder: Path) -> None:
         """A checkpoint's files begin with state.safetensors and end with adapter.safetensors. If the process
         ended in between, they are of two steps, and what the first has of the later one is taken."""
@@ -995,7 +1027,9 @@ def public(run: dict, dtype: torch.dtype, vit: torch.dtype, llm: torch.dtype) ->
         vlm = VLM(vit, llm, tokenizer, {"from": name} | config | run, format, dtype)
     if vlm.adapter.vocabulary:
         vlm.reader = Tokenizer.from_pretrained(str(checkpoint.folder / "qformer_tokenizer"))
-    load_weights(vlm.adapter, parts[2], Family(row.config, row.names, row.unused), torch.float32)
+    vlm.prefixes = {"vit": row.vision, "llm": row.language, "adapter": row.adapter}
+    vlm.adapter.family = Family(row.config, row.names, row.unused)
+    load_weights(vlm.adapter, parts[2], vlm.adapter.family, torch.float32)
     return vlm
 
 

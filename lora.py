@@ -1,4 +1,4 @@
-"""Low-rank updates of any nn.Linear, and the files that PEFT keeps them in.
+"""Low-rank updates of any nn.Linear or nn.Embedding, and the files that PEFT keeps them in.
 
 LoRA (Hu et al., 2021, arXiv:2106.09685): h = W₀x + s·BAx. W₀ (out,in) stays frozen, A (r,in) and B
 (out,r) are trained, s = α/r. B is zero at first, so that nothing changes before the first step.
@@ -35,9 +35,10 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, A: nn.Parameter, B: torch.Tensor, scale: float,
                  dropout: float = 0.0, m: torch.Tensor | None = None):
         super().__init__()
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        self.weight, self.bias, self.scale = linear.weight, getattr(linear, "bias", None), scale
         self.A, self.B, self.m = A, nn.Parameter(B), None if m is None else nn.Parameter(m)
         self.dropout = nn.Dropout(dropout)
+        self.replaced = False  # whether W₀ came with the LoRA, so that it has to be saved with it
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
@@ -53,14 +54,38 @@ class LoRALinear(nn.Module):
         return self.weight.float() + self.scale * (self.B @ self.A)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged_weight(self) -> torch.Tensor:
+        """What it multiplies with (out,in), float32."""
         weight = self.sum()
-        if self.m is not None:
-            weight *= (self.m / row_norms(weight))[:, None]
+        return weight if self.m is None else weight * (self.m / row_norms(weight))[:, None]
+
+    def merged(self) -> nn.Module:
+        """The same as one layer without a LoRA, in W₀'s dtype."""
+        weight = self.merged_weight().to(self.weight.dtype)
         linear = nn.Linear(*weight.T.shape, bias=False, device="meta").train(self.training)
-        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
         return linear
+
+
+class LoRAEmbedding(LoRALinear):
+    """The same in place of an nn.Embedding, which is a linear layer of one-hot vectors: token i becomes
+    E[i] + s·B·A[:,i]. `weight` E is (V,D), the transpose of W₀; A is (r,V), B (D,r), DoRA's m (D,). Nothing
+    is dropped out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # ids (…) to (…,D)
+        update = F.linear(F.embedding(x, self.A.T), self.B)
+        h = F.embedding(x, self.weight) + self.scale * update
+        if self.m is not None:
+            h = h * self.m / row_norms(self.sum()).detach()
+        return h.to(self.weight.dtype)
+
+    def sum(self) -> torch.Tensor:
+        return self.weight.float().T + self.scale * (self.B @ self.A)
+
+    def merged(self) -> nn.Module:
+        weight = self.merged_weight().T.to(self.weight.dtype).contiguous()
+        return nn.Embedding.from_pretrained(weight).train(self.training)
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
@@ -70,7 +95,8 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
 def put(module: nn.Module, layers: dict[str, nn.Module]) -> None:
     """Puts layers in their places, and leaves gradients to A, B and m alone."""
     for name, layer in layers.items():
-        module.set_submodule(name, layer)
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, layer)
     module.requires_grad_(False)
     for layer in lora_layers(module).values():
         for p in (layer.A, layer.B, layer.m):
@@ -119,7 +145,8 @@ def merge_lora(module: nn.Module) -> Callable[[], None]:
 # PEFT's files
 
 CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-KINDS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m"}  # what follows "lora_" in a tensor's name
+# what follows "lora_" in a tensor's name
+KINDS = {"A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
 # adapter_config.json: what may have these values alone (other ways to begin change W₀); what is read below;
 # what says only how PEFT chose or runs. Anything else that is set is refused.
 CHOICES = {"peft_type": ("LORA",), "bias": ("none", "lora_only"),
@@ -129,6 +156,11 @@ READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_d
 IDLE = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "eva_config", "runtime_config", "megatron_core", "qalora_group_size"}
+TIED = {"embedding.weight", "head.weight"}  # one matrix in a tied model, which only a LoRA tells apart
+
+
+def is_tied(module: nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "tied", False)
 
 
 def in_class(module: nn.Module) -> dict[str, dict[str, tuple]]:
@@ -136,10 +168,10 @@ def in_class(module: nn.Module) -> dict[str, dict[str, tuple]]:
     and which of its rows ours are. What isn't some rows of one tensor is left out. A name that only files
     have stands before the class's. A module that isn't of a family keeps its own names."""
     family, functions, found = getattr(module, "family", None), defaultdict(dict), defaultdict(dict)
-    out = {f"{name}.{leaf}" for name in lora_layers(module) for leaf in "ABm"}
-    if family and getattr(module.config, "tied", False):  # to PEFT the embedding and the head are two
-        out.add("embedding.weight")
-    sizes = {name: len(p) for name, p in module.named_parameters() if name not in out}
+    low_rank = {f"{name}.{leaf}" for name in lora_layers(module) for leaf in "ABm"}
+    sizes = {name: len(p) for name, p in module.named_parameters() if name not in low_rank}
+    if is_tied(module):
+        sizes["head.weight"] = sizes["embedding.weight"]
     for name in sizes:
         function, disk = family.source(name) if family else (lambda tensor: tensor, [name])
         for theirs in disk[0].split("|") if len(disk) == 1 else ():
@@ -156,37 +188,87 @@ def in_class(module: nn.Module) -> dict[str, dict[str, tuple]]:
     return found
 
 
-def load_lora(module: nn.Module, folder: str | Path) -> None:
-    """Freezes `module` (a ViT, an LLM, an adapter) and gives it the LoRA in a folder of PEFT's, that is
-    adapter_config.json and adapter_model.safetensors. What was trained besides (modules_to_save, biases)
-    replaces ours and gets gradients.
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Our layers by name. The head of a tied LLM is a layer too, which shares the embedding's weight."""
+    layers = dict(module.named_modules())
+    if is_tied(module) and "head" not in layers:
+        weight = module.embedding.weight  # (V,D)
+        layers["head"] = nn.Linear(*weight.T.shape, bias=False, device="meta").train(module.training)
+        layers["head"].weight = weight
+    return layers
+
+
+def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The options and the tensors in a folder of PEFT's, that is adapter_config.json and
+    adapter_model.safetensors. Raises InputError where an option is one that isn't supported."""
+    path = Path(folder) / CONFIG
+    config = read_json(path)
+    with guard(path):
+        for key, value in config.items():
+            if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
+                raise InputError(f"{path}: {key} {value!r} is not supported")
+        tensors = read_tensors(path.with_name(WEIGHTS))
+        for saved in config.get("modules_to_save") or ():
+            if not any(f".{saved}." in name for name in tensors):
+                raise InputError(f"{path.with_name(WEIGHTS)}: the tensors of '{saved}', one of "
+                                 "modules_to_save, are missing")
+    return config, tensors
+
+
+def load_lora(module: nn.Module, folder: str | Path, peft: tuple[dict, dict] | None = None) -> None:
+    """Freezes `module` (a ViT, an LLM, an adapter) and gives it the LoRA in a folder of PEFT's. What was
+    trained besides (modules_to_save, biases) replaces ours and gets gradients. `peft`: what `read_peft` read
+    there, or some of its tensors, where the file is of a larger model.
 
     Which layers change is read off the tensors' names, so that it doesn't matter how target_modules chose
     them. Raises InputError, before anything changes, where an option, a tensor or a shape has no place here.
     """
-    path, config = Path(folder) / WEIGHTS, read_json(Path(folder) / CONFIG)
-    for key, value in config.items():
-        if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
-            raise InputError(f"{path.with_name(CONFIG)}: {key} {value!r} is not supported")
-    tensors = read_tensors(path)
-    with guard(path.with_name(CONFIG)), named(path):
-        layers, values = read_lora(module, config, tensors)
+    layers, trained, bases = read_lora(module, folder, peft)
+    if not layers:
+        raise InputError(f"{Path(folder) / WEIGHTS}: no low-rank update in it is of this "
+                         f"{type(module).__name__}")
     put(module, layers)
-    for name, value in values.items():
+    for name, tensor in bases.items():
+        layer = module.get_submodule(name.removesuffix(".weight"))
+        layer.replaced = not torch.equal(layer.weight, tensor.to(layer.weight))
+    replace(module, bases)
+    replace(module, trained)
+    for name in trained:
+        module.get_parameter(name).requires_grad_()
+
+
+def fold_lora(module: nn.Module, folder: str | Path, peft: tuple[dict, dict] | None = None) -> None:
+    """As `load_lora`, but the weights take the LoRA in: no layer is added, and none is frozen."""
+    layers, trained, bases = read_lora(module, folder, peft)
+    replace(module, bases)
+    replace(module, trained)
+    replace(module, {f"{name}.weight": layer.merged().weight for name, layer in layers.items()})
+
+
+def replace(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Gives parameters of these names other values, in the dtype that they have."""
+    for name, tensor in tensors.items():
         p = module.get_parameter(name)
-        p.data = value.to(p)
-        p.requires_grad_()
+        p.data = tensor.detach().to(p)
 
 
-def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """PEFT's tensors to {our layer: LoRALinear} and {our parameter: tensor}. Raises InputError."""
-    known, family = in_class(module), getattr(module, "family", None)
+def read_lora(module: nn.Module, folder: str | Path, peft: tuple[dict, dict] | None) -> tuple:
+    """PEFT's tensors as three tables: {our layer: LoRALinear}; {our parameter: tensor} of what was trained
+    whole; the same of the weights under an update, where the file has them. Raises InputError."""
+    config, tensors = peft or read_peft(folder)
+    with guard(Path(folder) / CONFIG), named(Path(folder) / WEIGHTS):
+        return match_lora(module, config, tensors)
+
+
+def match_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> tuple:
+    """See `read_lora`, which names the files."""
+    known, modules, family = in_class(module), layers_of(module), getattr(module, "family", None)
     unused, device = family.unused if family else "", next(module.parameters()).device
-    parts = defaultdict(dict)  # name in the class -> {"A": …, "B": …}, or {None: …} of a whole tensor
+    parts = defaultdict(dict)  # name in the class -> {"A": …, "B": …}, {None: …} of a whole tensor, or both
     for key, tensor in tensors.items():
         name, lora, kind = key.removeprefix(ROOT).replace(".base_layer.", ".").rpartition(".lora_")
         if lora and kind not in KINDS or not tensor.is_floating_point():
-            raise InputError(f"tensor '{key}' is not the low-rank update of a linear layer")
+            raise InputError(f"tensor '{key}' is not the low-rank update of a linear layer or an embedding")
         parts[f"{name}.weight" if lora else kind][KINDS.get(kind)] = tensor.to(device, torch.float32)
 
     def end_of(name: str) -> str:
@@ -202,49 +284,64 @@ def read_lora(module: nn.Module, config: dict, tensors: dict[str, torch.Tensor])
         return next((value for key, value in values if regex.match(rf"(.*\.)?({key})$", name, timeout=1)),
                     config[default])
 
+    # The blocks lie in one place. What is outside them may lie elsewhere: a head, a projection
     ends = {name: end_of(name) for name in parts if not re.fullmatch(unused, name)}
-    paths = {name.removesuffix(end) for name, end in ends.items() if end and "head.weight" not in known[end]}
-    if len(paths) > 1:
-        raise InputError(f"it changes more than one model: {', '.join(sorted(paths))}")
-    layers, values = {}, {}
+    paths = {name.removesuffix(end) for name, end in ends.items() if re.search(r"\.\d+\.", end)}
+    twice = [end for end, count in Counter(ends.values()).items() if end and count > 1]
+    if len(paths) > 1 or twice:
+        places = sorted(paths) if len(paths) > 1 else twice
+        raise InputError(f"it changes more than one model: {', '.join(places)}")
+    layers, trained, bases = {}, {}, {}
     for name, end in ends.items():
-        if not end and re.fullmatch(unused, name.removeprefix(min(paths, default=""))):
+        if not end and any(re.fullmatch(unused, name.removeprefix(path)) for path in paths):
             continue
-        if not end:
+        part, group = parts[name], known.get(end, {})
+        low_rank = part.keys() - {None}
+        if not group or not low_rank and is_tied(module) and not TIED.isdisjoint(group):
             raise InputError(f"'{name}' is not a tensor of this model that can be changed here")
-        part, size = parts[name], sum(len(rows) for _, rows in known[end].values())
-        if part.keys() == {None}:
-            for ours, (function, rows) in known[end].items():
-                value, shape = part[None], module.get_parameter(ours).shape
-                if value.shape != (size, *shape[1:]) or not torch.equal(function(value), value[rows]):
-                    raise InputError(f"'{name}' is {tuple(value.shape)}; {ours} wants {tuple(shape)}")
-                values[ours] = value[rows]
+        size = sum(len(rows) for _, rows in group.values())
+
+        # The tensor itself: trained whole or, under an update, perhaps not what ours is
+        for ours, (function, rows) in group.items() if None in part else ():
+            owner, _, leaf = ours.rpartition(".")
+            value, shape = part[None], getattr(modules[owner], leaf).shape
+            if value.shape != (size, *shape[1:]) or not torch.equal(function(value), value[rows]):
+                raise InputError(f"'{name}' is {tuple(value.shape)}; {ours} wants {tuple(shape)}")
+            (bases if low_rank else trained)[ours] = value[rows]
+        if not low_rank:
             continue
-        if part.keys() != {"A", "B", *("m" if config.get("use_dora") else "")}:
-            raise InputError(f"'{name}' has a low-rank update in parts: {', '.join(sorted(map(str, part)))}")
+        if low_rank != {"A", "B", *("m" if config.get("use_dora") else "")}:
+            raise InputError(f"'{name}' has a low-rank update in parts: {', '.join(sorted(low_rank))}")
+
+        # Its update: each of our layers takes its rows of B
         theirs = name.removesuffix(".weight")
         rank, alpha = pattern("rank_pattern", "r", theirs), pattern("alpha_pattern", "lora_alpha", theirs)
         scale, A = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), nn.Parameter(part["A"])
-        for ours, (_, rows) in known[end].items():
+        for ours, (_, rows) in group.items():
             ours = ours.removesuffix(".weight")
-            linear = module.get_submodule(ours)
-            if not isinstance(linear, nn.Linear):
-                raise InputError(f"'{theirs}' can't change {ours}, which is a {type(linear).__name__}")
-            shapes = {"A": (rank, linear.in_features), "B": (size, rank), "m": (size,)}
-            for kind, tensor in part.items():
-                if tensor.shape != shapes[kind]:
-                    raise InputError(f"{kind} of '{theirs}' is {tuple(tensor.shape)}, not {shapes[kind]}")
-            layers[ours] = LoRALinear(linear, A, part["B"][rows], scale, config.get("lora_dropout") or 0.0,
-                                      part["m"][rows] if "m" in part else None)
-    for saved in config.get("modules_to_save") or ():
-        if not any(f".{saved}." in f".{name}" for name in parts):
-            raise InputError(f"the tensors of '{saved}', one of modules_to_save, are missing")
+            layer = modules.get(ours, nn.Parameter())  # which positions may be
+            if isinstance(layer, nn.Embedding):
+                kind, (inputs, size) = LoRAEmbedding, layer.weight.shape
+                rows = torch.arange(size)
+            elif isinstance(layer, nn.Linear):
+                kind, inputs = LoRALinear, layer.in_features
+            else:
+                raise InputError(f"'{theirs}' can't change {ours}, which is a {type(layer).__name__}")
+            shapes = {"A": (rank, inputs), "B": (size, rank), "m": (size,)}
+            for letter in sorted(low_rank):
+                if part[letter].shape != shapes[letter]:
+                    raise InputError(f"{letter} of '{theirs}' is {tuple(part[letter].shape)}, "
+                                     f"not {shapes[letter]}")
+            layers[ours] = kind(layer, A, part["B"][rows], scale, config.get("lora_dropout") or 0.0,
+                                part["m"][rows] if "m" in part else None)
     for ours, layer in layers.items() if config.get("bias") == "lora_only" else ():
-        if layer.bias is not None and f"{ours}.bias" not in values:
+        if layer.bias is not None and f"{ours}.bias" not in trained:
             raise InputError(f"the trained bias of {ours} is missing")
-    if not layers:
-        raise InputError("no low-rank update in it is of this model")
-    return layers, values
+    if is_tied(module) and not layers.keys().isdisjoint({"embedding", "head"}):
+        layers.setdefault("head", modules["head"])  # so that only one of the two changes
+        if TIED <= bases.keys() and not torch.equal(*(bases[name] for name in TIED)):
+            raise InputError("the embedding and the head under the updates differ, but are one in this model")
+    return layers, trained, bases
 
 
 @torch.no_grad()
@@ -261,27 +358,40 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
     low_rank = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.m)}
     left = set(layers) | {name for name, p in module.named_parameters()
                           if p.requires_grad and id(p) not in low_rank}
+    path = family.path if family else ""
+    outside = re.sub(r"\b(model|transformer|gpt_neox)\..*", "", path)  # what has the body and the head
     tensors, ranks, alphas, saved, turned, bias = {}, {}, {}, set(), False, "none"
     for theirs in dict.fromkeys(own.values()):
         group = {ours: rows for ours, (_, rows) in known[theirs].items()}
-        if left.isdisjoint(group):
+        low = {ours: layers[ours] for ours in group if ours in layers}
+        if left.isdisjoint(group) or not low and is_tied(module) and not TIED.isdisjoint(group):
             continue
         left -= group.keys()
-        path = family.path if family and "head.weight" not in group else ""
-        name, leaf = f"{path}{theirs}".rsplit(".", 1)
-        low = {ours: layers[ours] for ours in group if ours in layers}
-        if not low:  # a tensor of the model itself: of ours back to where their rows belong
+        name, leaf = f"{outside if 'head.weight' in group else path}{theirs}".rsplit(".", 1)
+
+        # A tensor of the model itself: of ours back to where their rows belong
+        if not low or any(layer.replaced for layer in low.values()):
             value = torch.cat([module.get_parameter(ours) for ours in group])
             value[torch.cat(list(group.values()))] = value.clone()
-            if name in ranks:
-                name, bias = f"{name}.base_layer", "lora_only"
+            if low:
+                tensors[f"{name}.base_layer.{leaf}"] = value
+            elif name in ranks:
+                tensors[f"{name}.base_layer.{leaf}"], bias = value, "lora_only"
             else:
+                tensors[f"{name}.{leaf}"] = value
                 saved.add(name)
-            tensors[f"{name}.{leaf}"] = value
+        if not low:
             continue
+
+        # A low-rank update
         As = {id(layer.A): layer.A for layer in low.values()}
         starts = dict(zip(As, itertools.accumulate(map(len, As.values()), initial=0)))
         A, scale = torch.cat(list(As.values())), next(iter(low.values())).scale
+        lora_A, lora_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        for ours, layer in low.items():
+            if isinstance(layer, LoRAEmbedding):
+                lora_A, lora_B = f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+                group[ours] = torch.arange(len(layer.B))
         size = sum(map(len, group.values()))
         B, m = A.new_zeros(size, len(A)), A.new_zeros(size)
         for ours, rows in group.items():
@@ -292,7 +402,7 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
             if dora:
                 m[rows] = (row_norms(module.get_parameter(ours)) if layer is None else
                            row_norms(layer.sum()) if layer.m is None else layer.m)
-        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        tensors |= {lora_A: A, lora_B: B}
         if dora:
             tensors[f"{name}.lora_magnitude_vector"] = m
         ranks[name], alphas[name] = len(A), scale * len(A)
@@ -302,13 +412,16 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
         raise InputError(f"{folder}: {what} has no place in PEFT's files")
     (rank, _), = Counter(ranks.values()).most_common(1)
     (alpha, _), = Counter(alphas.values()).most_common(1)
+    base, revision = getattr(module, "name", None), None
+    if base and not Path(base).exists() and "@" in base:  # a hub name
+        base, revision = base.split("@")
     with guard(folder):
         folder.mkdir(parents=True, exist_ok=True)
     tensors = {ROOT + name: tensor for name, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, dict(
         peft_type="LORA", task_type="CAUSAL_LM" if hasattr(module, "generate") else None,
-        base_model_name_or_path=getattr(module, "name", None), inference_mode=True,
+        base_model_name_or_path=base, revision=revision, inference_mode=True,
         target_modules=list(ranks),
         r=rank, rank_pattern={name: value for name, value in ranks.items() if value != rank},
         lora_alpha=alpha, alpha_pattern={name: value for name, value in alphas.items() if value != alpha},

@@ -29,11 +29,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout, draw_shots,
-                  few_shot, is_shards, layout_weights, listed, one_of, run, send, shuffled, write_picture)
-from formats.files import (InputError, guard, read_json, read_metadata, read_tensors, write_file, write_json, write_rows,
-                           write_tensors, write_text)
-from lora import add_lora, load_lora
+from data import (Captions, Shapes, Shards, Views, arrange, caption_data, cut, draw_caption, draw_layout,
+                  draw_shots, few_shot, is_shards, layout_weights, listed, one_of, run, send, shuffled,
+                  write_picture)
+from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, write_file,
+                           write_json, write_rows, write_tensors, write_text)
+from lora import add_lora
 from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
 
@@ -251,7 +252,6 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     return train, val, None
 
 
-def adapter_sizes(args: argparse.Namespace) -> dict:
 def find_homeless_tokens(vlm: VLM, captions) -> None:
     """Raises InputError where a text of a caption set has a token without an embedding: before the first
     step, not when its turn comes. Shards are not read through."""
@@ -262,6 +262,7 @@ def find_homeless_tokens(vlm: VLM, captions) -> None:
                     vlm.encode(vlm.prompt_for(question), caption)
 
 
+def adapter_sizes(args: argparse.Namespace) -> dict:
     """All sizes of the chosen adapter: those on the command line, else its defaults."""
     sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
     for option, size in SIZES.items():
@@ -280,14 +281,13 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
     for part in ("adapter", "llm", "vit"):
         for p in vlm.weights(part).values():
             p.requires_grad_(part in args.train.split(","))
-    for part in args.lora_on.split(","):
-        module = getattr(vlm, part)
-        if args.lora_from:
-            folder = Path(args.lora_from)
-            load_lora(module, folder / part if (folder / part).is_dir() else folder)
-        elif args.lora is not None:
-            targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
-            add_lora(module.blocks, args.lora, args.lora_alpha or 2 * args.lora, targets, args.lora_dropout)
+    parts = args.lora_on.split(",")
+    if args.lora_from:
+        vlm.load_lora(Path(args.lora_from), parts)
+    for part in parts if args.lora is not None else ():
+        targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
+        add_lora(getattr(vlm, part).blocks, args.lora, args.lora_alpha or 2 * args.lora, targets,
+                 args.lora_dropout)
     if (layer := vlm.config.get("layer")) is not None:  # no gradient reaches what isn't read
         blocks = vlm.vit.blocks
         for unread in (blocks[layer % (len(blocks) + 1):], vlm.vit.norm, vlm.vit.neck):

@@ -16,7 +16,8 @@ from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM
-from lora import CONFIG, WEIGHTS, LoRALinear, add_lora, load_lora, lora_layers, merge_lora, save_lora
+from lora import (CONFIG, IDLE, WEIGHTS, LoRAEmbedding, LoRALinear, add_lora, load_lora, lora_layers,
+                  merge_lora, save_lora)
 from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 
@@ -26,10 +27,14 @@ ENCODERS = ("vit", "deit", "clip", "clip_vision", "siglip", "siglip_vision", "di
             "dinov2_registers", "blip2_vision", "sam", "sam_vision")
 
 
+HEADS = {  # fixtures with a LoRA on the embedding, on the head, on both -> the model they change
+    "llama_head": "llama", "llama_embedding": "llama", "gpt2_both": "gpt2", "opt_post_both": "opt_post",
+    "gemma3_embedding": "gemma3", "blip2_head": "blip2", "llama_wide_both": "llama_wide"}
 OTHERS = {"text_model", "pooler", "vision_model", "mask_decoder"}  # what else in those models PEFT changed
 
 
 def load(fixtures, name: str):
+    name = HEADS.get(name, name)
     if name in DECODERS:
         return LLM.from_pretrained(str(fixtures / name))
     return ViT.from_pretrained(str(fixtures / name), image_size=42 if "dino" in name else None)
@@ -51,7 +56,7 @@ def tokens(*shape: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------
 # PEFT
 
-@pytest.mark.parametrize("name", DECODERS + ENCODERS)
+@pytest.mark.parametrize("name", (*DECODERS, *ENCODERS, *HEADS))
 @torch.no_grad()
 def test_what_peft_wrote_is_read_and_written_alike(name, fixtures, tmp_path):
     folder, module = fixtures / "lora" / name, load(fixtures, name)
@@ -62,10 +67,13 @@ def test_what_peft_wrote_is_read_and_written_alike(name, fixtures, tmp_path):
     close(module(inputs), reference)
     save_lora(module, tmp_path)
     saved = load_file(tmp_path / WEIGHTS)
-    assert {key.split(".")[2] for key in peft.keys() - saved.keys()} <= OTHERS
+    unsaved = {key for key in peft.keys() - saved.keys() if not key.endswith("base_layer.weight")}
+    assert {key.split(".")[2] for key in unsaved} <= OTHERS
     assert all(torch.equal(tensor, peft[key]) for key, tensor in saved.items())
     theirs, ours = (json.loads((path / CONFIG).read_text()) for path in (folder, tmp_path))
-    assert all(ours[key] == theirs[key] for key in ("use_dora", "bias", "fan_in_fan_out", "lora_dropout"))
+    if name != "gpt2_both":  # where a head is targeted too, peft forgets it
+        assert ours["fan_in_fan_out"] == theirs["fan_in_fan_out"]
+    assert all(ours[key] == theirs[key] for key in ("use_dora", "bias", "lora_dropout"))
     again = load(fixtures, name)
     load_lora(again, tmp_path)  # whose ranks and alphas are spelled out
     assert torch.allclose(again(inputs), module(inputs), atol=1e-5)
@@ -136,6 +144,79 @@ def test_an_adapter_has_its_own_names(tmp_path):
     assert torch.equal(again(features), qformer(features)) and len(lora_layers(again)) == 2
 
 
+HEAD, EMBEDDING = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+
+
+@torch.no_grad()
+def test_of_what_is_tied_only_what_is_targeted_changes(fixtures):
+    plain = load(fixtures, "llama")
+    for name, changed in (("llama_embedding", "embedding"), ("llama_head", "head")):
+        llm = load(fixtures, name)
+        load_lora(llm, fixtures / "lora" / name)
+        assert [layer for layer in lora_layers(llm) if "." not in layer] == [changed]
+        assert llm.head.weight is llm.embedding.weight and not llm.head.weight.requires_grad
+        for restore in (lambda: None, merge_lora(llm)):
+            hidden = torch.randn(3, 24)
+            moved = [(llm.embed(tokens(9)) - llm.embedding.weight[tokens(9)]).abs().max() > 0.1,
+                     (llm.logits(hidden) - F.linear(hidden, llm.embedding.weight)).abs().max() > 0.1]
+            if changed == "head":
+                assert moved == [False, True]
+            restore()
+        assert torch.equal(plain.embedding.weight, llm.embedding.weight) == (changed == "embedding")
+
+
+@torch.no_grad()
+def test_the_matrix_under_an_update_is_the_one_in_the_file(fixtures, tmp_path):
+    """peft saves it beside the update of an embedding or a head, and loads it."""
+    same, other = load(fixtures, "llama").embedding.weight, torch.randn(53, 24)
+    folder = fixtures / "lora" / "llama_embedding"
+    shutil.copytree(folder, tmp_path / "peft")
+    for weight in (same, other):
+        change(tmp_path / "peft", (), {f"{EMBEDDING}.base_layer.weight": weight.clone()})
+        llm = load(fixtures, "llama")
+        load_lora(llm, tmp_path / "peft")
+        assert torch.equal(llm.embedding.weight, weight) and torch.equal(llm.head.weight, weight)
+        save_lora(llm, tmp_path / "ours")
+        saved = load_file(tmp_path / "ours" / WEIGHTS)
+        assert (f"{EMBEDDING}.base_layer.weight" in saved) == (weight is other)  # it needn't be kept twice
+        again = load(fixtures, "llama")
+        load_lora(again, tmp_path / "ours")
+        assert torch.equal(again(tokens(2, 9)), llm(tokens(2, 9)))
+
+
+def test_a_base_is_a_hub_name_and_a_revision(fixtures, tmp_path):
+    for name, base, revision in (("org/name@v1.0", "org/name", "v1.0"), ("org/name", "org/name", None),
+                                 (str(tmp_path / "a@b"), str(tmp_path / "a@b"), None)):
+        (tmp_path / "a@b").mkdir(exist_ok=True)
+        llm = load(fixtures, "llama")
+        add_lora(llm.blocks, 2, 2)
+        llm.requires_grad_(False).name = name
+        save_lora(llm, tmp_path / "saved")
+        config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)
+
+
+def test_every_option_that_peft_writes_is_known_or_refused(fixtures, tmp_path):
+    """Those of peft 0.18 as a LoRA of LLaVA was published with, and of 0.21: at their defaults all pass."""
+    old = dict(alora_invocation_tokens=None, arrow_config=None, corda_config=None, ensure_weight_tying=False,
+               eva_config=None, layer_replication=None, loftq_config={}, lora_bias=False,
+               megatron_config=None, megatron_core="megatron.core", peft_version="0.18.1",
+               qalora_group_size=16, target_parameters=None, trainable_token_indices=None, use_qalora=False)
+    folder = tmp_path / "llama"
+    shutil.copytree(fixtures / "lora" / "llama", folder)
+    change(folder, old)
+    load_lora(load(fixtures, "llama"), folder)
+    changing = {key for key, value in json.loads((folder / CONFIG).read_text()).items() if not value} - {
+        "use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "lora_dropout", *IDLE}
+    assert {"lora_bias", "use_qalora", "ensure_weight_tying", "trainable_token_indices", "kasa_config",
+            "layer_replication", "target_parameters", "lora_ga_config"} <= changing
+    for key in changing:
+        change(folder, {key: [1]})
+        with pytest.raises(InputError, match=rf"{key} \[1\] is not supported"):
+            load_lora(load(fixtures, "llama"), folder)
+        change(folder, {key: None})
+
+
 def change(folder, config=(), tensors=()) -> None:
     """Other values in a folder of PEFT's; None takes a tensor out."""
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | dict(config)))
@@ -157,14 +238,22 @@ REFUSED = (  # (fixture, other values in its adapter_config.json, other tensors,
     ("llama", {"r": 4}, {}, r"A of 'model.layers.0.mlp.up_proj' is \(3, 24\), not \(4, 24\)"),
     ("llama", {"use_dora": True}, {}, "'model.layers.0.mlp.up_proj.weight' has .* in parts: A, B"),
     ("llama", {}, {f"{Q}.lora_B.weight": None}, "'model.layers.0.self_attn.q_proj.weight' has .*: A"),
-    ("llama", {}, {f"{Q}.base_layer.weight": torch.zeros(24, 24)},
-     "q_proj.weight' has .* in parts: A, B, None"),
+    ("llama", {}, {f"{Q}.base_layer.weight": torch.zeros(23, 24)}, r"q_proj.weight' is \(23, 24\); blocks"),
     ("llama", {}, {f"{Q}.lora_B.weight": torch.zeros(23, 3)}, r"B of '.*' is \(23, 3\), not \(24, 3\)"),
     ("llama", {}, {f"{Q}.lora_A.weight": torch.zeros(3, 24, dtype=torch.int)}, "is not the low-rank update"),
-    ("llama", {}, {f"{LLAMA}embed_tokens.lora_embedding_A": torch.zeros(3, 53)}, "lora_embedding_A"),
+    ("llama", {}, {f"{LLAMA}embed_tokens.lora_embedding_A": torch.zeros(3, 53)},
+     "'model.embed_tokens.weight' has .* in parts: A"),
+    ("llama", {}, {f"{LLAMA}embed_tokens.lora_other": torch.zeros(3, 53)}, "embed_tokens.lora_other' is not"),
+    ("llama_embedding", {}, {f"{EMBEDDING}.lora_embedding_A": torch.zeros(3, 54)},
+     r"A of 'model.embed_tokens' is \(3, 54\), not \(3, 53\)"),
+    ("llama_embedding", {}, {f"{EMBEDDING}.base_layer.weight": torch.zeros(61, 24)},
+     r"'model.embed_tokens.weight' is \(61, 24\); embedding.weight wants \(53, 24\)"),
+    ("gpt2_both", {}, {f"{HEAD}.base_layer.weight": torch.zeros(53, 24)},
+     "the embedding and the head under the updates differ"),
     ("llama", {}, {f"{LLAMA}layers.7.mlp.up_proj.lora_A.weight": torch.zeros(3, 24)}, "'model.layers.7.mlp"),
     ("llama", {}, {f"{LLAMA}more.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(3, 24)},
      "more than one model: model., model.more."),
+    ("qwen2", {}, {"base_model.model.text.norm.weight": torch.zeros(24)}, "more than one model: norm.weight"),
     ("llama", {}, {f"{LLAMA}norm.lora_A.weight": torch.zeros(3, 24),
                    f"{LLAMA}norm.lora_B.weight": torch.zeros(24, 3)},
      "'model.norm' can't change norm, which is a RMSNorm"),
@@ -233,6 +322,15 @@ def test_the_equation():
     assert torch.allclose(layer.merged().weight, weight, atol=1e-6)
     dropped = LoRALinear(linear, torch.nn.Parameter(A), B, 1.5, dropout=0.5)
     assert not torch.equal(dropped(x), dropped(x)) and torch.equal(dropped.eval()(x), dropped(x))
+    embedding, x = torch.nn.Embedding(5, 7), torch.tensor([[3, 0, 3]])
+    for m in (None, m):
+        layer = LoRAEmbedding(embedding, torch.nn.Parameter(A), B, 1.5, m=m)
+        weight = embedding.weight.T + 1.5 * B @ A
+        if m is not None:
+            weight = m[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        assert torch.allclose(layer(x), weight.T[x], atol=1e-5)
+        assert torch.equal(layer.merged().weight, layer.merged()(torch.arange(5)))
+        assert torch.allclose(layer.merged()(x), layer(x), atol=1e-6)
     for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
         model = torch.nn.Sequential(torch.nn.Linear(5, 7))
         add_lora(model, 4, 8, "all", rslora=rslora)
@@ -267,7 +365,7 @@ def test_only_the_update_is_trained_and_all_of_it(dora, fixtures):
 
 @torch.no_grad()
 def test_merged_is_the_same_and_comes_apart_again(fixtures):
-    for name in ("gpt2", "qwen3", "dinov2_registers"):
+    for name in ("gpt2", "qwen3", "dinov2_registers", "gpt2_both", "llama_embedding", "llama_wide_both"):
         module, folder = load(fixtures, name), fixtures / "lora" / name
         inputs = load_file(folder / "golden.safetensors")["inputs"]
         load_lora(module, folder)
@@ -280,6 +378,18 @@ def test_merged_is_the_same_and_comes_apart_again(fixtures):
         assert weights.keys() == after.keys()
         assert all(torch.equal(weights[key], after[key]) for key in weights)
         assert torch.equal(module(inputs), before)
+
+
+def test_the_update_of_an_embedding_alone_is_trained(fixtures):
+    for name in ("gpt2_both", "llama_wide_both"):
+        llm = load(fixtures, name)
+        load_lora(llm, fixtures / "lora" / name)
+        names = {name for name, p in llm.named_parameters() if p.requires_grad}
+        assert {name.rpartition(".")[2] for name in names} <= {*"ABm"}
+        assert {"embedding.A", "embedding.B", "head.A", "head.B"} <= names
+        F.cross_entropy(llm(tokens(2, 9)).flatten(0, 1), tokens(18)).backward()
+        for name, p in llm.named_parameters():
+            assert name not in names or p.grad.abs().sum() > 0
 
 
 def test_low_precision_around_float32_updates(fixtures):
@@ -301,7 +411,7 @@ def test_low_precision_around_float32_updates(fixtures):
             assert F.cosine_similarity(layer.B.grad.flatten(), expected.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("name", ("gpt2", "qwen3"))  # plain, DoRA
+@pytest.mark.parametrize("name", ("gpt2", "qwen3", "gpt2_both", "llama_wide_both"))  # plain, DoRA, twice
 def test_compiled_without_a_break(name, fixtures):
     module, folder = load(fixtures, name), fixtures / "lora" / name
     inputs = load_file(folder / "golden.safetensors")["inputs"]

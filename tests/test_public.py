@@ -17,7 +17,7 @@ from fixtures import start
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
-from lora import lora_layers
+from lora import CONFIG, WEIGHTS, lora_layers
 from test_vlm import QUICK, command
 from vit import ViT
 
@@ -244,6 +244,88 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
         said = json.loads(Path(f"run/lora/{part}/adapter_config.json").read_text())
         assert said["base_model_name_or_path"] == str(fixtures / "llava")
         assert any(layer.B.any() for layer in lora_layers(getattr(vlm, part)).values())
+
+
+def logits(vlm: VLM, golden: dict) -> torch.Tensor:
+    """Of the last three tokens (3,V), as the fixtures of LoRAs of whole VLMs have them."""
+    with torch.no_grad():
+        inputs = vlm.read(golden["ids"], vlm.images(vlm.features(golden["pixels"])))
+        return vlm.llm.logits(vlm.llm.hidden(**inputs)[0, -3:])
+
+
+WHOLE = ("smolvlm", "llava", "llava_qwen", "blip2_opt")
+# How names in older files, or of a class without the head, differ
+RENAMED = {
+    "llava": {"model.language_model.": "language_model.model.", "model.vision_tower.":
+              "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector."},
+    "llava_qwen": {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model.",
+                   "model.vision_tower.": "vision_tower.vision_model.", "model.multi": "multi"},
+    "smolvlm": {"model.": ""},
+}
+
+
+@pytest.mark.parametrize("name, renamed", [*((name, {}) for name in WHOLE), *RENAMED.items()])
+def test_a_lora_that_peft_trained_on_the_whole(name, renamed, fixtures, tmp_path):
+    folder, root = fixtures / "lora" / f"whole_{name}", "base_model.model."
+    vlm, golden = VLM.from_pretrained(str(fixtures / name)), load_file(folder / "golden.safetensors")
+    assert (logits(vlm, golden) - golden["logits"]).abs().max() > 1
+    state, names = load_file(folder / WEIGHTS), {}
+    for key in state:
+        begin = next((old for old in renamed if key.startswith(root + old)), "")
+        names[key] = root + renamed.get(begin, "") + key.removeprefix(root + begin)
+    (tmp_path / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    save_file({names[key]: tensor for key, tensor in state.items()}, tmp_path / WEIGHTS)
+
+    # A part alone is refused before anything changes
+    for part in ("llm", "vit"):
+        with pytest.raises(InputError, match="it changes llm and vit: say --lora-on llm,vit"):
+            vlm.load_lora(tmp_path, [part])
+    assert not lora_layers(vlm)
+    vlm.load_lora(tmp_path, ["vit", "llm"])
+    close(logits(vlm, golden), golden["logits"], 1e-3)
+    assert lora_layers(vlm.llm) and lora_layers(vlm.vit) and not lora_layers(vlm.adapter)
+
+
+def test_a_run_begins_with_a_lora_of_the_whole(fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
+    for name in ("llava_qwen", "smolvlm"):  # with a LoRA of the tied head; with one of the connector
+        folder = fixtures / "lora" / f"whole_{name}"
+        options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--precision", "float32"]
+        options += ["--lora-from", folder, "--steps", "1"]
+        assert command(monkeypatch, train, *options, "--out", "none") == 2
+        assert "it changes llm and vit: say --lora-on llm,vit" in capsys.readouterr().err
+        options += ["--lora-on", "llm,vit"]
+        golden = load_file(folder / "golden.safetensors")
+        for rate, same in (("0", True), ("0.1", False)):
+            run = f"{name}-{rate}"
+            assert command(monkeypatch, train, *options, "--lr", rate, "--out", run) == 0
+            found = logits(VLM.from_pretrained(run), golden)
+            assert ((found - golden["logits"]).abs().max() < 1e-3) == same
+        assert command(monkeypatch, sample, "0.png", "--model", run, "--merge-lora", "--max-tokens", "3") == 0
+
+
+def test_a_lora_of_a_part_has_the_names_of_its_own_class(fixtures, tmp_path):
+    """One of the language model alone, trained on that alone: there is no "language_model" in its names."""
+    vlm, root = VLM.from_pretrained(str(fixtures / "llava")), "base_model.model."
+    folder = fixtures / "lora" / "whole_llava"
+    state, inner = load_file(folder / WEIGHTS), f"{root}model.language_model."
+    (tmp_path / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | {
+        "modules_to_save": None}))
+    save_file({key.replace(inner, f"{root}model."): tensor for key, tensor in state.items()
+               if key.startswith(inner)}, tmp_path / WEIGHTS)
+    vlm.load_lora(tmp_path, ["llm"])
+    assert len(lora_layers(vlm.llm)) == len(lora_layers(vlm)) == 4
+    with pytest.raises(InputError, match="is not a tensor of this model"):
+        VLM.from_pretrained(str(fixtures / "llava")).load_lora(tmp_path, ["vit"])
+    save_file({key: tensor for key, tensor in state.items() if key.startswith(inner)}, tmp_path / WEIGHTS)
+    vlm = VLM.from_pretrained(str(fixtures / "llava"))
+    with pytest.raises(InputError, match="it changes llm: say --lora-on llm"):
+        vlm.load_lora(tmp_path, ["vit"])
+    with pytest.raises(InputError, match="no low-rank update in it is of this ViT"):
+        vlm.load_lora(tmp_path, ["vit", "llm"])
 
 
 @torch.no_grad()
