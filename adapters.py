@@ -553,9 +553,12 @@ class VLM(nn.Module):
         if self.image_position in ("xy", "sequence+xy"):
             vision_width = vit.config.hidden if config.get("layer") is None else vit.config.width
             self.places = nn.Parameter(torch.randn(2, vit.config.grid, vision_width) * 0.02)  # rows, columns
-        self.start, self.ends, self.markers = tokenizer.prefix, llm.config.end_tokens, None
-        if format.end and not self.ends:
-            self.ends = (tokenizer.special[format.end],)
+        self.start, self.markers = tokenizer.prefix, None
+        # end tokens say nothing themselves; in a run of ours a token with a newline ends a caption too
+        self.end_tokens = llm.config.end_tokens
+        if format.end and not self.end_tokens:
+            self.end_tokens = (tokenizer.special[format.end],)
+        self.ends = self.end_tokens
         if format is OURS:
             self.start = [] if llm.config.start_token is None else [llm.config.start_token]
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
@@ -649,8 +652,8 @@ class VLM(nn.Module):
             space = "" if self.tokenizer.strip else gap(prompt)  # SentencePiece's kind puts it itself
             end = "\n" if self.format is OURS else ""
             target = self.tokenizer.encode(space + caption.replace(IMAGE, " ") + end, special=False)
-            ended = len(target) > max_tokens or end and target and target[-1] in self.ends
-            target = target[:max_tokens] + ([] if ended else list(self.ends[:1]))
+            cut, ended = len(target) > max_tokens, end and target and target[-1] in self.ends
+            target = target[:max_tokens] + ([] if cut or ended else list(self.end_tokens[:1]))
         for id in self.homeless.intersection(ids + target):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
@@ -834,8 +837,7 @@ class VLM(nn.Module):
 
     def text(self, ids: list[int]) -> str:
         """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""
-        spoken = [id for id in ids if id not in self.llm.config.end_tokens]
-        text = self.tokenizer.decode(spoken, special=False)
+        text = self.tokenizer.decode([id for id in ids if id not in self.end_tokens], special=False)
         return text.partition("\n")[0] if self.format is OURS else text
 
     @torch.inference_mode()

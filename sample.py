@@ -265,7 +265,7 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     maps = maps[..., -grid ** 2:].unflatten(2, (grid, grid)).cpu()
     found, space = [], True
     for id, at in zip(targets.tolist(), maps):
-        piece = b"" if id in vlm.llm.config.end_tokens else vlm.tokenizer.bytes.get(id, b"").partition(b"\n")[0]
+        piece = b"" if id in vlm.end_tokens else vlm.tokenizer.bytes.get(id, b"")
         if piece.strip() and (space or piece[:1].isspace()):
             found.append((b"", []))
         if piece.strip():
