@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from data import IMAGE, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip, stack
 from llm import LLM, nats
 from formats.files import InputError, guard, named, read_json, read_metadata, read_tensors, write_tensors
-from formats.hub import find_checkpoint
+from formats.hub import find_checkpoint, find_file
 from formats.tokenizer import Tokenizer
 from formats.weights import Checkpoint, Family, depth, load_weights
 from lora import ROOT, WEIGHTS, fold_lora, load_lora, lora_layers, read_peft, save_lora
@@ -992,7 +992,7 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
 class Public(NamedTuple):
     """A family of public VLMs. `config` turns config.json into the encoder's and the language model's, and
     what of ours it tells. The tensors of each part are those whose names begin as `vision`, `language` and
-    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see weights.Family). `formats`:
+    `adapter`, regular expressions, say; `names` and `unused` are the adapter's (see Family). `formats`:
     its Format, by a special token that the tokenizer has ("": any), where config.json doesn't tell."""
     config: Callable[[dict], tuple[dict, dict, dict]]
     vision: str
@@ -1019,7 +1019,7 @@ def public(run: dict, dtype: torch.dtype, vit: torch.dtype, llm: torch.dtype) ->
         kind = checkpoint.config["model_type"]
         raise InputError(f"{checkpoint.where[stray[0]]}: tensor '{stray[0]}' is not part of a {kind} model")
     other = config.pop("tokenizer", name)
-    tokenizer = Tokenizer.from_pretrained(name if (checkpoint.folder / "tokenizer.json").is_file() else other)
+    tokenizer = Tokenizer.from_pretrained(name if find_file(checkpoint.folder, "tokenizer.json") else other)
     vit, llm = ViT.from_pretrained(parts[0], vit), LLM.from_pretrained(parts[1], llm)
     with guard(path := checkpoint.folder / "config.json"), named(path):
         for token, id in config.pop("tokens", {}).items():

@@ -1,5 +1,4 @@
 """The language model: ids → logits → ids (`LLM`), for every family."""
-import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -314,7 +313,7 @@ class LLM(nn.Module):
         given), (B,T) or (B,T,3) or a list of rows, go on after the largest of a row. `between` as for
         `hidden`; with beams it meets each row as often, one after the other. temperature 0 is greedy; top_k
         (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow the choice; beams > 1 search for
-        the likeliest text instead. Returns B lists of new ids, without the end token unless `keep_end`. Raises
+        the likeliest text instead. Returns B lists of new ids, with the end token if `keep_end`. Raises
         InputError.
         """
         device = self.embedding.weight.device

@@ -1,4 +1,4 @@
-"""Files, read and written: errors that name them, JSON, safetensors; what is written is whole or not there."""
+"""Reads and writes JSON and safetensors. An error names its file; a file is written whole or not at all."""
 import contextlib
 import glob
 import json

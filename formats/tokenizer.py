@@ -123,7 +123,7 @@ class ByteLevel:
     letters = {b: c for c, b in alphabet.items()}
 
     def __init__(self, model: dict, added: dict, split: str, prefix_space: bool = False):
-        vocabulary, self.model, self.prefix_space = model["vocab"], model, prefix_space
+        vocabulary, self.prefix_space = model["vocab"], prefix_space
         # tiktoken wants each token's rank to be its turn to be merged; the file's own ids may follow another
         # order. It merges any two tokens that make a third, the reference listed pairs alone: the same where
         # the list was made by training or has all pairs: no other pair that makes a token then comes about.
@@ -144,16 +144,15 @@ class ByteLevel:
         # what the pattern leaves between its matches are words too
         split = rf"{split}|(?:(?!{split})[\s\S])+"
         self.encoding = tiktoken.Encoding("file", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        # the bytes without a token, and what finds the first word of a text: its bytes are its tokens
+        self.missing = None
         missing = bytes(b for c, b in self.alphabet.items() if c not in vocabulary)
-        self.missing = re.compile(b"[%s]" % re.escape(missing)) if missing else None
-        single = {bytes([b]): b for b in range(256)}
-        self.first = tiktoken.Encoding("first", pat_str=rf"\A(?:{split})", mergeable_ranks=single,
-                                       special_tokens={})
-
-    @functools.cached_property
-    def word(self) -> Callable[[str], tuple[int, ...]]:
-        return functools.lru_cache(1 << 16)(Merges(self.model))
+        if missing:
+            self.missing = re.compile(b"[%s]" % re.escape(missing))
+            self.word = functools.lru_cache(1 << 16)(Merges(model))
+            # finds the first word of a text: its bytes are its tokens
+            single = {bytes([b]): b for b in range(256)}
+            self.first = tiktoken.Encoding("first", pat_str=rf"\A(?:{split})", mergeable_ranks=single,
+                                           special_tokens={})
 
     def spell(self, token: str) -> bytes:
         return bytes(map(self.alphabet.get, token)) if self.alphabet.keys() >= {*token} else token.encode()
@@ -420,7 +419,7 @@ class Tokenizer:
             if config.get("add_bos_token") and not tokenizer.prefix:
                 start = config["bos_token"]
                 start = start["content"] if isinstance(start, dict) else start
-                tokenizer.prefix = [token["id"] for token in file["added_tokens"] if token["content"] == start]
+                tokenizer.prefix = [t["id"] for t in file["added_tokens"] if t["content"] == start]
             return tokenizer
 
 

@@ -99,12 +99,13 @@ class Family(NamedTuple):
         return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
 
 
-def find_tensors(parameters: Iterable[str], family: Family, known: Collection[str]) -> tuple[dict, list[str]]:
+def find_tensors(parameters: Iterable[str], family: Family,
+                 known: Collection[str]) -> tuple[dict, list[str]]:
     """Where `parameters` of ours lie among the names `known` on disk: {parameter: (function, names on disk)},
     see `Family.source`; one that isn't there gets the name that it should have. And the names that are left
     over: no parameter claims them, and the family doesn't leave them unread."""
     sources = {parameter: family.source(parameter) for parameter in parameters}
-    names = [name for _, disk in sources.values() for alternatives in disk for name in alternatives.split("|")]
+    names = [name for _, disk in sources.values() for one in disk for name in one.split("|")]
 
     # All names begin with the same prefix, such as "model.": the one under which most of them are known. The
     # names outside the blocks tell which there are.

@@ -1,4 +1,4 @@
-"""What was learned comes back to its last character, with every kind of vocabulary; and what has no embedding."""
+"""A caption comes back to its last character, with every kind of vocabulary; tokens without an embedding."""
 import json
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from llm import LLM, LLMConfig
 from test_vlm import QUICK, command
 from vit import ViT
 
-CAPTIONS = ("A dog runs.", "The discount is 50%", "It is f(x)", 'The sign says "stop"', "What is it?", "A dog",
-            "…", "naïve 日本", "\x04", "two  spaces")
+CAPTIONS = ("A dog runs.", "The discount is 50%", "It is f(x)", 'The sign says "stop"', "What is it?",
+            "A dog", "…", "naïve 日本", "\x04", "two  spaces")
 
 
 def vocabulary(name: str, fixtures: Path, folder: Path) -> Tokenizer:
@@ -41,13 +41,15 @@ def vlm_of(tokenizer: Tokenizer, fixtures: Path, **config) -> VLM:
     """A VLM of ours with a random language model for a tokenizer."""
     torch.manual_seed(0)
     sizes = dict(vocabulary=max(tokenizer.bytes) + 1, hidden=16, layers=1, heads=2, kv_heads=1, head_size=8,
-                 mlp=24, max_positions=400, activation="silu", eps=1e-6, start_token=0, end_tokens=(0,), tied=True)
+                 mlp=24, max_positions=400, activation="silu", eps=1e-6, start_token=0, end_tokens=(0,),
+                 tied=True)
     llm = LLM(LLMConfig(**sizes | config)).eval()
     vit = ViT.from_pretrained(str(fixtures / "vit"))
     return VLM(vit, llm, tokenizer, {"adapter": "linear", "adapter_sizes": {}})
 
 
-@pytest.mark.parametrize("name", ("joined", "no newline", "gpt2", "gaps", "llama3", "llama2", "gemma", "phi3"))
+@pytest.mark.parametrize(
+    "name", ("joined", "no newline", "gpt2", "gaps", "llama3", "llama2", "gemma", "phi3"))
 def test_a_caption_comes_back_to_its_last_character(name, fixtures, tmp_path):
     tokenizer = vocabulary(name, fixtures, tmp_path)
     vlm = vlm_of(tokenizer, fixtures)

@@ -65,7 +65,7 @@ TIED = {"gpt2": ("transformer.wte", "lm_head"), "opt": ("model.decoder.embed_tok
 @torch.no_grad()
 def test_a_tied_pair_is_one_tensor_under_either_name(name, fixtures, tmp_path, capsys):
     embedding, head = (f"{module}.weight" for module in TIED[name])
-    state, golden = load_file(fixtures / name / "model.safetensors"), load_file(fixtures / name / "golden.safetensors")
+    state, golden = (load_file(fixtures / name / f"{file}.safetensors") for file in ("model", "golden"))
     (tmp_path / "config.json").write_bytes((fixtures / name / "config.json").read_bytes())
 
     def logits(**changes) -> torch.Tensor:

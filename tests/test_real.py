@@ -49,8 +49,8 @@ def test_ids_and_texts_equal_the_reference(name, said, shared, request):
     assert tokenizer.prefix == said["prefixes"][name]
     for text, wanted in zip(said["strings"], load_file(GOLDEN)[f"tokenizer.{name}"].tolist(), strict=True):
         ids = tokenizer.encode(text)
-        found = [checksum(ids), checksum(tokenizer.encode(text, special=False)), checksum(tokenizer.decode(ids))]
-        assert found == wanted, text
+        plain = tokenizer.encode(text, special=False)
+        assert [*map(checksum, (ids, plain, tokenizer.decode(ids)))] == wanted, text
 
 
 def test_bytes_that_smollm2_lacks(smollm2):
@@ -79,7 +79,8 @@ def test_a_caption_comes_back_to_its_last_character(name, shared, fixtures):
 
 LANGUAGE = {  # folder: what its config says, by our names, and the bytes of its tensors, as its index says
     "distilgpt2": (dict(vocabulary=50257, hidden=768, layers=6, heads=12, kv_heads=12, head_size=64, mlp=3072,
-                        max_positions=1024, activation="gelu_new", eps=1e-5, tied=True, end_tokens=(50256,)), None),
+                        max_positions=1024, activation="gelu_new", eps=1e-5, tied=True,
+                        end_tokens=(50256,)), None),
     "TinyLlama-1.1B-Chat": (dict(vocabulary=32000, hidden=2048, layers=22, heads=32, kv_heads=4, head_size=64,
                                  mlp=5632, max_positions=2048, activation="silu", eps=1e-5, tied=False,
                                  end_tokens=(2,)), None),
@@ -87,7 +88,8 @@ LANGUAGE = {  # folder: what its config says, by our names, and the bytes of its
                           mlp=8192, max_positions=131072, eps=1e-5, tied=True, end_tokens=(128001,)),
                      6425499648 // 2),
     "SmolLM3-3B": (dict(vocabulary=128256, hidden=2048, layers=36, heads=16, kv_heads=4, head_size=128,
-                        mlp=11008, max_positions=65536, eps=1e-6, tied=True, end_tokens=(128012,)), 3075098624),
+                        mlp=11008, max_positions=65536, eps=1e-6, tied=True, end_tokens=(128012,)),
+                   3075098624),
     "gemma-3-1b-it": (dict(vocabulary=262144, hidden=1152, layers=26, heads=4, kv_heads=1, head_size=256,
                            mlp=6912, max_positions=32768, activation="gelu_pytorch_tanh", eps=1e-6, tied=True,
                            end_tokens=(1, 106)), 999885952),
@@ -138,7 +140,8 @@ def test_what_differs_from_layer_to_layer(shared):
     assert [rope.theta for rope in gemma.ropes] == ([1e4] * 5 + [1e6]) * 4 + [1e4] * 2
     _, llama = checkpoint_of(shared / "real" / "Llama-3.2-3B").family(FAMILIES)
     rope, = {*llama.ropes}
-    assert (rope.scaling, rope.factor, rope.original, rope.bands, rope.theta) == ("llama3", 32, 8192, (1, 4), 5e5)
+    assert (rope.scaling, rope.factor, rope.original) == ("llama3", 32, 8192)
+    assert (rope.bands, rope.theta) == ((1, 4), 5e5)
 
 
 @pytest.mark.parametrize("name, kind, like, unwanted", [
@@ -161,7 +164,7 @@ def test_a_class_of_its_own_is_refused_by_name(name, kind, like, unwanted, share
         assert (config.hidden, config.layers, config.kv_heads, config.vocabulary) == (896, 24, 2, 151654)
 
 
-ENCODER = {  # width, layers, heads, mlp, patch, image, activation, blocks' parameters
+ENCODER = {  # width, layers, heads, mlp, patch, image, activation
     "clip-h14-vision": (1280, 32, 16, 5120, 14, 224, "gelu"),
     "clip-l14-vision": (1024, 24, 16, 4096, 14, 224, "quick_gelu"),
     "clip-old-two-dicts": (1024, 24, 16, 4096, 14, 224, "quick_gelu"),
@@ -180,8 +183,8 @@ def test_an_encoder_has_its_sizes(name, shared):
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[list, dict]:
-    """The encoder, language model and adapter of a public VLM, on the meta device, each with its family and
-    its part of the checkpoint; and the names that no part claims."""
+    """The encoder, language model and adapter of a public VLM, on the meta device, each with its family
+    and its part of the checkpoint; and the names that no part claims."""
     row, (vision, language, config) = checkpoint.family(PUBLIC)
     parts = [checkpoint.part(*which) for which in (
         (row.vision, vision), (row.language, language), (row.adapter, checkpoint.config))]
@@ -200,7 +203,7 @@ def test_llava_has_its_sizes_and_names(shared):
     assert not stray
     for module, family, part in parts:
         assert missing_and_left(module, family, part) == (set(), [])
-    # 14,126,854,144 bytes of float16; ours adds the class token to its position, and leaves a last norm unread
+    # Float16. Ours adds the class token to its position, and leaves a last norm unread
     assert sum(parameters_of(module) for module, *_ in parts) + 1024 + 2 * 1024 == 14126854144 // 2
 
 
@@ -217,8 +220,9 @@ def test_smolvlm2_has_its_sizes(shared):
 # ---------------------------------------------------------------------------------------------------------
 # Pixels and prompts
 
-@pytest.mark.parametrize("name", ("clip-h14-preprocessor", "clip-l14-preprocessor", "dinov2-small",
-                                  "llava-1.5-7b-hf", "llava-1.5-7b-hf-saved-by-transformers-5", "SmolVLM2-500M"))
+@pytest.mark.parametrize("name", (
+    "clip-h14-preprocessor", "clip-l14-preprocessor", "dinov2-small", "llava-1.5-7b-hf",
+    "llava-1.5-7b-hf-saved-by-transformers-5", "SmolVLM2-500M"))
 def test_pixels_equal_the_reference(name, shared, fixtures, tmp_path):
     """Real settings, beside the weights of a small encoder of the family."""
     small = {"dinov2-small": "dinov2", "SmolVLM2-500M": "smolvlm"}.get(name, "clip_vision")
@@ -270,7 +274,8 @@ def test_smollm2_says_what_the_reference_says(smollm2, said):
 
 @torch.no_grad()
 def test_smollm2_in_bfloat16_takes_nearly_always_the_same_token(smollm2, said):
-    tokenizer, llm = Tokenizer.from_pretrained(str(smollm2)), LLM.from_pretrained(str(smollm2), torch.bfloat16)
+    tokenizer = Tokenizer.from_pretrained(str(smollm2))
+    llm = LLM.from_pretrained(str(smollm2), torch.bfloat16)
     right = {"rounded": 0, "exact": 0}
     for text, answer in zip(said["asked"], said["answers"]):
         ids = tokenizer.encode(text)
