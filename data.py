@@ -92,7 +92,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gel
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """softmax(q kᵀ / √hd) (B,H,T,S) of what `attend` takes."""
     (B, H, T, size), (K, S) = q.shape, k.shape[1:3]
-    scores = ((q * size ** -0.5).reshape(B, K, -1, size) @ k.transpose(-1, -2)).view(B, H, T, S)
+    scores = ((q * size ** -0.5).reshape(B, K, -1, size) @ k.transpose(-1, -2)).reshape(B, H, T, S)
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:  # as a sum it leaves the backward pass nothing to keep
@@ -112,17 +112,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         with torch.autocast(q.device.type, enabled=False):
             WATCHED[:] = [probabilities(q.float(), k.float(), mask, causal).mean(1)]
     if T == 1:  # the heads that share keys read them as queries of one head: no copies where there is a cache
-        return F.scaled_dot_product_attention(q.reshape(B, K, -1, size), k, v, mask).view(q.shape)
+        return F.scaled_dot_product_attention(q.reshape(B, K, -1, size), k, v, mask).reshape(q.shape)
     if q.is_cpu and q.dtype == torch.bfloat16 and (
             torch.is_grad_enabled() or B * H * T * S < 1 << 28 and not AMX):
         # a CPU's fused kernel takes 4 to 8 times as long as these products in its backward pass and, without
         # AMX, 1.6 times forward
-        return (probabilities(q, k, mask, causal).view(B, K, -1, S) @ v).view(q.shape)
+        return (probabilities(q, k, mask, causal).reshape(B, K, -1, S) @ v).reshape(q.shape)
     if H > K:
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
+# Off until a GPU has measured it: cuDNN's kernel is reported to plan anew for each length of a text, which
+# takes half a second, and to make NaN gradients with a mask
+torch.backends.cuda.enable_cudnn_sdp(False)
 AMX = torch.cpu._is_amx_tile_supported()
 WATCHED: list | None = None  # where `attend` leaves its probabilities (B,T,S), if anyone watches
 

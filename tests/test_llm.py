@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from formats.files import InputError
@@ -93,6 +94,23 @@ def test_packed_weights_say_the_same(name, dtype, fixtures):
     assert not any(type(part) is torch.nn.Linear for part in packed.modules())
     assert torch.allclose(packed(tokens), llm(tokens), atol=1e-4 if dtype == torch.float32 else 0.02)
     assert packed.generate(tokens, max_tokens=8) == llm.generate(tokens, max_tokens=8)
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt2"))  # heads share keys, and don't
+@torch.no_grad()
+def test_attention_may_come_in_the_layout_of_a_gpus_kernel(name, fixtures, monkeypatch):
+    """With a mask CUDA takes a kernel whose result is (B,T,H,hd) in memory, seen as (B,H,T,hd)."""
+    llm, fused = LLM.from_pretrained(str(fixtures / name)), F.scaled_dot_product_attention
+    prompts = [torch.arange(3, 8), torch.arange(2, 14)]
+    wanted, calls = llm.generate(prompts, max_tokens=6, end_tokens=()), []
+
+    def transposed(*inputs, **options) -> torch.Tensor:
+        calls.append(inputs[0].shape)
+        return fused(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert llm.generate(prompts, max_tokens=6, end_tokens=()) == wanted and calls
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @torch.no_grad()
