@@ -667,6 +667,7 @@ class Run:
             vlm.compile_blocks()
         # all begin with the same weights, read or drawn from the seed
         self.forward = nn.parallel.DistributedDataParallel(vlm, init_sync=False) if WORLD > 1 else vlm
+        self.trained = list(vlm.trained.values())
         self.size = args.batch // WORLD  # of this process's share of a batch
 
         self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{vlm.config['adapter']}")
@@ -729,7 +730,8 @@ class Run:
             examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)
                                       for j in shown]))
             order += shown
-        return examples, order, [self.train.pairs(indices[j])[0][1] for j in order]
+        captions = [self.train.pairs(indices[j])[0][1] for j in order] if self.args.spell else []
+        return examples, order, captions
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole, NaN where its gradients
@@ -764,7 +766,7 @@ class Run:
             # DDP takes the mean over the processes
             self.scaler.scale(WORLD * (nats + spell / letters * spelled.sum())).backward()
         self.scaler.unscale_(self.optimizer)
-        broken = ~nn.utils.clip_grad_norm_(vlm.trained.values(), args.clip).isfinite()
+        broken = ~nn.utils.clip_grad_norm_(self.trained, args.clip).isfinite()
         self.optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
         if self.fused or not broken:
             self.scaler.step(self.optimizer)
