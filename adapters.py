@@ -533,7 +533,7 @@ class VLM(nn.Module):
         # a tokenizer may have tokens for which the LLM has no embedding: no id of ours is one of them
         self.marker = max(V, *(id + 1 for id in tokenizer.bytes))
         self.placeholder = config.get("placeholder", self.marker + 2)
-        self.homeless = {id for id in tokenizer.bytes if id >= V} - {self.placeholder}
+        self.no_embedding = {id for id in tokenizer.bytes if id >= V} - {self.placeholder}
         tokenizer.add(IMAGE, self.placeholder)
         self.split = config.get("split", True)
         position = config.get("image_position", "sequence")
@@ -654,7 +654,7 @@ class VLM(nn.Module):
             target = self.tokenizer.encode(space + caption.replace(IMAGE, " ") + end, special=False)
             cut, ended = len(target) > max_tokens, end and target and target[-1] in self.ends
             target = target[:max_tokens] + ([] if cut or ended else list(self.end_tokens[:1]))
-        for id in self.homeless.intersection(ids + target):
+        for id in self.no_embedding.intersection(ids + target):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
                              f"language model wasn't (it has {self.llm.config.vocabulary})")

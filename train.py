@@ -252,10 +252,10 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     return train, val, None
 
 
-def find_homeless_tokens(vlm: VLM, captions) -> None:
+def check_tokens(vlm: VLM, captions) -> None:
     """Raises InputError where a text of a caption set has a token without an embedding: before the first
     step, not when its turn comes. Shards are not read through."""
-    if vlm.homeless and isinstance(captions, Captions):
+    if vlm.no_embedding and isinstance(captions, Captions):
         for i in range(len(captions)):
             with named(captions.name(i)):
                 for question, caption in captions.pairs(i):
@@ -653,7 +653,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.vlm = vlm = make_vlm(args, self.device)
         for captions in (self.train, val):
-            find_homeless_tokens(vlm, captions)
+            check_tokens(vlm, captions)
         fixed = not args.split and not any(p.requires_grad for p in vlm.vit.parameters())
         if (args.cache_features or args.features) and (self.streamed or not fixed):
             why = ("shards are streamed, more than can be kept" if self.streamed else
