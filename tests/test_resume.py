@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import data
+from formats import files
 import train
 from adapters import VLM
 from formats.files import write_file
@@ -83,7 +84,7 @@ def moments(act) -> None:
     for owner, name in ((os, "replace"), (os, "fsync"), (torch.optim.AdamW, "step"),
                         (train.Log, "add"), (train.Log, "begin")):
         hook(owner, name)
-    hook(data, "save_file", half=True)
+    hook(files, "save_file", half=True)
 
 
 def kill_at(moment: int):
