@@ -19,13 +19,10 @@ class Rope(NamedTuple):
     """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of each head's first `size` numbers."""
     size: int
     theta: float
-    scaling: str  # "default" or, to reach past `original` tokens, "linear", "dynamic", "llama3", "longrope"
+    scaling: str  # "default" or, to reach past `original` tokens, "linear" or "llama3"
     factor: float
     original: int
     bands: tuple[float, float]  # llama3: wavelengths per `original` where stretching ends and begins
-    short: tuple[float, ...]  # longrope: what divides each frequency up to the original length …
-    long: tuple[float, ...]  # … and past it
-    scale: float  # longrope: of rotated queries and keys
 
 
 @dataclass
@@ -119,37 +116,31 @@ class KVCache:
         self.buffer = self.buffer[:, :, rows]
 
 
-def frequencies(rope: Rope, length: torch.Tensor) -> torch.Tensor:
-    """Radians per position (B or 1, size/2), for rows that are `length` (B,1) tokens long."""
-    theta, exponent = rope.theta, torch.arange(0, rope.size, 2, device=length.device).float() / rope.size
-    if rope.scaling == "dynamic":  # NTK-aware: the base grows with the text
-        growth = rope.factor * length.clamp(min=rope.original) / rope.original - (rope.factor - 1)
-        theta = theta * growth ** (rope.size / (rope.size - 2))
-    f = 1 / theta ** exponent
+def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
+    """Radians per position (size/2,)."""
+    f = 1 / rope.theta ** (torch.arange(0, rope.size, 2, device=device).float() / rope.size)
     if rope.scaling == "linear":
         f = f / rope.factor
     elif rope.scaling == "llama3":  # low frequencies are stretched, high ones stay, those between are blended
         low, high = rope.bands
         keep = ((rope.original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         f = (1 - keep) * f / rope.factor + keep * f
-    elif rope.scaling == "longrope":  # Ding et al., 2024, arXiv:2402.13753
-        f = f / torch.where(length > rope.original, f.new_tensor(rope.long), f.new_tensor(rope.short))
-    return f.expand(len(length), -1)
+    return f
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and ±sin (B,1,T,size), half-split, at positions (B,T), or (B,T,3): of a token's (t, y, x) the first
     turns the fastest quarter of the angles, the others 3/8 each (Qwen2-VL: Wang et al., 2024,
     arXiv:2409.12191)."""
-    f = frequencies(rope, positions.flatten(1).amax(-1, keepdim=True) + 1)  # (B,size/2)
+    f = frequencies(rope, positions.device)  # (size/2,)
     if positions.dim() == 2:
         positions = positions[..., None]
     else:
-        side = 3 * f.shape[1] // 8
-        sizes = f.shape[1] - 2 * side, side, side
+        side = 3 * len(f) // 8
+        sizes = len(f) - 2 * side, side, side
         positions = torch.cat([x.repeat(1, 1, n) for x, n in zip(positions.split(1, -1), sizes)], -1)
-    angles = (positions.float() * f[:, None])[:, None]  # (B,1,T,size/2)
-    cos, sin = angles.cos() * rope.scale, angles.sin() * rope.scale
+    angles = (positions.float() * f)[:, None]  # (B,1,T,size/2)
+    cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
@@ -338,11 +329,6 @@ class LLM(nn.Module):
         x, positions = pad_left(embeddings).to(self.dtype), pad_left(positions)
         pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1)
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
-        stretched = [rope for rope in set(self.config.ropes) if rope and rope.scaling == "longrope"]
-        for rope in stretched:  # the keys that are cached by then would have to turn anew
-            if any(n <= rope.original < n + max_tokens - 1 for n in after):
-                raise InputError(f"a text can't grow from less to more than {rope.original} tokens: this "
-                                 "language model reads longer ones in another way")
         size = -(-(T + max_tokens) // 64) * 64  # as a GPU's kernels for attention like it
         cache, ids = KVCache(self.config, B, size, x), []
         done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -362,7 +348,7 @@ class LLM(nn.Module):
             return read(self.embed(chosen)[:, None], after)
 
         logits = read(x, positions)
-        if (device.type == "cuda" if self.static is None else self.static) and not (search or stretched):
+        if (device.type == "cuda" if self.static is None else self.static) and not search:
             cache.make_static()
             step = Recorded(step) if device.type == "cuda" else step
         for n in range(1, max_tokens + 1):
@@ -574,7 +560,7 @@ def llama_config(c: dict, slides=lambda layer: True, **differences) -> LLMConfig
     hidden, heads, layers = c["hidden_size"], c["num_attention_heads"], depth(c["num_hidden_layers"])
     bias = c.get("attention_bias", False)
     rope = make_rope(c, c.get("rope_scaling") or c.get("rope_parameters") or {})
-    reach = rope.factor if rope.scaling in ("linear", "dynamic") else 1  # not in max_position_embeddings
+    reach = rope.factor if rope.scaling == "linear" else 1  # not in max_position_embeddings
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     types = c.get("layer_types") or [f"{'sliding' if slides(i) else 'full'}_attention" for i in range(layers)]
     if not {*types} <= {"sliding_attention", "full_attention"}:
@@ -595,25 +581,18 @@ def make_rope(c: dict, parameters: dict) -> Rope:
     r = {"rope_theta": c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0,
          "partial_rotary_factor": c.get("partial_rotary_factor") or c.get("rotary_pct") or 1.0} | parameters
     scaling = r.get("rope_type") or r.get("type") or "default"
-    scaling = "longrope" if scaling == "su" else scaling  # its first name
-    if scaling not in ("default", "linear", "dynamic", "llama3", "longrope"):
+    if scaling not in ("default", "linear", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported")
     head_size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     length = c.get("max_position_embeddings", 2048)
     original = (c.get("original_max_position_embeddings") or r.get("original_max_position_embeddings")
                 or length)
-    factor, scale = r.get("factor") or length / original, 1.0
-    if scaling == "longrope":
-        scale = r.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    factor = r.get("factor") or length / original
     size = int(head_size * r["partial_rotary_factor"])
     bands = float(r.get("low_freq_factor", 1)), float(r.get("high_freq_factor", 4))
-    short, long = (tuple(map(float, r.get(key, ()))) for key in ("short_factor", "long_factor"))
     if not 0 < size <= head_size or size % 2:
         raise ValueError(f"{size} of {head_size} numbers of a head can't be rotary")
-    if scaling == "longrope" and not len(short) == len(long) == size // 2:
-        raise ValueError(f"short_factor and long_factor must have {size // 2} numbers")
-    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), bands, short, long,
-                float(scale))
+    return Rope(size, float(r["rope_theta"]), scaling, float(factor), int(original), bands)
 
 
 def qwen_config(c: dict, **differences) -> LLMConfig:

@@ -287,7 +287,7 @@ def test_rotary_positions_equal_qwen2_vl(fixtures):
     assert generated != llm.generate(embeddings=embeddings, max_tokens=12, end_tokens=())
 
 
-@pytest.mark.parametrize("name", ("llama", "llama_dynamic", "phi3_long", "gpt_neox", "gemma3"))
+@pytest.mark.parametrize("name", ("llama", "llama3", "llama_linear", "phi3_partial", "gpt_neox", "gemma3"))
 @torch.no_grad()
 def test_rotary_positions_of_text_alone_are_plain(name, fixtures):
     llm, tokens = LLM.from_pretrained(str(fixtures / name)), torch.arange(2, 32).view(2, 15)

@@ -22,7 +22,7 @@ from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 
 DECODERS = ("gpt2", "gpt2_wide", "opt", "opt_post", "blip2", "llama", "llama_wide", "smollm3", "mistral",
-            "qwen2", "qwen3", "phi3", "phi3_long", "gpt_neox", "gpt_neox_serial", "gemma3")
+            "qwen2", "qwen3", "phi3", "phi3_partial", "gpt_neox", "gpt_neox_serial", "gemma3")
 ENCODERS = ("vit", "deit", "clip", "clip_vision", "siglip", "siglip_vision", "dinov2", "dinov2_swiglu",
             "dinov2_registers", "blip2_vision", "sam", "sam_vision")
 
