@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import IMAGE, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip, stack
+from data import IMAGE, Batch, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip, stack
 from llm import LLM, nats
 from formats.files import InputError, guard, named, read_json, read_metadata, read_tensors, write_tensors
 from formats.hub import find_checkpoint, find_file
@@ -568,6 +568,13 @@ class VLM(nn.Module):
             self.markers = nn.Parameter(torch.randn(2, llm.config.hidden) * scale)
 
     @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(N,Dv) of the features of a picture."""
+        c = self.vit.config
+        return (c.class_tokens + c.registers + c.grid ** 2,
+                c.hidden if self.config.get("layer") is None else c.width)
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What a run trains: the adapter, the markers, the embeddings of places, and the LoRA of the
         backbones, if they have one, or a backbone as a whole."""
@@ -601,6 +608,7 @@ class VLM(nn.Module):
         """Has torch.compile make one kind of block after the other faster when it first runs, in seconds: all
         blocks of a kind are one graph, whatever a text's length."""
         torch._dynamo.config.cache_size_limit = 64  # for training, for captions, for batches of one, …
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block in pieces, for buckets of gradients
         for part in (self.vit, self.adapter, self.llm):
             for block in getattr(part, "blocks", ()):
                 block.compile(dynamic=True)
@@ -679,8 +687,8 @@ class VLM(nn.Module):
         image = tokens == self.placeholder
         seen = (tokens < self.llm.config.vocabulary) & ~image
         if where is not None:
-            first = torch.full((B,), T, device=where.device).scatter_reduce(0, where // T, where % T, "amin")
-            seen = seen & (torch.arange(T, device=where.device) <= first[:, None])
+            starts = torch.zeros(B * T, dtype=torch.long, device=where.device).scatter(0, where, 1).view(B, T)
+            seen = seen & (starts.cumsum(1) - starts == 0)
         repeats = image.sum(1) // self.slots
         if self.reader is not None:
             reader, rows = self.reader, []
@@ -737,25 +745,26 @@ class VLM(nn.Module):
         i = (image.cumsum(1) - 1) % self.slots
         return t[..., None] + torch.stack([0 * i, i // side, i % side], -1) * image[..., None]
 
-    def read(self, tokens: torch.Tensor, images: torch.Tensor | None) -> dict:
+    def read(self, tokens: torch.Tensor, images: torch.Tensor | None, pictures: int | None = None) -> dict:
         """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and the embeddings of P pictures
-        (P,Q,D) (None if P is 0): their arguments by name."""
+        (P,Q,D) (None if P is 0): their arguments by name. `pictures`: the most of a row, if known: else a GPU
+        must be asked, which waits for it."""
         positions = self.positions(tokens)
         inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
         if self.slots or images is None:
             return inputs
         begin = tokens == self.marker
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
-        begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :begin.sum(1).max()]  # (B,M)
+        most = begin.sum(1).max() if pictures is None else pictures
+        begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :most]  # (B,M)
         return inputs | dict(between=self.adapter.between(images, begins))
 
     def batch(self, examples: list[tuple[str, str]], max_tokens: int = 128,
-              tiles: Iterator[tuple[int, int]] = WHOLE,
-              prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(text, answer) pairs, with pictures of these `tiles`, to what `forward` takes: see `encode` and
-        `data.stack`."""
+              tiles: Iterator[tuple[int, int]] = WHOLE, prefix: bool = False) -> Batch:
+        """(text, answer) pairs, with pictures of these `tiles`, to what `forward` takes: see `encode`."""
         rows = [self.encode(*pair, max_tokens, tiles=tiles, prefix=prefix) for pair in examples]
-        return tuple(send(tensor, self.device) for tensor in stack(rows))
+        tensors = [send(tensor, self.device) for tensor in stack(rows)]
+        return Batch(*tensors, max(ids.count(self.marker) for ids, _ in rows))
 
     def spelling(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What P pictures are to spell, a caption each: the places (K,) of their first embeddings among those
@@ -767,16 +776,16 @@ class VLM(nn.Module):
         return tuple(send(torch.tensor(x, dtype=torch.long), self.device) for x in (places, sum(ids, [])))
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor, where: torch.Tensor,
-                targets: torch.Tensor | None = None,
+                targets: torch.Tensor | None = None, pictures: int | None = None,
                 spelling: tuple[torch.Tensor, torch.Tensor] | None = None):
         """Scores (M,V) of the token after each of the places `where` (M,), counted along the flattened ids
         (B,T); given the `targets` (M,) that stand there, their nats (M,) instead. With a `spelling`, places
         (K,) among the embeddings of all pictures and what tokens (K,) they are to be, also the nats (K,) of
-        these."""
+        these. `pictures`: see `read`."""
         V, words = self.llm.config.vocabulary, self.llm.embedding.weight
         with self.autocast(self.llm.dtype):
             images = self.images(features, self.prompt(tokens, where, len(features)))
-            hidden = self.llm.hidden(**self.read(tokens, images)).flatten(0, 1)[where]
+            hidden = self.llm.hidden(**self.read(tokens, images, pictures)).flatten(0, 1)[where]
             if targets is None:
                 return self.llm.logits(hidden)
             lost = nats(hidden, targets, self.llm.logits, V)
@@ -827,7 +836,8 @@ class VLM(nn.Module):
         Raises InputError where a prompt has neither a token nor a picture."""
         tokens = nn.utils.rnn.pad_sequence(
             [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows], True)
-        inputs = self.read(tokens, self.images(features, self.prompt(tokens)))
+        most = max(row.count(self.marker) for row in rows)
+        inputs = self.read(tokens, self.images(features, self.prompt(tokens)), most)
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]

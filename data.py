@@ -65,7 +65,9 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
             main()
         finally:  # what is left of the output may find its reader gone
             sys.stdout.flush()
-    except (InputError, torch.OutOfMemoryError) as error:
+    except (InputError, RuntimeError) as error:
+        if not isinstance(error, InputError) and not out_of_memory(error):
+            raise
         complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -73,6 +75,15 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU had no memory left: torch tells so in several ways, some of them the error behind one."""
+    if error is None:
+        return False
+    said = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or (
+        "_ALLOC_FAILED" in str(error))  # cuBLAS's and cuDNN's
+    return said or out_of_memory(error.__cause__ or error.__context__)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
@@ -658,6 +669,14 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if x.is_cpu and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+class Batch(NamedTuple):
+    """B texts to learn from, on the device."""
+    tokens: torch.Tensor  # ids (B,T), padded on the right
+    where: torch.Tensor  # (M,): places in the flattened ids whose next token is a target
+    targets: torch.Tensor  # (M,): these targets
+    pictures: int  # the most that one of the texts has
 
 
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,6 @@
 """The language model: ids → logits → ids (`LLM`), for every family."""
+import contextlib
+import functools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -348,6 +350,9 @@ class LLM(nn.Module):
             return read(self.embed(chosen)[:, None], after)
 
         logits = read(x, positions)
+        if not logits.isfinite().all():
+            raise InputError(f"the language model's scores are not finite in {str(self.dtype)[6:]}: take "
+                             "another --precision, or look whether its weights are whole")
         if (device.type == "cuda" if self.static is None else self.static) and not search:
             cache.make_static()
             step = Recorded(step) if device.type == "cuda" else step
@@ -427,6 +432,12 @@ def nats(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Te
                       for both in zip(states.split(rows), targets.split(rows))])
 
 
+@functools.cache
+def recording_stream(device: int) -> "torch.cuda.Stream":
+    """The one on which graphs are recorded: nothing can be on the usual one, and each has work memory."""
+    return torch.cuda.Stream(device)
+
+
 class Recorded:
     """A function of tensors that is the same work for a GPU in every call: the second is recorded as a CUDA
     graph, which from then on is launched as a whole, not kernel by kernel. What it returns is overwritten by
@@ -441,13 +452,28 @@ class Recorded:
             return self.function(*inputs)
         torch._foreach_copy_(self.inputs, inputs)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # records, computes nothing; another thread may be pinning the next pictures meanwhile
-            with torch.cuda.device(inputs[0].device), torch.cuda.graph(
-                    self.graph, capture_error_mode="thread_local"):
-                self.output = self.function(*self.inputs)
+            with torch.cuda.device(inputs[0].device):
+                self.record()
         self.graph.replay()
         return self.output
+
+    def record(self) -> None:
+        """Records the kernels of a call, computing nothing. `torch.cuda.graph` would do so too, but it waits
+        for the GPU and gives back all memory that is cached, and of what fails inside it tells another
+        error."""
+        self.graph, stream = torch.cuda.CUDAGraph(), recording_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # another thread may be pinning the next pictures meanwhile
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.output = self.function(*self.inputs)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # that the recording isn't whole
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def narrow(mask: torch.Tensor | None, window: int | None, query: torch.Tensor,

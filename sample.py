@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from adapters import VLM
 from data import (FORMATS, IMAGE, SKILLS, Captions, Shapes, Views, clean, complain, cut, few_shot, judge,
                   nearest, one_of, open_picture, references, run, stack, watch, write_picture)
-from formats.files import InputError, write_text
+from formats.files import InputError, warn, write_text
 from lora import merge_lora
 
 # ---------------------------------------------------------------------------------------------------------
@@ -332,10 +332,24 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":  # for whatever asks for no device by name
+            torch.cuda.set_device(device)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tries torch.compile on something small: it needs a C++ compiler and, on a GPU, Triton and a GPU that
+    Triton knows. Says why where it fails."""
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever a compiler may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warn(f"nothing is compiled, which is slower: {reason}")
+        return False
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -481,7 +495,7 @@ def main() -> None:
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
     if args.merge_lora:
         merge_lora(vlm)
-    if args.compile:
+    if args.compile and can_compile(vlm.device):
         vlm.compile_blocks()
     else:
         vlm.pack()

@@ -35,7 +35,7 @@ from data import (Captions, Shapes, Shards, Views, arrange, caption_data, cut, d
 from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, write_file,
                            write_json, write_rows, write_tensors, write_text)
 from lora import add_lora
-from sample import (Parser, as_lines, best_and_worst, caption_set, contact_sheet, curves, machine_options,
+from sample import (Parser, as_lines, best_and_worst, can_compile, caption_set, contact_sheet, curves, machine_options,
                     pick_device, pick_precision, rate, table)
 
 SIZES = {"queries": "queries", **{f"adapter_{size}": size for size in (  # option -> the adapter's argument
@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = speed.add_argument
     machine_options(speed)
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the models' blocks (default: on a CUDA GPU)")
+        help="torch.compile the models' blocks (default: on a CUDA GPU, in a run of ten minutes or more)")
     add("--recompute", action="store_true",
         help="keep little of what the LLM computes for the backward pass, and compute it again: a third more "
              "time for a fraction of the memory")
@@ -335,6 +335,16 @@ def free_memory(device: torch.device) -> int:
         return 4 << 30
 
 
+# Pictures × parameters from which on a run takes ten minutes of an H100 or more. Compiling takes one or two,
+# and saves a fifth.
+LONG_RUN = 1e14
+
+
+def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
+    work = sum(p.numel() for p in vlm.parameters()) * args.steps * args.batch / WORLD
+    return vlm.device.type == "cuda" and work >= LONG_RUN
+
+
 def total(x: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over the processes, in its place."""
     if WORLD > 1:
@@ -363,39 +373,38 @@ class Encoded:
     def encode(self) -> None:
         """Computes the features, or with --features takes them from a file, which may be there already."""
         vlm, captions, args = self.vlm, self.captions, self.args
-        side = vlm.vit.config.image_size
-        with torch.no_grad():
-            one = vlm.features(torch.zeros(1, 3, side, side, device=vlm.device))
-        shape = (len(captions), *one.shape[1:])
+        shape = (len(captions), *vlm.feature_shape)
         if not args.features:
-            self.features = one.new_zeros(shape)
-            for chunk, rows in self.encoded(one):
+            self.features = torch.zeros(shape, dtype=vlm.vit.positions.dtype, device=vlm.device)
+            for chunk, rows in self.encoded():
                 self.features[chunk[0]:chunk[-1] + 1] = rows
         else:
             path = Path(args.features, f"{self.key()}.safetensors")
             if total(torch.tensor(path.is_file(), device=vlm.device, dtype=torch.int)) < WORLD:
                 def write(file: Path) -> None:
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    write_rows(file, shape, one.dtype, (rows for _, rows in self.encoded(one)),
+                    write_rows(file, shape, vlm.vit.positions.dtype, (rows for _, rows in self.encoded()),
                                lambda: [i not in self.bad for i in range(len(captions))])
 
                 if LOCAL:  # one process on each machine writes
-                    collections.deque(self.encoded(one), 0)
+                    collections.deque(self.encoded(), 0)
                 else:
                     write_file(path, write)
                 total(torch.zeros(1, device=vlm.device))  # the file is there
             found = read_tensors(path)
-            self.features = found["rows"]
+            rows = found["rows"]  # read from the disk when they are asked for, unless a GPU has room for all
+            self.features = rows.to(vlm.device) if rows.nbytes < free_memory(vlm.device) / 2 else rows
             for i in (~found["marks"]).nonzero().flatten().tolist():
                 self.bad.setdefault(i, f"{captions.name(i)}: couldn't be read")
 
-    def encoded(self, one: torch.Tensor):
-        """Yields indices and their features, chunk by chunk; `one`: features (1,N,Dv) of the same kind."""
+    def encoded(self):
+        """Yields indices and their features, chunk by chunk."""
         vlm, captions, args, start = self.vlm, self.captions, self.args, time.time()
         chunks = cut(range(len(captions)), 64 * WORLD)
         mine = vlm.encode_pictures(captions, [chunk[RANK::WORLD] for chunk in chunks], self.bad, args.workers)
         for chunk, (indices, features) in zip(chunks, mine):
-            rows = one.new_zeros(len(chunk), *one.shape[1:])
+            rows = torch.zeros(len(chunk), *vlm.feature_shape, dtype=vlm.vit.positions.dtype,
+                               device=vlm.device)
             if indices:
                 rows[[i - chunk[0] for i in indices]] = features.x
             total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
@@ -455,6 +464,8 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
         for name, p in vlm.trained.items():
             optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device)
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
+            if not optimizer.defaults["fused"]:  # then the CPU counts, and would wait for each
+                optimizer.state[p]["step"] = state[f"step.{name}"]
         scaler.load_state_dict({key: state[f"scaler.{key}"].item() for key in scaler.state_dict()})
         if not RANK:
             vlm.save(folder, step)  # which may be of an earlier one, see `VLM.catch_up`
@@ -662,8 +673,10 @@ class Run:
             raise InputError(f"--{'cache-' * (not args.features)}features: {why}")
         self.fused, self.layouts = self.device.type != "mps", layout_weights(args.layout)
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
+        if vlm.dtype == torch.float16 and self.device.type == "mps":
+            raise InputError("--precision float16: on MPS train in bfloat16 or float32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
-        if self.device.type == "cuda" if args.compile is None else args.compile:
+        if (compiling_pays(vlm, args) if args.compile is None else args.compile) and can_compile(self.device):
             vlm.compile_blocks()
         # all begin with the same weights, read or drawn from the seed
         self.forward = nn.parallel.DistributedDataParallel(vlm, init_sync=False) if WORLD > 1 else vlm
@@ -747,9 +760,9 @@ class Run:
         for part in cut(range(len(indices)), self.size // args.accumulate):
             views = inputs.pick(part)
             examples, order, captions = self.draw([indices[i] for i in part], epoch)
-            tokens = vlm.batch(examples, args.max_tokens, (views.tiles[i] for i in order), args.prefix_loss)
-            batches.append((*tokens, views, order, vlm.spelling(captions if spell else [])))
-        counts = torch.tensor([sum(len(targets) for _, _, targets, *_ in batches),
+            text = vlm.batch(examples, args.max_tokens, (views.tiles[i] for i in order), args.prefix_loss)
+            batches.append((text, views, order, vlm.spelling(captions if spell else [])))
+        counts = torch.tensor([sum(len(text.targets) for text, *_ in batches),
                                sum(len(letters) for *_, (_, letters) in batches)])
         # targets of the whole batch; tokens to be spelled
         count, letters = total(send(counts, self.device)).clamp(min=1)
@@ -757,10 +770,11 @@ class Run:
         for batch in batches:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
                 self.forward.require_backward_grad_sync = batch is batches[-1]
-            tokens, where, targets, views, order, spelling = batch
+            text, views, order, spelling = batch
             if not self.kept:
                 views = views._replace(x=vlm.features(views.x))
-            nats, spelled = self.forward(tokens, views.pick(order).x, where, targets, spelling)
+            nats, spelled = self.forward(text.tokens, views.pick(order).x, text.where, text.targets,
+                                         text.pictures, spelling)
             nats = nats.sum() / count
             loss += nats.detach()
             # DDP takes the mean over the processes
@@ -772,7 +786,7 @@ class Run:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total(loss).masked_fill(broken, torch.nan), sum(tokens.numel() for tokens, *_ in batches)
+        return total(loss).masked_fill(broken, torch.nan), sum(text.tokens.numel() for text, *_ in batches)
 
     def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> tuple[str, str]:
         return arrange(layout, captions, i, self.args.seed, epoch, self.vlm.prompt_for, others)
@@ -793,9 +807,9 @@ class Run:
         nats = count = 0
         for indices, features in data.batches(self.size):
             examples = [self.arrange("image-text", data.captions, i) for i in indices]
-            tokens, where, targets = self.vlm.batch(examples, self.args.max_tokens, iter(features.tiles))
-            nats += self.forward(tokens, features.x, where, targets).sum().item()
-            count += len(targets)
+            text = self.vlm.batch(examples, self.args.max_tokens, iter(features.tiles))
+            nats += self.forward(text.tokens, features.x, *text[1:]).sum().item()
+            count += len(text.targets)
         return nats / count
 
     @torch.no_grad()
@@ -806,9 +820,10 @@ class Run:
             asked = [self.arrange("text-image", data.captions, i) for i in indices]
             losses = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
-                tokens, where, targets = self.vlm.batch([(text, answer) for text, _ in asked])
-                nats = self.forward(tokens, features.x, where, targets)
-                losses.append(nats.new_zeros(len(asked)).index_add(0, where // tokens.shape[1], nats))
+                batch = self.vlm.batch([(text, answer) for text, _ in asked])
+                nats = self.forward(batch.tokens, features.x, *batch[1:])
+                row = batch.where // batch.tokens.shape[1]
+                losses.append(nats.new_zeros(len(asked)).index_add(0, row, nats))
             yes = (losses[0] < losses[1]).tolist()
             right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
         return right / len(data.readable)

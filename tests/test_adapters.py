@@ -52,10 +52,10 @@ def test_adapters_learn(adapter):
                      adapter_sizes=SMALL.get(adapter, {}))).train()
     captions = ["a small red circle", "a large blue star", "a big pink cross", "a little green square"]
     features, optimizer = torch.randn(4, 65, 128), torch.optim.Adam(vlm.trained.values(), 5e-3)
-    tokens, where, targets = vlm.batch([("", caption) for caption in captions])
+    tokens, where, targets, pictures = vlm.batch([("", caption) for caption in captions])
     losses = []
     for _ in range(40):
-        nats, spelled = vlm(tokens, features, where, targets, vlm.spelling(captions))
+        nats, spelled = vlm(tokens, features, where, targets, pictures, vlm.spelling(captions))
         losses.append(nats.mean().item())
         optimizer.zero_grad()
         (nats.mean() + spelled.sum() / 16).backward()

@@ -215,7 +215,7 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
         assert vlm.caption([shown]) == [line["caption"]]
         pixels, *seen = vlm.vit.preprocess.tiles(shown)
         tiles.append(len(pixels))
-        tokens, where, targets = vlm.batch([("", f"It is {i}")], tiles=iter([seen]))
+        tokens, where, targets, _ = vlm.batch([("", f"It is {i}")], tiles=iter([seen]))
         with torch.no_grad():
             nats += vlm(tokens, vlm.features(pixels), where, targets).tolist()
     assert len({*tiles}) > 2 and [line["val"] for line in lines if "val" in line][-1] == pytest.approx(

@@ -312,19 +312,6 @@ def test_a_run_that_can_only_skip_ends(tmp_path, monkeypatch, capsys):
     VLM.from_pretrained("run")
 
 
-def test_out_of_gpu_memory_is_one_line(monkeypatch, capsys):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
-
-    monkeypatch.setattr(train, "build", build)
-    with pytest.raises(SystemExit) as stop:
-        sys.argv, before = ["train.py"], sys.argv
-        data.run(train.main, "--batch")
-    sys.argv = before
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
-
-
 def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert finish(*RUN, "--out", "run", before=kill_at(60)) == -signal.SIGKILL
