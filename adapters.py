@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import IMAGE, Batch, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip, stack
+from data import (IMAGE, Batch, FeedForward, Pixels, attend, gap, ignore_signals, one_of, pack, send, skip,
+                  stack)
 from llm import LLM, nats
 from formats.files import InputError, guard, named, read_json, read_metadata, read_tensors, write_tensors
 from formats.hub import find_checkpoint, find_file
@@ -608,7 +609,7 @@ class VLM(nn.Module):
         """Has torch.compile make one kind of block after the other faster when it first runs, in seconds: all
         blocks of a kind are one graph, whatever a text's length."""
         torch._dynamo.config.cache_size_limit = 64  # for training, for captions, for batches of one, …
-        torch._dynamo.config.optimize_ddp = False  # it would cut each block in pieces, for buckets of gradients
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks in pieces, for buckets of gradients
         for part in (self.vit, self.adapter, self.llm):
             for block in getattr(part, "blocks", ()):
                 block.compile(dynamic=True)

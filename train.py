@@ -35,8 +35,8 @@ from data import (Captions, Shapes, Shards, Views, arrange, caption_data, cut, d
 from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, write_file,
                            write_json, write_rows, write_tensors, write_text)
 from lora import add_lora
-from sample import (Parser, as_lines, best_and_worst, can_compile, caption_set, contact_sheet, curves, machine_options,
-                    pick_device, pick_precision, rate, table)
+from sample import (Parser, as_lines, best_and_worst, can_compile, caption_set, contact_sheet, curves,
+                    machine_options, pick_device, pick_precision, rate, table)
 
 SIZES = {"queries": "queries", **{f"adapter_{size}": size for size in (  # option -> the adapter's argument
     "scale", "layers", "width", "heads", "every", "dropout", "text")}}

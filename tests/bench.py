@@ -49,6 +49,8 @@ def decoder(kind: str, vocabulary: int, width: int, mlp: int, layers: int, heads
 
 QWEN = decoder("Qwen2", 151936, 896, 4864, 24, 14, 2)  # Qwen2.5-0.5B
 SIZES = {  # name -> vision model, language model: (transformers' class, its config class, config)
+    "toy": ((*SIGLIP[:2], dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                               num_attention_heads=4)), decoder("Llama", 40960, 64, 96, 2, 4, 2)),
     "small": (SIGLIP, decoder("Llama", 49152, 576, 1536, 30, 9, 3)),  # SigLIP-B/16-224, SmolLM2-135M
     "SmolLM2-360M": (SIGLIP, decoder("Llama", 49152, 960, 2560, 32, 15, 5)),
     "Qwen2.5-0.5B": (SIGLIP, QWEN),
@@ -98,7 +100,7 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder: Path, args, static: bool = False):
+    def __init__(self, folder: Path, args, static: bool = False, compiled: bool = False):
         import transformers as tf
         self.dtype, self.static, self.device = args.dtype, static, args.device
         (vision, _, _), (language, _, _) = SIZES[folder.name]
@@ -106,6 +108,8 @@ class Transformers:
             getattr(tf, name).from_pretrained(folder / part, dtype=args.dtype).to(args.device).eval()
             for name, part in ((vision, "vit"), (language, "llm")))
         self.vit.requires_grad_(False), self.llm.requires_grad_(False)
+        if compiled:
+            self.vit.compile(), self.llm.compile()
         c, width = self.vit.config, self.llm.config.hidden_size
         self.grid = c.image_size // c.patch_size
         self.adapter = torch.nn.Linear(4 * c.hidden_size, width, bias=False).to(args.device)
@@ -198,6 +202,8 @@ def peers(size: str, args, kind: str, **sizes) -> dict:
              "transformers": lambda: Transformers(folder, args)}
     if kind == "train" or args.device == "cuda" and kind in ("encode", "prefill", "decode"):
         found["ours, compiled"] = lambda: Ours(folder, args, compiled=True, **sizes)
+    if args.device == "cuda" and kind in ("encode", "train"):
+        found["transformers, compiled"] = lambda: Transformers(folder, args, compiled=True)
     if kind == "decode":
         found["transformers, static cache"] = lambda: Transformers(folder, args, static=True)
     if args.nanovlm:

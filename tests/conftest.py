@@ -11,6 +11,7 @@ SHARED = ROOT.parent / "shared"  # real checkpoints and photographs, where they 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
 """What breaks on a GPU: on a CPU with stand-ins, and, marked `cuda`, on a GPU. See gpu.py for figures."""
+
 import contextlib
 import os
 import subprocess
@@ -32,10 +33,12 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     images = 1 if vlm.slots == 25 else 2  # of 25 patches each, in 40 positions
     batch = vlm.batch([("a<image>b" * images, "cc"), ("", "ab")], prefix=True)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
-    spelling = vlm.spelling(["ab", "c", ""][:images + 1])
+    spelling = vlm.spelling(["ab", "c", ""][: images + 1])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-                for x in (batch.tokens, features, *batch[1:])]
+        fake = [
+            mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for x in (batch.tokens, features, *batch[1:])
+        ]
         nats, spelled = vlm(*fake, tuple(map(mode.from_tensor, spelling)))
     assert nats.shape == batch.targets.shape and spelled.shape == spelling[0].shape
 
@@ -45,8 +48,12 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
 @torch.no_grad()
 def test_the_shape_of_features_is_known_before_a_picture_is_read(name, layer, fixtures):
     vit = ViT.from_pretrained(str(fixtures / name))
-    vlm = VLM(vit, LLM.from_pretrained(str(fixtures / "llama")), small(fixtures).tokenizer,
-              dict(adapter="linear", adapter_sizes={}, layer=layer))
+    vlm = VLM(
+        vit,
+        LLM.from_pretrained(str(fixtures / "llama")),
+        small(fixtures).tokenizer,
+        dict(adapter="linear", adapter_sizes={}, layer=layer),
+    )
     side = vit.config.image_size
     assert vlm.features(torch.zeros(1, 3, side, side)).shape[1:] == vlm.feature_shape
 
@@ -62,6 +69,7 @@ def test_an_encoder_meets_no_batch_of_one(tmp_path, monkeypatch):
 
 class Graph:
     """As torch.cuda.CUDAGraph: the end of a recording that failed is an error of its own."""
+
     failed = False
 
     def capture_begin(self, capture_error_mode):
@@ -77,9 +85,14 @@ class Graph:
 
 def test_a_recording_that_fails_tells_why(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(CUDAGraph=Graph, Stream=lambda *_: stream, current_stream=lambda: stream,
-                            current_device=lambda: 0, device=contextlib.nullcontext,
-                            stream=contextlib.nullcontext).items():
+    for name, value in dict(
+        CUDAGraph=Graph,
+        Stream=lambda *_: stream,
+        current_stream=lambda: stream,
+        current_device=lambda: 0,
+        device=contextlib.nullcontext,
+        stream=contextlib.nullcontext,
+    ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     llm.recording_stream.cache_clear()
     calls = []
@@ -100,12 +113,16 @@ def test_a_recording_that_fails_tells_why(monkeypatch):
         recorded(torch.ones(1))
 
 
-@pytest.mark.parametrize("error", (
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on"),
-    RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "another error while that one was dealt with",
-), ids=("torch", "driver", "cublas", "behind another"))
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "another error while that one was dealt with",
+    ),
+    ids=("torch", "driver", "cublas", "behind another"),
+)
 def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
     def main():
         if isinstance(error, str):
@@ -138,8 +155,9 @@ def test_a_number_makes_that_gpu_the_current_one(monkeypatch):
 
 def test_compiled_where_it_pays():
     def pays(device: str, parameters: float, steps: int) -> bool:
-        vlm = SimpleNamespace(device=torch.device(device),
-                              parameters=lambda: [torch.empty(int(parameters), device="meta")])
+        vlm = SimpleNamespace(
+            device=torch.device(device), parameters=lambda: [torch.empty(int(parameters), device="meta")]
+        )
         return train.compiling_pays(vlm, SimpleNamespace(steps=steps, batch=64))
 
     assert pays("cuda", 1.8e9, 1000) and pays("cuda", 2.2e8, 8000)
@@ -149,8 +167,13 @@ def test_compiled_where_it_pays():
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path, monkeypatch, capsys):
     code = "import torch; from sample import can_compile; print(can_compile(torch.device('cpu')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)),
+    )
     assert done.stdout == "False\n" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("warning: nothing is compiled, which is slower: ")
     # then the run goes on without
@@ -171,8 +194,31 @@ def test_scores_past_float16_are_named(fixtures):
         small.generate(prompt, max_tokens=3)
 
 
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs(tmp_path):
+    """All parts at toy sizes: no section fails, none is left out for want of time."""
+    done = subprocess.run(
+        [sys.executable, "tests/gpu.py", "check", "train", "bench", "profile", "--dry"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | dict(OUT=str(tmp_path)),
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout + done.stderr
+    assert "no time was left" not in done.stdout
+    for part, title in (
+        ("check", "resumed"),
+        ("train", "lora"),
+        ("bench", "bench toy"),
+        ("profile", "where a token goes"),
+    ):
+        assert f"## {title}\n" in (tmp_path / f"{part}.md").read_text()
+    assert "exact" in (tmp_path / "train.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # On a GPU
+
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("adapter", ("qformer", "flamingo"))
@@ -184,8 +230,10 @@ def test_a_recorded_step_decodes_what_a_launched_one_does(adapter, fixtures):
             said = []
             for vlm.llm.static in (False, True):
                 generator = torch.Generator("cuda").manual_seed(0)
-                said += [vlm.caption(group, "ab", max_tokens=20, generator=generator, **how)
-                         for group in (pictures[:1], pictures, [pictures[:2], pictures[2]])]
+                said += [
+                    vlm.caption(group, "ab", max_tokens=20, generator=generator, **how)
+                    for group in (pictures[:1], pictures, [pictures[:2], pictures[2]])
+                ]
             assert said[:3] == said[3:], (name, how)
 
 
@@ -207,8 +255,25 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.Run, "step", watched)
     for options in (["--cache-features"], ["--features", "kept"], ["--no-cache-features"]):
-        assert command(monkeypatch, train, "--adapter", "qformer", *SMALL, *QUICK, *options, "--device",
-                       "cuda", "--no-compile", "--precision", "bfloat16", "--out", options[0]) == 0
+        assert (
+            command(
+                monkeypatch,
+                train,
+                "--adapter",
+                "qformer",
+                *SMALL,
+                *QUICK,
+                *options,
+                "--device",
+                "cuda",
+                "--no-compile",
+                "--precision",
+                "bfloat16",
+                "--out",
+                options[0],
+            )
+            == 0
+        )
     assert len(steps) == 24
 
 
@@ -216,7 +281,33 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, monkeypatch):
 def test_train_on_cuda(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for precision in ("bfloat16", "float16", "float32"):
-        assert command(monkeypatch, train, *SMALL, *QUICK, "--precision", precision, "--device", "cuda",
-                       "--out", precision) == 0
-        assert command(monkeypatch, sample, "--model", precision, "--data", "shapes", "--workers", "0",
-                       "--precision", precision) == 0
+        assert (
+            command(
+                monkeypatch,
+                train,
+                *SMALL,
+                *QUICK,
+                "--precision",
+                precision,
+                "--device",
+                "cuda",
+                "--out",
+                precision,
+            )
+            == 0
+        )
+        assert (
+            command(
+                monkeypatch,
+                sample,
+                "--model",
+                precision,
+                "--data",
+                "shapes",
+                "--workers",
+                "0",
+                "--precision",
+                precision,
+            )
+            == 0
+        )
