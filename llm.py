@@ -214,6 +214,8 @@ class LLM(nn.Module):
         V, D, W = config.vocabulary, config.hidden, config.width
         # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
         self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
+        if not self.embedding.weight.is_meta:
+            nn.init.normal_(self.embedding.weight, std=0.02)
         self.project_in = nn.Linear(D, W, bias=False) if W != D else nn.Identity()
         self.positions = nn.Embedding(config.max_positions, W) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
