@@ -21,9 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import vit as vit_module
+from formats import encoders, languages
+from formats.tokenizer import GPT2_SPLIT, ByteLevel, Tokenizer
 import llm as llm_module
-from data import COLOURS, SHAPES, SIDE, SIZES, Scene, clean, judge
+import vit as vit_module
+from formats.captions import clean
+from support.shapes import COLOURS, SHAPES, SIDE, SIZES, Scene, judge
 from formats.files import write_json
 
 SEED = 1234
@@ -95,7 +98,7 @@ def targets(scene: Scene, grid: int, patch: int) -> np.ndarray:
 
 def make_vit(scenes: int = 60_000, steps: int = 4_800, batch: int = 128) -> None:
     torch.manual_seed(SEED)
-    config = vit_module.FAMILIES["vit"].config(VIT)
+    config = vit_module.ViTConfig(**encoders.FAMILIES["vit"].config(VIT))
     model = vit_module.ViT(config)
     initialise(model)
     heads = nn.ModuleList(nn.Linear(config.hidden, n) for n in (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 4, 2))
@@ -132,7 +135,7 @@ def make_vit(scenes: int = 60_000, steps: int = 4_800, batch: int = 128) -> None
     with torch.no_grad():
         _, right = loss_of(*draw(f"vit held-out {i}" for i in range(1000)))
     print(f"vit: of the patches on things in 1000 held-out scenes, {100 * right:.2f} % have shape, colour, size and place right")
-    save(model, vit_module.FAMILIES["vit"], "", ASSETS / "vit", VIT)
+    save(model, encoders.FAMILIES["vit"], "", ASSETS / "vit", VIT)
     write_json(ASSETS / "vit" / "preprocessor_config.json", dict(
         image_processor_type="ViTImageProcessor", do_resize=True, size=dict(height=SIDE, width=SIDE), resample=3,
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3))
@@ -149,11 +152,11 @@ def document(seed: str) -> str:
     return "".join(f"{clean(caption)}\n" for caption in captions)
 
 
-def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer:
+def make_tokenizer(folder: Path, documents: int = 2_000) -> Tokenizer:
     """Byte-level BPE: merges the commonest pair until every word is one token; <|endoftext|> is id 0."""
-    alphabet = {b: c for c, b in llm_module.ByteLevel.alphabet.items()}
+    alphabet = {b: c for c, b in ByteLevel.alphabet.items()}
     text = "".join(document(f"tokenizer {i}") for i in range(documents))
-    words = collections.Counter(regex.findall(llm_module.GPT2_SPLIT, text))
+    words = collections.Counter(regex.findall(GPT2_SPLIT, text))
     words = {tuple(alphabet[b] for b in word.encode()): n for word, n in words.items()}
     merges = []
     while True:
@@ -186,15 +189,15 @@ def make_tokenizer(folder: Path, documents: int = 2_000) -> llm_module.Tokenizer
                    fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocabulary, merges=merges)))
     write_json(folder / "tokenizer_config.json", dict(tokenizer_class="GPT2Tokenizer", bos_token="<|endoftext|>",
                                                       eos_token="<|endoftext|>", unk_token="<|endoftext|>"))
-    return llm_module.Tokenizer.from_pretrained(str(folder))
+    return Tokenizer.from_pretrained(str(folder))
 
 
 def make_llm(steps: int = 4_000, batch: int = 16, length: int = 256) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
     raw = {**LLM, "vocab_size": len(tokenizer.bytes)}
-    family = llm_module.FAMILIES["llama"]
-    model = llm_module.LLM(family.config(raw))
+    family = languages.FAMILIES["llama"]
+    model = llm_module.LLM(llm_module.LLMConfig(**family.config(raw)))
     initialise(model)
 
     def stream(label: str):

@@ -16,7 +16,7 @@ NAME = re.compile(r"(?!.*(--|\.\.))(?P<model>(\w[\w.-]*/)?\w[\w.-]*)"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
                "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-               "vocab.json", "merges.txt", "qformer_tokenizer/tokenizer.json")
+               "vocab.json", "merges.txt")
 
 incomplete: set[Path] = set()  # snapshots that lack files which this process couldn't get
 

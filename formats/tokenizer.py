@@ -206,36 +206,11 @@ class Pieces:
         return [id for word in self.words.findall(text) for id in self.word(word)]
 
 
-CHINESE = regex.compile(r"([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                        r"\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])")
-
-
-def bert_normaliser(step: dict) -> Callable[[str], str]:
-    """BERT's: no control characters, white space as spaces, Chinese characters apart; without case and
-    accents if it says so. The reference classes characters as Unicode 8 did."""
-    lower, plain = step.get("lowercase", True), step.get("strip_accents")
-    plain = lower if plain is None else plain
-
-    def normalise(text: str) -> str:
-        if step.get("clean_text", True):
-            text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or (
-                unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd"))
-        if step.get("handle_chinese_chars", True):
-            text = CHINESE.sub(r" \1 ", text)
-        if plain:
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return text.lower() if lower else text
-
-    return normalise
-
-
 def normaliser(step: dict) -> Callable[[str], str]:
     """What a step of tokenizer.json's normalizer makes of a text."""
     match step:
         case {"type": "NFC"}:
             return nfc
-        case {"type": "BertNormalizer"}:
-            return bert_normaliser(step)
         case {"type": "Prepend", "prepend": str(prefix)}:
             return prefix.__add__
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
@@ -244,60 +219,24 @@ def normaliser(step: dict) -> Callable[[str], str]:
     raise ValueError(f"the normaliser {step} is not supported")
 
 
-class WordPieces:
-    """BERT's pieces (Devlin et al., 2019): of each word the longest piece that begins it, "##" before those
-    that go on."""
-
-    def __init__(self, model: dict):
-        self.vocabulary, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
-        self.on = str(model.get("continuing_subword_prefix", "##"))
-        self.longest = int(model.get("max_input_chars_per_word", 100))
-        self.word = functools.lru_cache(1 << 16)(self.cut)
-
-    def spell(self, token: str) -> bytes:
-        return (token.removeprefix(self.on) if token.startswith(self.on) else " " + token).encode()
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        words = regex.findall(r"[\p{P}$+<=>^`|~]|[^\s\p{P}$+<=>^`|~]+", text)
-        return [id for word in words for id in self.word(word)]
-
-    def cut(self, word: str) -> tuple[int, ...]:
-        ids, start = [], 0
-        if len(word) > self.longest:
-            return self.unknown,
-        while start < len(word):
-            on = self.on * (start > 0)
-            end = next((e for e in range(len(word), start, -1) if on + word[start:e] in self.vocabulary), 0)
-            if not end:
-                return self.unknown,
-            ids.append(self.vocabulary[on + word[start:end]])
-            start = end
-        return tuple(ids)
-
-
 class Tokenizer:
     """Text to ids and back, exactly as a checkpoint's tokenizer.json says.
 
-    `prefix` and `suffix` are the ids that the file puts before and after a text (a start token, if any;
-    `encode` leaves them out), `special` the ids of the special tokens by their text, `bytes` the bytes each
+    `prefix` are the ids that the file puts before a text (a start token, if any; `encode` leaves them out),
+    `special` the ids of the special tokens by their text, `bytes` the bytes each
     id stands for.
     """
 
     def __init__(self, file: dict):
-        model, self.prefix, self.suffix = file["model"], [], []
-        words = model.get("type") == "WordPiece"
-        if not words and model.get("type", "BPE") != "BPE":
+        model, self.prefix = file["model"], []
+        if model.get("type", "BPE") != "BPE":
             raise ValueError(f"a {model['type']} model is not supported")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option) and not words:
+            if model.get(option):
                 raise ValueError(f"{option} is not supported")
         self.normalisers = [normaliser(step) for step in steps(file.get("normalizer"), "normalizers")]
         added = {token["content"]: token for token in file.get("added_tokens", []) if token["content"]}
         match pre := steps(file.get("pre_tokenizer"), "pretokenizers"):
-            case [{"type": "BertPreTokenizer"}] if words:
-                self.model = WordPieces(model)
-            case _ if words:
-                raise ValueError(f"the pre-tokenizer {pre} of a WordPiece model is not supported")
             case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
                 self.model = ByteLevel(model, added, GPT2_SPLIT, last.get("add_prefix_space"))
             case [{"type": "Digits", "individual_digits": True},
@@ -314,8 +253,8 @@ class Tokenizer:
                 raise ValueError(f"the pre-tokenizer {pre} is not supported")
         decoder = steps(file.get("decoder"), "decoders")
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        self.strip = " " * (strip in decoder or words)
-        known = words or [step["type"] for step in decoder] == ["ByteLevel"]
+        self.strip = " " * (strip in decoder)
+        known = [step["type"] for step in decoder] == ["ByteLevel"]
         if pieces := isinstance(self.model, Pieces):
             spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
             known = decoder == [
@@ -324,11 +263,8 @@ class Tokenizer:
             raise ValueError(f"the decoder {decoder} is not supported")
         for step in steps(file.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
-                before = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
-                after = itertools.takewhile(lambda part: "SpecialToken" in part, reversed(step["single"]))
-                for ids, parts in ((self.prefix, before), (self.suffix, list(after)[::-1] if words else ())):
-                    for part in parts:
-                        ids += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+                for part in itertools.takewhile(lambda part: "SpecialToken" in part, step["single"]):
+                    self.prefix += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
             elif step["type"] != "ByteLevel":
                 raise ValueError(f"the post-processor {step} is not supported")
         self.special = {content: token["id"] for content, token in added.items() if token["special"]}
@@ -339,7 +275,7 @@ class Tokenizer:
         self.patterns = [any_of(tokens) for tokens in self.added]
         ids = model["vocab"] | {text: token["id"] for tokens in self.added for text, token in tokens.items()}
         self.bytes = {as_id(id): self.model.spell(token) for token, id in ids.items()}
-        self.prefix, self.suffix = [*map(as_id, self.prefix)], [*map(as_id, self.suffix)]
+        self.prefix = [*map(as_id, self.prefix)]
         self.fallback = {id for token, id in ids.items() if pieces and BYTE.fullmatch(token)}
 
     def add(self, token: str, id: int, special: bool = False) -> None:

@@ -48,23 +48,36 @@ class Checkpoint:
         path = find_file(self.folder, file)
         return read_json(path) if path else {}
 
-    def family(self, families: dict):
-        """The row of `families` that config.json's `model_type` names, its names a table, and the config."""
+    def row(self, families: dict) -> tuple:
+        """The row of `families` that config.json's `model_type` names, and what it makes of config.json."""
         path, kind = self.folder / "config.json", self.config.get("model_type")
         with guard(path, f"can't be read as a {kind} config"):
             if kind not in families:
                 raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
-            config = families[kind].config(self.config)
-            for name, kind_of in getattr(config, "__annotations__", {}).items():
-                value = getattr(config, name)
-                if kind_of is bool and value in (True, False, None):
-                    setattr(config, name, bool(value))
-                elif kind_of in (bool, int, float, str) and (
-                        not isinstance(value, (int, float) if kind_of is float else kind_of)
-                        or kind_of is not str and value < 0):
-                    raise ValueError(f"{name} is {value!r}")
-            names = families[kind].names
-            return families[kind]._replace(names=names if isinstance(names, dict) else names(config)), config
+            return families[kind], families[kind].config(self.config)
+
+    def family(self, families: "dict[str, Family]", config_class: type) -> "tuple[Family, object]":
+        """The family that config.json's `model_type` names, its names a table, and its config, a dataclass of
+        ours. Raises InputError where a field has a value of another type."""
+        family, fields = self.row(families)
+        path, kind = self.folder / "config.json", self.config["model_type"]
+        with guard(path, f"can't be read as a {kind} config"):
+            config = config_class(**fields)
+            for name, type_ in config_class.__annotations__.items():
+                setattr(config, name, checked(name, type_, getattr(config, name)))
+            names = family.names if isinstance(family.names, dict) else family.names(fields)
+            return family._replace(names=names), config
+
+
+def checked(name: str, type_: type, value):
+    """A field's value, if it is of its type and not negative. Raises ValueError. None is a false bool."""
+    if type_ is bool and value in (True, False, None):
+        return bool(value)
+    if type_ in (bool, int, float, str):
+        right = isinstance(value, (int, float) if type_ is float else type_)
+        if not right or type_ is not str and value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def depth(layers: int) -> int:
@@ -76,15 +89,15 @@ def depth(layers: int) -> int:
 
 
 class Family(NamedTuple):
-    """One family of checkpoints. `config` turns config.json into ours. `names` leads from our modules and
-    parameters to those on disk, "{}" standing for the block's number; a value is the name on disk ("a|b"
-    where some files have a, others b; b is the name in the reference's class, where that differs) or
-    (function, name, …), the function making our tensor of theirs; where the table itself depends on the
-    config, a function of our config makes it. `unused` is a regular expression of the tensors on disk that we
-    leave unread, without the prefix that all names share; `path` is that prefix in the reference's class, as
-    AutoModelForCausalLM or AutoModel choose it."""
-    config: Callable[[dict], object]
-    names: dict | Callable[[object], dict]
+    """One family of checkpoints. `config` turns config.json into the fields of our config. `names` leads from
+    our modules and parameters to those on disk, "{}" standing for the block's number; a value is the name on
+    disk ("a|b" where some files have a, others b; b is the name in the reference's class, where that differs)
+    or (function, name, …), the function making our tensor of theirs; where the table itself depends on the
+    config, a function of these fields makes it. `unused` is a regular expression of the tensors on disk that
+    we leave unread, without the prefix that all names share; `path` is that prefix in the reference's class,
+    as AutoModelForCausalLM or AutoModel choose it."""
+    config: Callable[[dict], dict]
+    names: dict | Callable[[dict], dict]
     unused: str
     path: str = ""
 
@@ -157,7 +170,7 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
     if left:
         kind = checkpoint.config.get("model_type")
         raise InputError(f"{checkpoint.where[left[0]]}: tensor '{left[0]}' is not part of a {kind} model")
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(state, strict=False, assign=True)  # a tied head is filled by who ties it
 
 
 def name_table(outside: dict, blocks: dict, block: str) -> dict:

@@ -67,17 +67,18 @@ class Ours:
     def __init__(self, folder: Path, args, packed: bool = False, side: int | None = None, scale: int = 2,
                  recompute: bool = False, compiled: bool = False):
         from adapters import build
-        from data import open_picture
+        from data import Batch
+        from formats.captions import open_picture
         config = dict(vit=str(folder / "vit"), llm=str(folder / "llm"), image_size=side,
                       adapter="pixelshuffle", adapter_sizes=dict(scale=scale))
         self.vlm = build(config, args.dtype).to(args.device)
-        self.vlm.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
+        self.vlm.processor.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
         self.llm.recomputes = recompute
         if compiled:
             self.vlm.compile_blocks()
         elif packed:
             self.vlm.pack()
-        self.open, self.preprocess = open_picture, self.vlm.vit.preprocess
+        self.open, self.preprocess, self.batch = open_picture, self.vlm.vit.preprocess, Batch
 
     def encode(self, pixels):
         return self.vlm.features(pixels)
@@ -85,9 +86,10 @@ class Ours:
     def loss(self, tokens, pixels=None, features=None):
         (B, T), Q = tokens.shape, self.vlm.adapter.queries
         features = self.encode(pixels) if features is None else features
-        ids = F.pad(tokens, (Q, 0), value=self.vlm.placeholder)
+        ids = F.pad(tokens, (Q, 0), value=self.vlm.processor.placeholder)
         where = torch.arange(B * (Q + T), device=ids.device).view(B, -1)[:, Q - 1:-1].flatten()
-        return self.vlm(ids, features, where, tokens.flatten()).mean()
+        losses, _ = self.vlm(self.batch(ids, where, tokens.flatten(), 1), features)
+        return losses.mean()
 
     def prefill(self, tokens):
         self.llm.generate(tokens, max_tokens=1, end_tokens=())
@@ -334,7 +336,7 @@ def train(size: str, args) -> None:
         tokens, pixels = torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)
         inputs = dict(tokens=tokens.to(args.device), pixels=pixels.to(args.device))
         times = race(models, lambda model: step(*model, **inputs), args)
-        kept = dict(tokens=inputs["tokens"], features=ours.encode(inputs["pixels"]))
+        kept = dict(tokens=inputs["tokens"], features=ours.processor.encode(inputs["pixels"]))
         cached = {f"{name}, cached features": model for name, model in models.items() if "nano" not in name}
         times |= race(cached, lambda model: step(*model, **kept), args)
         rate = args.rates[str(args.dtype)[6:]]
@@ -447,7 +449,7 @@ def tokenizer(size: str, args) -> None:
     times = {"ours": [], "tokenizers": []}
     for _ in range(args.repeats):
         ours, theirs = Tokenizer.from_pretrained(path), tokenizers.Tokenizer.from_file(file)
-        times["ours"].append(seconds(lambda: ours.encode(text), args))
+        times["ours"].append(seconds(lambda: ours.processor.encode(text), args))
         times["tokenizers"].append(seconds(lambda: theirs.encode(text), args))
     medians = {name: statistics.median(t) for name, t in times.items()}
     table("tokenizer", "MB/s", len(text.encode()) / 1e6, medians)
@@ -482,7 +484,8 @@ def load(size: str, args) -> None:
 
 def stream_pairs(names: str, pairs: int) -> tuple[float, float, int, float]:
     """Pairs a second read, and read and decoded; different pairs seen; GiB at the peak."""
-    from data import Pixels, Shards
+    from data import Pixels
+    from formats.captions import Shards
     from vit import ViT
     torch.set_num_threads(1)
     shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()

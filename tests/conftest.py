@@ -1,23 +1,85 @@
+import json
+import os
+import selectors
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"  # real checkpoints and photographs, where they are at hand
+FEW = 60  # tests that one process runs sooner than two
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Two processes, each with one thread: most tests are small, and leave the second core idle
+
+def pytest_runtestloop(session):
+    """Parts the tests among two forks of this process, which tell it their reports."""
+    config = session.config
+    alone = (len(session.items) < FEW or not hasattr(os, "fork") or torch.cuda.is_available()
+             or config.option.collectonly or config.option.usepdb or session.testsfailed)
+    if alone:
+        return None
+    config._tmp_path_factory.getbasetemp()  # one folder for both
+    forks = [start_fork(session, session.items[i::2]) for i in range(2)]
+
+    # Relay what they report, line by line, until both have ended
+    with selectors.DefaultSelector() as ready:
+        for _, pipe in forks:
+            ready.register(pipe, selectors.EVENT_READ)
+        while ready.get_map():
+            for key, _ in ready.select():
+                if line := key.fileobj.readline():
+                    report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+                    if isinstance(report.longrepr, list):  # JSON's of a tuple, the place and reason of a skip
+                        report.longrepr = tuple(report.longrepr)
+                    config.hook.pytest_runtest_logreport(report=report)
+                else:
+                    ready.unregister(key.fileobj)
+    for pid, _ in forks:
+        if os.waitpid(pid, 0)[1]:
+            raise session.Failed("a process that ran tests ended before they did")
+    if session.testsfailed:
+        raise session.Failed(f"{session.testsfailed} tests failed")
+    return True
+
+
+def start_fork(session, items) -> tuple:
+    """Runs tests in a fork. Returns its number, and the pipe to which it writes a line for each report."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        return pid, open(reader, buffering=1)
+    os.close(reader)
+    config = session.config
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()  # or both would write to one file
+    capture.start_global_capturing()
+    with open(writer, "w", buffering=1) as pipe:
+        for item, following in zip(items, [*items[1:], None]):
+            for report in runtestprotocol(item, nextitem=following, log=False):
+                data = config.hook.pytest_report_to_serializable(config=config, report=report)
+                pipe.write(json.dumps(data) + "\n")
+    os._exit(0)
 
 
 @pytest.fixture

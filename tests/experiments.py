@@ -66,7 +66,7 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     """Trains a run in `folder`, unless it is there; its scores, and the size, speed and peak memory (of the
     process, features kept included) of its training."""
     if not (folder / "usage.json").exists():
-        if (folder / "state.safetensors").exists():
+        if (folder / "checkpoint.safetensors").exists():
             options = ["--resume", folder]
         else:
             shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
@@ -84,11 +84,10 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     row |= {f"{label.split(' (')[0]} exact": 100 * scores["exact"] for label, scores in others}
     row["val loss"] = [line["val"] for line in lines if "val" in line][-1]
     row["trained parameters"] = 0
-    for path in folder.rglob("*.safetensors"):
-        if path.name != "state.safetensors":
-            with safe_open(path, framework="pt") as file:
-                row["trained parameters"] += sum(math.prod(file.get_slice(n).get_shape())
-                                                 for n in file.keys())
+    with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
+        for name in file.keys():
+            if name.startswith("exp_avg."):
+                row["trained parameters"] += math.prod(file.get_slice(name).get_shape())
     row["embeddings a picture"] = lines[-1]["embeddings"]
     row["ms a step"] = 1000 * config["training"]["batch"] / statistics.median(
         line["images_per_s"] for line in lines if "images_per_s" in line)

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
-from data import (SKILLS, UNSEEN, Captions, Scene, Shapes, Thing, arrange, attend, draw_caption, judge,
-                  open_picture, references, shuffled, skip, stack)
+from data import arrange, count_bad, draw_caption, shuffled, stack
+from formats.captions import Captions, open_picture
+from support import kernels
+from support.kernels import attend
+from support.scores import references
+from support.shapes import SHAPES, SKILLS, THING, UNSEEN, Scene, Shapes, Thing, judge
 from fixtures.pictures import picture
 from llm import LLM
 from formats.files import InputError, write_file
@@ -108,9 +111,9 @@ def test_broken_pictures(tmp_path):
 
 def test_too_many_unreadable_pictures():
     bad, captions = {}, Shapes(30)
-    skip(bad, {1: "a", 2: "b", 3: "c"}, captions)
+    count_bad(bad, {1: "a", 2: "b", 3: "c"}, captions)
     with pytest.raises(InputError, match="4 of 30 pictures can't be read; the last: d"):
-        skip(bad, {4: "d"}, captions)
+        count_bad(bad, {4: "d"}, captions)
 
 
 def test_a_caption_a_picture_and_epoch():
@@ -278,7 +281,7 @@ def test_built_in_backbones_load_from_anywhere(tmp_path, monkeypatch):
     text = tokenizer.decode(llm.generate(torch.tensor([[0]]), max_tokens=40, temperature=1.0,
                                          generator=torch.Generator().manual_seed(1))[0])
     caption = text.split("\n")[0]
-    assert data.THING and any(shape in caption for shape in data.SHAPES), text
+    assert THING and any(shape in caption for shape in SHAPES), text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
     (1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
 def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypatch):
     """Of heads that share keys, with a backward pass to follow or without one, whatever the CPU can do."""
-    monkeypatch.setattr(data, "AMX", amx)
+    monkeypatch.setattr(kernels, "AMX", amx)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 8, dtype=dtype) for heads, length in ((6, T), (3, S), (3, S)))
     seen = (torch.arange(S) + T - S <= torch.arange(T)[:, None]).repeat(2, 1, 1, 1)

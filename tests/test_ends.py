@@ -54,18 +54,18 @@ def test_a_caption_comes_back_to_its_last_character(name, fixtures, tmp_path):
     tokenizer = vocabulary(name, fixtures, tmp_path)
     vlm = vlm_of(tokenizer, fixtures)
     for caption in CAPTIONS:
-        ids, targets = vlm.encode("", caption)
+        ids, targets = vlm.processor.encode("", caption)
         learned = [id for id, target in zip(ids, targets) if target]
         # generation stops at the last of what is learned, and not before
-        assert [id in vlm.ends for id in learned] == [False] * (len(learned) - 1) + [True]
+        assert [id in vlm.processor.ends for id in learned] == [False] * (len(learned) - 1) + [True]
         kept = tokenizer.decode(tokenizer.encode(caption, special=False))  # a byte without a token is lost
-        assert vlm.text(learned).strip() == kept.strip()
+        assert vlm.processor.text(learned).strip() == kept.strip()
         assert kept == caption or name in ("gaps", "no newline")
-        cut = [id for id, target in zip(*vlm.encode("", caption * 9, max_tokens=3)) if target]
+        cut = [id for id, target in zip(*vlm.processor.encode("", caption * 9, max_tokens=3)) if target]
         assert len(cut) == 3 or name == "gaps"  # what is cut learns no end
     # what follows the newline in one token is not of the caption
     if name != "no newline":
-        assert vlm.text(tokenizer.encode("A dog.\n\nNext")).strip() == "A dog."
+        assert vlm.processor.text(tokenizer.encode("A dog.\n\nNext")).strip() == "A dog."
 
 
 @torch.no_grad()

@@ -17,19 +17,21 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from adapters import PUBLIC, VLM, QFormer
+from adapters import VLM
 from conftest import ROOT
-from data import IMAGE, Captions, open_picture, stack
+from data import stack
+from formats.captions import IMAGE, Captions, open_picture
 from fixtures.pictures import picture
-from llm import FAMILIES as LLMS
+from formats.encoders import FAMILIES as VITS
+from formats.pixels import PROCESSORS, Preprocessor
+from formats.vlms import PUBLIC
 from llm import LLM
-from formats.files import InputError
+from formats.files import InputError, write_tensors
 from formats.hub import HERE, find_checkpoint
 from formats.tokenizer import Tokenizer
 from lora import add_lora, load_lora, save_lora
 from test_public import FAMILIES
-from vit import FAMILIES as VITS
-from vit import PROCESSORS, Preprocessor, ViT
+from vit import ViT
 
 SECONDS, MEBIBYTES = 10, 1024  # that one input may take at most, and all together above what was taken before
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -130,7 +132,7 @@ def use(name: str, folder: Path) -> None:
         vlm = VLM.from_pretrained(str(folder))
 
         def ask():
-            ids, pixels = vlm.ask([picture(40, 30)], "a", split=False)
+            ids, pixels = vlm.processor.ask([picture(40, 30)], "a", split=False)
             assert torch.tensor(ids).min() >= 0
             vlm.features(pixels)
 
@@ -138,13 +140,12 @@ def use(name: str, folder: Path) -> None:
     elif kind in VITS:
         vit = ViT.from_pretrained(str(folder))
         survives(lambda: vit(vit.preprocess(picture(40, 30))[None]), "")
-    elif kind in LLMS:
+    else:
         llm = LLM.from_pretrained(str(folder))
         survives(lambda: llm.generate([[1, 2, 3]], max_tokens=2), "")
-    else:
-        QFormer.from_pretrained(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_CONFIG)
 @torch.no_grad()
 def test_configs(name, tmp_path):
@@ -160,6 +161,7 @@ def test_configs(name, tmp_path):
     assert survives(lambda: use(name, folder), "")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sizes_that_no_memory_holds(tmp_path):
     """Each number of each config.json, one at a time, so large that what it describes can't be made."""
@@ -315,6 +317,7 @@ def test_a_pattern_that_gives_up_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # LoRA and runs
 
+@pytest.mark.slow
 def test_lora_files(tmp_path):
     rng, llm = random.Random(0), LLM.from_pretrained(str(FIXTURES / "gpt2"))
     tuned = copy.deepcopy(llm)
@@ -334,6 +337,7 @@ def test_lora_files(tmp_path):
         survives(lambda: load_lora(copy.deepcopy(llm), tmp_path), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_configs_of_runs(tmp_path):
     rng = random.Random(0)
     for kind, sizes in (("qformer", dict(queries=2, layers=2, width=16, heads=2, text=4)),
@@ -348,9 +352,9 @@ def test_configs_of_runs(tmp_path):
         vlm = VLM(vit, llm, Tokenizer.from_pretrained("assets/llm"), config)
         folder = tmp_path / kind
         folder.mkdir()
-        vlm.save(folder, 1)
+        write_tensors(folder / "checkpoint.safetensors", vlm.state(), {"step": "1"})
         text = json.dumps(config)
-        raw = (folder / "adapter.safetensors").read_bytes()
+        raw = (folder / "checkpoint.safetensors").read_bytes()
         numbers = [name for name, value in sizes.items() for _ in range(2)]
         for i in range(60):
             changed = mutated_json(rng, text)
@@ -358,10 +362,10 @@ def test_configs_of_runs(tmp_path):
                 large = {numbers[i]: (10 ** 9, 2 ** 62)[i % 2]}
                 changed = json.dumps(config | dict(adapter_sizes=sizes | large)).encode()
             (folder / "config.json").write_bytes(changed)
-            (folder / "adapter.safetensors").write_bytes(mutated_tensors(rng, raw) if i % 10 == 9 else raw)
+            (folder / "checkpoint.safetensors").write_bytes(mutated_tensors(rng, raw) if i % 10 == 9 else raw)
             survives(lambda: VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2), "")
         (folder / "config.json").write_text(text)
-        (folder / "adapter.safetensors").write_bytes(raw)
+        (folder / "checkpoint.safetensors").write_bytes(raw)
         VLM.from_pretrained(str(folder)).caption([picture(50, 40)], max_tokens=2)
 
 
@@ -428,9 +432,9 @@ def test_captions_are_data(name):
                   dict(adapter="qformer", adapter_sizes=dict(queries=3)))
     else:
         vlm = VLM.from_pretrained(str(FIXTURES / name))
-    special = vlm.tokenizer.special
+    special = vlm.processor.tokenizer.special
     assert IMAGE in special and len(special) > 2
-    control, plain = {*special.values()} | {*vlm.ends}, vlm.encode("word", "word")
+    control, plain = {*special.values()} | {*vlm.processor.ends}, vlm.processor.encode("word", "word")
 
     def controls(ids, targets):
         return ([id for id, target in zip(ids, targets) if not target and id in control],
@@ -438,12 +442,12 @@ def test_captions_are_data(name):
 
     for token in special:
         for data in (f"word {token} word", token, f"word{token}", f"{token * 3} word", f"<im{token}age>"):
-            assert controls(*vlm.encode("word", data)) == controls(*plain), (token, data)
+            assert controls(*vlm.processor.encode("word", data)) == controls(*plain), (token, data)
             if IMAGE not in data:  # which, in a prompt, is where a picture stands
-                assert controls(*vlm.encode(data, "word")) == controls(*plain), (token, data)
-                assert controls(*vlm.encode(f"{IMAGE}{data}", "word")) == controls(*plain), (token, data)
-    tokens, where, targets = stack([vlm.encode("word", f"<im{IMAGE}age>{IMAGE}")])
-    assert (tokens == vlm.placeholder).sum() == vlm.adapter.queries  # of the one picture
+                assert controls(*vlm.processor.encode(data, "word")) == controls(*plain), (token, data)
+                assert controls(*vlm.processor.encode(f"{IMAGE}{data}", "word")) == controls(*plain), (token, data)
+    tokens, where, targets = stack([vlm.processor.encode("word", f"<im{IMAGE}age>{IMAGE}")])
+    assert (tokens == vlm.processor.placeholder).sum() == vlm.adapter.queries  # of the one picture
 
 
 # ---------------------------------------------------------------------------------------------------------

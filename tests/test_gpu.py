@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import data
-import llm
 import sample
 import train
 from adapters import ADAPTERS, VLM
 from conftest import ROOT
-from data import Shapes
+from support import console, kernels
+from support.machine import pick_device
+from support.shapes import Shapes
+from data import Batch, Spelling
 from formats.files import InputError
 from llm import LLM
 from test_vlm import QUICK, SMALL, command, small
@@ -30,17 +31,16 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     """Fake tensors have shapes and no values: whoever looks at a value fails."""
     sizes = {"qformer": dict(text=4), "twoway": dict(text=4), "pixelshuffle": dict(scale=5)}.get(adapter, {})
     vlm = small(fixtures, adapter, image_position=PLACES.get(adapter, "shared"), **sizes)
-    images = 1 if vlm.slots == 25 else 2  # of 25 patches each, in 40 positions
-    batch = vlm.batch([("a<image>b" * images, "cc"), ("", "ab")], prefix=True)
+    images = 1 if vlm.processor.queries == 25 else 2  # of 25 patches each, in 40 positions
+    examples, captions = [("a<image>b" * images, "cc"), ("", "ab")], ["ab", "c", ""][:images + 1]
+    batch = vlm.processor.batch(examples, prefix=True, spelled=captions, queries=3)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
-    spelling = vlm.spelling(["ab", "c", ""][: images + 1])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [
-            mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for x in (batch.tokens, features, *batch[1:])
-        ]
-        nats, spelled = vlm(*fake, tuple(map(mode.from_tensor, spelling)))
-    assert nats.shape == batch.targets.shape and spelled.shape == spelling[0].shape
+        tokens, positions, targets = map(mode.from_tensor, batch[:3])
+        spelling = Spelling(*map(mode.from_tensor, batch.spelling))
+        fake = Batch(tokens, positions, targets, batch.most_images, spelling)
+        losses, spelled = vlm(fake, mode.from_tensor(features))
+    assert losses.shape == targets.shape and spelled.shape == spelling.targets.shape
 
 
 @pytest.mark.parametrize("name", ("vit", "deit", "clip", "dinov2_registers", "sam"))
@@ -51,11 +51,11 @@ def test_the_shape_of_features_is_known_before_a_picture_is_read(name, layer, fi
     vlm = VLM(
         vit,
         LLM.from_pretrained(str(fixtures / "llama")),
-        small(fixtures).tokenizer,
+        small(fixtures).processor.tokenizer,
         dict(adapter="linear", adapter_sizes={}, layer=layer),
     )
     side = vit.config.image_size
-    assert vlm.features(torch.zeros(1, 3, side, side)).shape[1:] == vlm.feature_shape
+    assert vlm.features(torch.zeros(1, 3, side, side)).shape[1:] == vlm.vit.feature_shape(vlm.config.get('layer'))
 
 
 def test_an_encoder_meets_no_batch_of_one(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_recording_that_fails_tells_why(monkeypatch):
         stream=contextlib.nullcontext,
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    llm.recording_stream.cache_clear()
+    kernels.recording_stream.cache_clear()
     calls = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_a_recording_that_fails_tells_why(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return x + 1
 
-    recorded = llm.Recorded(function)
+    recorded = kernels.Recorded(function)
     assert recorded(torch.ones(1)) == 2 and recorded(torch.ones(1) * 2) == 3
     assert recorded(torch.ones(1) * 5) is recorded.output and len(calls) == 2  # launched, not called
     assert recorded.inputs == [torch.ones(1) * 5]
@@ -134,23 +134,23 @@ def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
-        data.run(main, "--batch")
+        console.run(main, "--batch")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
 
 
 def test_any_other_error_of_torch_is_not_hidden():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        data.run(lambda: torch.ones(2) @ torch.ones(3, 1))
+        console.run(lambda: torch.ones(2) @ torch.ones(3, 1))
 
 
 def test_a_number_makes_that_gpu_the_current_one(monkeypatch):
     current, zeros = [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(device=torch.device(device)))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert sample.pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
     monkeypatch.setattr(torch, "zeros", zeros)
-    assert sample.pick_device("cpu") == torch.device("cpu") and len(current) == 1
+    assert pick_device("cpu") == torch.device("cpu") and len(current) == 1
 
 
 def test_compiled_where_it_pays():
@@ -165,6 +165,7 @@ def test_compiled_where_it_pays():
     assert not pays("cpu", 1.8e9, 1000)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_nothing_is_compiled(tmp_path, monkeypatch, capsys):
     code = "import torch; from sample import can_compile; print(can_compile(torch.device('cpu')))"
     done = subprocess.run(

@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ import sample
 import train
 from adapters import VLM, QFormer
 from data import stack
-from formats.files import InputError
+from formats.files import InputError, read_tensors
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM
-from lora import (CONFIG, IDLE, WEIGHTS, LoRAEmbedding, LoRALinear, add_lora, load_lora, lora_layers,
-                  merge_lora, save_lora)
+from formats.peft import CONFIG, IDLE, WEIGHTS
+from lora import LoRAEmbedding, LoRALinear, add_lora, load_lora, lora_layers, merge_lora, save_lora
 from test_vlm import QUICK, SMALL, command, interrupt, small
 from vit import ViT
 
@@ -411,6 +412,7 @@ def test_low_precision_around_float32_updates(fixtures):
             assert F.cosine_similarity(layer.B.grad.flatten(), expected.flatten(), dim=0) > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("gpt2", "qwen3", "gpt2_both", "llama_wide_both"))  # plain, DoRA, twice
 def test_compiled_without_a_break(name, fixtures):
     module, folder = load(fixtures, name), fixtures / "lora" / name
@@ -427,6 +429,7 @@ def test_compiled_without_a_break(name, fixtures):
 # ---------------------------------------------------------------------------------------------------------
 # The VLM and its command lines
 
+@pytest.mark.slow
 def test_a_run_keeps_its_lora(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--lora", "3", "--lora-targets", "all", "--lora-on", "llm,vit", "--lora-dropout", "0.1"]
@@ -435,7 +438,8 @@ def test_a_run_keeps_its_lora(tmp_path, monkeypatch, capsys):
         state = load_file(f"run/lora/{part}/{WEIGHTS}")
         assert all(tensor.abs().sum() > 0 for tensor in state.values())  # B has moved
         assert len(state) == len(lora_layers(getattr(VLM.from_pretrained("run"), part))) * 2
-    assert not any(name.startswith(("llm.", "vit.")) for name in load_file("run/adapter.safetensors"))
+    weights = read_tensors(Path("run/checkpoint.safetensors"), "weight.")
+    assert all(name[-2:] in (".A", ".B") for name in weights if name.startswith(("llm.", "vit.")))
     picture(120, 80).save("a.png")
     one, merged = VLM.from_pretrained("run"), VLM.from_pretrained("run")
     with torch.no_grad():
@@ -452,6 +456,7 @@ def test_a_run_keeps_its_lora(tmp_path, monkeypatch, capsys):
     assert texts[0] == texts[1] != "\n"
 
 
+@pytest.mark.slow
 def test_a_resumed_lora_equals_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [*SMALL, *QUICK, "--layer", "-2"]  # a block of the encoder isn't read
@@ -459,11 +464,12 @@ def test_a_resumed_lora_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
     interrupt(monkeypatch, *options, "--out", "parts")
     assert command(monkeypatch, train, "--resume", "parts") == 0
-    for file in ("adapter.safetensors", f"lora/llm/{WEIGHTS}", f"lora/vit/{WEIGHTS}"):
+    for file in ("checkpoint.safetensors", f"lora/llm/{WEIGHTS}", f"lora/vit/{WEIGHTS}"):
         whole, parts = (load_file(f"{run}/{file}") for run in ("whole", "parts"))
         assert all(torch.equal(whole[name], parts[name]) for name in whole), file
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     llm = LLM.from_pretrained("assets/llm")
@@ -499,7 +505,7 @@ def test_the_encoder_gets_gradients_only_where_it_is_trained(fixtures):
     assert vlm.features(pixels).requires_grad and not torch.equal(vlm.features(pixels), vlm.features(pixels))
     vlm.eval()
     assert torch.equal(vlm.features(pixels), vlm.features(pixels))  # dropout is over
-    token_rows, where, targets = stack([vlm.encode("", "abc"), vlm.encode("", "cba")])
-    logits = vlm(token_rows, vlm.features(pixels), where)
+    token_rows, where, targets = stack([vlm.processor.encode("", "abc"), vlm.processor.encode("", "cba")])
+    logits = vlm.logits(token_rows, vlm.features(pixels), where)
     F.cross_entropy(logits, targets).backward()
     assert all(p.grad.abs().sum() > 0 for p in vlm.vit.parameters() if p.requires_grad)

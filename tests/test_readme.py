@@ -17,7 +17,7 @@ from PIL import Image
 
 import experiments
 import sample
-from data import Shapes
+from support.shapes import Shapes
 from fixtures import start
 from llm import LLM
 from lora import lora_layers

@@ -9,16 +9,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from adapters import IDEFICS3, LLAVA, PUBLIC, VLM, make_adapter
+from adapters import VLM, make_adapter
 from conftest import ROOT
 from fixtures.compare import checksum, close
 from formats.files import InputError, read_json
 from formats.tokenizer import Tokenizer
 from formats.weights import Checkpoint, Family, find_tensors
-from llm import FAMILIES, LLM, tie
+from formats.encoders import FAMILIES as ENCODERS
+from formats.languages import FAMILIES, tie
+from formats.vlms import IDEFICS3, LLAVA, PUBLIC
+from llm import LLM, LLMConfig
 from test_ends import CAPTIONS, vlm_of
-from vit import FAMILIES as ENCODERS
-from vit import ViT
+from vit import ViT, ViTConfig
 
 GOLDEN = ROOT / "tests" / "fixtures" / "real_files.safetensors"
 TOKENIZERS = ("pythia-1.4b-reward", "llama-3", "qwen3", "gemma-3", "llava-1.5-7b-hf",
@@ -42,6 +44,7 @@ def said() -> dict:
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_and_texts_equal_the_reference(name, said, shared, request):
     folder = request.getfixturevalue("smollm2") if name == "smollm2-135m" else shared / "real" / name
@@ -60,16 +63,17 @@ def test_bytes_that_smollm2_lacks(smollm2):
         assert tokenizer.encode(text) == ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("qwen3", "llama-3", "pythia-1.4b-reward", "llava-1.5-7b-hf"))
 def test_a_caption_comes_back_to_its_last_character(name, shared, fixtures):
     tokenizer = Tokenizer.from_pretrained(str(shared / "real" / name))
     vlm = vlm_of(tokenizer, fixtures, start_token=None)
     joined = 0
     for caption in CAPTIONS:
-        ids, targets = vlm.encode("", caption)
+        ids, targets = vlm.processor.encode("", caption)
         learned = [id for id, target in zip(ids, targets) if target]
-        assert [id in vlm.ends for id in learned] == [False] * (len(learned) - 1) + [True]
-        assert vlm.text(learned).strip() == tokenizer.decode(tokenizer.encode(caption, special=False)).strip()
+        assert [id in vlm.processor.ends for id in learned] == [False] * (len(learned) - 1) + [True]
+        assert vlm.processor.text(learned).strip() == tokenizer.decode(tokenizer.encode(caption, special=False)).strip()
         joined += len(tokenizer.bytes[learned[-1]]) > 1
     assert joined or name not in ("qwen3", "llama-3")  # a sign and the newline are one token there
 
@@ -119,7 +123,7 @@ def missing_and_left(module: torch.nn.Module, family: Family, checkpoint: Checkp
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_a_language_model_has_its_sizes_and_names(name, shared):
     checkpoint = checkpoint_of(shared / "real" / name)
-    family, config = checkpoint.family(FAMILIES)
+    family, config = checkpoint.family(FAMILIES, LLMConfig)
     fields, size = LANGUAGE[name]
     found = {field: getattr(config, field) for field in fields}
     ends = found["end_tokens"]
@@ -132,13 +136,13 @@ def test_a_language_model_has_its_sizes_and_names(name, shared):
 
 
 def test_what_differs_from_layer_to_layer(shared):
-    _, smollm3 = checkpoint_of(shared / "real" / "SmolLM3-3B").family(FAMILIES)
+    _, smollm3 = checkpoint_of(shared / "real" / "SmolLM3-3B").family(FAMILIES, LLMConfig)
     assert [rope is None for rope in smollm3.ropes] == [False, False, False, True] * 9
     assert {rope.theta for rope in smollm3.ropes if rope} == {5e6} and {*smollm3.windows} == {None}
-    _, gemma = checkpoint_of(shared / "real" / "gemma-3-1b-it").family(FAMILIES)
+    _, gemma = checkpoint_of(shared / "real" / "gemma-3-1b-it").family(FAMILIES, LLMConfig)
     assert [window for window in gemma.windows] == ([512] * 5 + [None]) * 4 + [512] * 2
     assert [rope.theta for rope in gemma.ropes] == ([1e4] * 5 + [1e6]) * 4 + [1e4] * 2
-    _, llama = checkpoint_of(shared / "real" / "Llama-3.2-3B").family(FAMILIES)
+    _, llama = checkpoint_of(shared / "real" / "Llama-3.2-3B").family(FAMILIES, LLMConfig)
     rope, = {*llama.ropes}
     assert (rope.scaling, rope.factor, rope.original) == ("llama3", 32, 8192)
     assert (rope.bands, rope.theta) == ((1, 4), 5e5)
@@ -150,10 +154,10 @@ def test_what_differs_from_layer_to_layer(shared):
 def test_a_class_of_its_own_is_refused_by_name(name, kind, like, unwanted, shared):
     folder = shared / "real" / name
     with pytest.raises(InputError, match=f"{folder.name}.config.json: model_type '{kind}' is not one of"):
-        checkpoint_of(folder).family(FAMILIES)
+        checkpoint_of(folder).family(FAMILIES, LLMConfig)
     # what is the family's own in it fits all the same
     checkpoint = checkpoint_of(folder, model_type=like)
-    family, config = checkpoint.family(FAMILIES)
+    family, config = checkpoint.family(FAMILIES, LLMConfig)
     with torch.device("meta"):
         llm = LLM(config)
     if checkpoint.where:
@@ -173,7 +177,7 @@ ENCODER = {  # width, layers, heads, mlp, patch, image, activation
 
 @pytest.mark.parametrize("name", ENCODER)
 def test_an_encoder_has_its_sizes(name, shared):
-    _, c = checkpoint_of(shared / "real" / name).family(ENCODERS)
+    _, c = checkpoint_of(shared / "real" / name).family(ENCODERS, ViTConfig)
     assert (c.width, c.layers, c.heads, c.mlp, c.patch_size, c.image_size, c.activation) == ENCODER[name]
     with torch.device("meta"):
         blocks = ViT(c).blocks
@@ -185,13 +189,13 @@ def test_an_encoder_has_its_sizes(name, shared):
 def parts_of(checkpoint: Checkpoint) -> tuple[list, dict]:
     """The encoder, language model and adapter of a public VLM, on the meta device, each with its family
     and its part of the checkpoint; and the names that no part claims."""
-    row, (vision, language, config) = checkpoint.family(PUBLIC)
+    row, (vision, language, config) = checkpoint.row(PUBLIC)
     parts = [checkpoint.part(*which) for which in (
         (row.vision, vision), (row.language, language), (row.adapter, checkpoint.config))]
     with torch.device("meta"):
-        family, c = parts[0].family(ENCODERS)
+        family, c = parts[0].family(ENCODERS, ViTConfig)
         vit = ViT(c), family
-        family, c = parts[1].family(FAMILIES)
+        family, c = parts[1].family(FAMILIES, LLMConfig)
         llm = LLM(c), tie(family) if c.tied else family
         adapter = make_adapter(config, vit[0], llm[0]), Family(row.config, row.names, row.unused)
     stray = checkpoint.where.keys() - {name for part in parts for name in part.where}
@@ -259,6 +263,7 @@ def test_prompts_equal_what_the_chat_templates_render(said):
 # ---------------------------------------------------------------------------------------------------------
 # The real SmolLM2-135M-Instruct
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_says_what_the_reference_says(smollm2, said):
     tokenizer, llm = Tokenizer.from_pretrained(str(smollm2)), LLM.from_pretrained(str(smollm2))
@@ -272,6 +277,7 @@ def test_smollm2_says_what_the_reference_says(smollm2, said):
     assert tokenizer.decode(alone[0]) == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_in_bfloat16_takes_nearly_always_the_same_token(smollm2, said):
     tokenizer = Tokenizer.from_pretrained(str(smollm2))

@@ -15,11 +15,13 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageFont
 
-import data
 import sample
 import train
 from adapters import ADAPTERS, VLM, Attention, build
-from data import Pixels, Shapes, attend, watch
+from data import Pixels
+from support import drawing, scores
+from support.kernels import attend, watch
+from support.shapes import Shapes
 from fixtures.pictures import picture
 from llm import LLM
 from test_vlm import QUICK, SMALL, command
@@ -42,7 +44,7 @@ def test_watched_attention_is_softmax_and_changes_nothing(fixtures):
     expected = sum(scores.masked_fill(~mask[:, 0], -math.inf).softmax(-1) for scores in heads) / 2
     assert torch.allclose(seen[attention], expected, atol=1e-6)
     attention(q, k, k)  # unwatched
-    assert torch.allclose(seen[attention], expected, atol=1e-6) and data.WATCHED is None
+    assert torch.allclose(seen[attention], expected, atol=1e-6) and "attend" not in vars(attention)
 
     llm = LLM.from_pretrained(str(fixtures / "llama"))  # grouped heads, rotary
     tokens, (first, *_) = torch.randint(50, (2, 9)), [block.attention for block in llm.blocks]
@@ -59,20 +61,23 @@ def test_watched_attention_is_softmax_and_changes_nothing(fixtures):
 
 class Planted(torch.nn.Module):
     """An attention in which query i looks at key `target(i, number of keys)` alone."""
+    attend = staticmethod(attend)
 
     def __init__(self, target):
         super().__init__()
         self.target = target
 
-    def keys(self, k, v):
+    def keys_and_values(self, k, v):
         return k, v
 
-    def forward(self, q, k=None, *_, mask=None, kv=None):
-        k = kv[0] if kv else k
-        S = (k if isinstance(k, torch.Tensor) else q).shape[1]
+    def read(self, q, keys_and_values, mask):
+        return self(q, keys_and_values[0])
+
+    def forward(self, q, k=None, *_):
+        S = (k if isinstance(k, torch.Tensor) and k.dim() == 3 else q).shape[1]
         keys, at = torch.eye(S), [self.target(i, S) for i in range(q.shape[1])]
         keys = keys.expand(len(q), 1, S, S)
-        attend(1000 * keys[:, :, at], keys, keys)
+        self.attend(1000 * keys[:, :, at], keys, keys)
         return torch.zeros_like(q)
 
 
@@ -82,8 +87,8 @@ def test_words_look_where_attention_is_planted(adapter):
         "qformer", "resampler", "twoway", "flamingo") else {}
     vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter=adapter, adapter_sizes=sizes)).eval()
     prompt, text, grid, P = "a<image>b<image>", "a large red circle", 8, 2
-    ids, Q = vlm.encode(prompt)[0], vlm.adapter.queries
-    places = [i for i, id in enumerate(ids) if id == vlm.placeholder]
+    ids, Q = vlm.processor.encode(prompt)[0], vlm.adapter.queries
+    places = [i for i, id in enumerate(ids) if id == vlm.processor.placeholder]
     side = vlm.adapter.side or grid
 
     def patch(query):
@@ -104,7 +109,7 @@ def test_words_look_where_attention_is_planted(adapter):
         block.attention = Planted(lambda t, S: 0 if adapter == "flamingo" else places[query(t)])
     found = sample.look(vlm, torch.randn(P, 64, 128), prompt, text)
     assert [word for word, _ in found] == text.split()
-    tokens = vlm.encode(prompt, text)[0]
+    tokens = vlm.processor.encode(prompt, text)[0]
     assert len(tokens) == len(ids) + len(text.split()) + 1, "a token a word"
     for t, (word, at) in enumerate(found, len(ids) - 1):
         expected = torch.zeros(P, side ** 2)
@@ -140,7 +145,7 @@ def near(image: Image.Image, colour: str) -> np.ndarray:
 def test_curves_lie_where_the_metrics_say():
     lines = [dict(step=10 * i, loss=4 - 0.4 * i) for i in range(11)]  # 4 to 0, a straight line
     lines[5]["val"], lines[10]["val"], lines[3]["loss"] = 3.0, 1.0, math.nan
-    image = sample.curves(lines + [{"step": 100, "scores": {}}], "a run")
+    image = drawing.curves(lines + [{"step": 100, "scores": {}}], "a run")
     blue, orange = "#0072b2", "#d55e00"
     curve = np.array([(y, x) for y, x in near(image, blue) if y > 70])
     (top, left), (bottom, right) = curve.min(0), curve.max(0)
@@ -158,50 +163,50 @@ def test_curves_lie_where_the_metrics_say():
     assert (labels < 160).sum() > 100, "tick labels stand left of the axis"
 
     lines[10]["matching"] = 0.9
-    both = sample.curves(lines, "a run")
+    both = drawing.curves(lines, "a run")
     assert both.height == 2 * image.height and (near(both, "#009e73")[:, 0] > image.height).all()
     assert near(both, "#009e73").size and not near(image, "#009e73").size
 
 
 def test_curves_of_little():
-    assert sample.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
-    assert sample.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
+    assert drawing.curves([dict(step=2, loss=1.0)], "one").size == (960, 420)
+    assert drawing.curves([dict(step=2, loss=math.nan), dict(step=4, loss=None)], "none").size == (960, 420)
 
 
 @pytest.mark.parametrize("low, high, expected", (
     (0, 4, [0, 1, 2, 3, 4]), (0.25, 1.36, [0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4]), (1, 1, [1, 1.2]),
     (0, 700, [0, 200, 400, 600, 800])))
 def test_ticks(low, high, expected):
-    assert sample.ticks(low, high) == expected
+    assert drawing.ticks(low, high) == expected
 
 
 def test_contact_sheet_cuts_no_text():
     long = "a very long caption, with_a_word_that_is_much_too_long_for_its_column, that goes on and on and on"
     cells = [(picture(300, 200), [(long, "#d62828")]), (picture(20, 60), [("short", "#d62828")])]
-    sheet = sample.contact_sheet([("heading " * 20, cells), ("other", cells[:1])], columns=2, side=120)
+    sheet = drawing.contact_sheet([("heading " * 20, cells), ("other", cells[:1])], columns=2, side=120)
     red = near(sheet, "#d62828")
     margin = 12
     assert sheet.width == 2 * 140 + 20 and red.min() >= margin and red[:, 1].max() < sheet.width - margin
     assert red[:, 0].max() < sheet.height - margin
     font = ImageFont.load_default(15)
-    lines = sample.wrap(long, font, 120).split("\n")
+    lines = drawing.wrap(long, font, 120).split("\n")
     assert max(map(font.getlength, lines)) <= 120 and "".join(lines).replace(" ", "") == long.replace(" ", "")
-    assert sample.wrap("of two\n lines", font, 120) == "of two lines" and sample.wrap("", font, 9) == ""
+    assert drawing.wrap("of two\n lines", font, 120) == "of two lines" and drawing.wrap("", font, 9) == ""
 
 
 def test_best_and_worst_are_by_score():
     captions = Shapes(9, "test")
     texts = {i: captions.scene(i).captions()[0] for i in range(9)}
     texts[4] = "a large red cow"
-    rated = sample.rate(captions, texts)[1]
+    rated = scores.rate(captions, texts)[1]
     assert rated[0] == (1, "exact") and rated[4][1].startswith("wrong: shape, colour")
-    (best, first), (worst, last) = sample.best_and_worst("test", captions, texts, rated, 2)
+    (best, first), (worst, last) = drawing.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
     said, reference, _ = last[0][1]
     assert said == ("a large red cow", sample.INK)
     assert reference[0] == f"reference: {captions.scene(4).captions()[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
-    assert len(sample.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
+    assert len(drawing.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -245,6 +250,7 @@ def test_pictures_come_as_folders_patterns_and_from_stdin(trained, tmp_path, mon
     assert "empty: no pictures in this folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_json_of_a_set_and_quiet(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     Path("c.csv").write_text("image,caption\n" + "a.png,a thing\n" * 3)
@@ -311,6 +317,7 @@ def test_help_is_readable(module, monkeypatch, capsys):
         assert "default: 700" in text and "default: 0.001" in text
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -343,6 +350,7 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------
 # Elsewhere
 
+@pytest.mark.slow
 def test_workers_may_be_spawned():
     """As on macOS and Windows, where a worker gets the pictures by pickle."""
     vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={}))
@@ -359,22 +367,24 @@ def test_syntax_is_that_of_python_3_10(name):
     ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
+@pytest.mark.slow
 def test_file_names_of_any_bytes_are_printed(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import data; data.run(lambda: print('\\udcff: …'))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from support.console import run; run(lambda: print('\\udcff: …'))"
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path,
                           env={"PYTHONIOENCODING": "ascii", "PATH": ""})
     assert done.stdout.decode().strip() == "\\udcff: …" and not done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said, end, code", ((9, "", 141), (99_999, "", 141), (9, "sys.exit(2)", 141),
                                              (0, "sys.exit(2)", 2), (0, "raise KeyboardInterrupt", 130)))
 def test_exit_codes(said, end, code, tmp_path):
     """Where no one reads the output: what little is said is found unread at the end."""
-    program = f"""import sys; sys.path.insert(0, sys.argv[1]); import data
+    program = f"""import sys; sys.path.insert(0, sys.argv[1]); from support.console import run
 def main():
     print('x' * {said}, end='')
     {end or 'pass'}
-data.run(main)"""
+run(main)"""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", program, str(ROOT)], stdout=writer, stderr=subprocess.PIPE)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 from conftest import ROOT
-from data import Shapes, Shards, read_shard
+from formats.captions import Shards, read_shard
+from support.shapes import Shapes
 from formats.files import InputError
 from test_vlm import QUICK, SMALL, command, interrupt
 from vit import ViT
@@ -29,6 +31,7 @@ def losses(run: str) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------
 # Several processes
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, of_one", (
     (["--no-cache-features", "--lora", "2", "--lora-on", "llm,vit", "--shots", "2", "--accumulate", "2",
       "--layout", "image-text:0.4,text-image-text:0.3,text-image:0.3"], ["--accumulate", "4"]),
@@ -45,7 +48,7 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
     assert done.stdout.count("step 4/4") == 1
     assert command(monkeypatch, train, *options, *of_one, "--out", "one") == 0
     assert losses("two") == pytest.approx(losses("one"), abs=1e-4) and len(losses("two")) == 6
-    one, two = (load_file(f"{run}/adapter.safetensors") for run in ("one", "two"))
+    one, two = (load_file(f"{run}/checkpoint.safetensors") for run in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     assert {path.name for path in Path("one").iterdir()} == {path.name for path in Path("two").iterdir()}
     capsys.readouterr()
@@ -129,6 +132,7 @@ def test_each_pair_comes_once_an_epoch_to_one_process(world, shards):
         next(source[0].batches(4, 7, 0, 0, 7))
 
 
+@pytest.mark.slow
 def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shards)
     options = [*SMALL, *QUICK, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1", "--log-every", "1",
@@ -150,6 +154,7 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
         assert message in captured.err and captured.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
@@ -191,6 +196,7 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------
 # Features on disk
 
+@pytest.mark.slow
 def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
@@ -229,12 +235,12 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
 
 def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    encode = train.VLM.encode_pictures
+    encode = data.encode_pictures
 
     def stopped(*arguments):
         yield next(encode(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.VLM, "encode_pictures", stopped)
+    monkeypatch.setattr(data, "encode_pictures", stopped)
     assert command(monkeypatch, train, *SMALL, *QUICK, "--val-size", "80", "--features", "kept") == 130
     assert not any(Path("kept").iterdir())

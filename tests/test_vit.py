@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import PROCESSING, photographs, picture
-from vit import FAMILIES, PROCESSORS, Preprocessor, ViT
+from formats.encoders import FAMILIES
+from formats.pixels import PROCESSORS, Preprocessor
+from vit import ViT, ViTConfig
 
 ENCODERS = ("vit", "deit", "clip", "clip_vision", "siglip", "siglip_vision", "dinov2", "dinov2_swiglu",
             "dinov2_registers", "blip2_vision", "sam", "sam_vision")
@@ -121,27 +123,30 @@ def test_processor_that_is_not_known(fixtures, tmp_path):
 
 def test_config_defaults_are_the_references():
     """Public files leave keys out."""
+    def config(family: str, file: dict) -> ViTConfig:
+        return ViTConfig(**FAMILIES[family].config(file))
+
     large = dict(hidden_size=1024, num_attention_heads=16, patch_size=14)
-    openai = FAMILIES["clip"].config(dict(vision_config=large))
+    openai = config("clip", dict(vision_config=large))
     assert (openai.activation, openai.eps, openai.patch_size, openai.mlp) == ("quick_gelu", 1e-5, 14, 3072)
-    assert FAMILIES["clip"].config(dict(vision_config=dict(hidden_act="gelu"))).activation == "gelu"
+    assert config("clip", dict(vision_config=dict(hidden_act="gelu"))).activation == "gelu"
     # where both are there, the reference follows the second, with its defaults
     both = dict(vision_config=dict(hidden_act="gelu", hidden_size=1024),
                 vision_config_dict=dict(hidden_size=1152))
-    clip = FAMILIES["clip"].config(both)
+    clip = config("clip", both)
     assert (clip.width, clip.activation) == (1152, "quick_gelu")
-    siglip = FAMILIES["siglip"].config(dict(vision_config=dict(image_size=384, patch_size=14)))
+    siglip = config("siglip", dict(vision_config=dict(image_size=384, patch_size=14)))
     assert (siglip.grid, siglip.activation, siglip.eps) == (27, "gelu_pytorch_tanh", 1e-6)
-    giant = FAMILIES["dinov2"].config(dict(hidden_size=1536, mlp_ratio=4, use_swiglu_ffn=True,
+    giant = config("dinov2", dict(hidden_size=1536, mlp_ratio=4, use_swiglu_ffn=True,
                                            hidden_act="gelu"))
     assert (giant.mlp, giant.activation) == (4096, "silu")
-    rounded = FAMILIES["dinov2"].config(dict(hidden_size=20, num_attention_heads=2, use_swiglu_ffn=True))
+    rounded = config("dinov2", dict(hidden_size=20, num_attention_heads=2, use_swiglu_ffn=True))
     assert rounded.mlp == 56  # two thirds of 80, up to a multiple of 8
     # the first is unread
-    sam = FAMILIES["sam"].config(dict(vision_config=dict(intermediate_size=6144, mlp_dim=None)))
+    sam = config("sam", dict(vision_config=dict(intermediate_size=6144, mlp_dim=None)))
     assert (sam.mlp, sam.grid, sam.hidden, sam.window) == (3072, 64, 256, 14)
     assert sam.global_blocks == (2, 5, 8, 11)
-    eva = FAMILIES["blip-2"].config({})
+    eva = config("blip-2", {})
     assert (eva.width, eva.layers, eva.heads, eva.mlp, eva.patch_size) == (1408, 39, 16, 6144, 14)
 
 

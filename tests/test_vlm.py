@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import Shapes, run, stack
+from data import stack
+from support.console import run
+from support import scores
+from support.shapes import Shapes
 from formats.files import InputError
 from fixtures.pictures import picture
-from llm import LLM, nats
+from llm import LLM, token_losses
 from vit import ViT
 
 
@@ -62,15 +65,15 @@ def test_images_stand_where_the_text_says(fixtures):
     vlm = small(fixtures)
     V, Q = vlm.llm.config.vocabulary, 5
     image = [V, *[V + 2] * Q, V + 1]
-    assert vlm.encode("")[0] == [0, *image]
-    assert vlm.encode("ab")[0] == [0, *image, 20, 21]
-    ids, targets = vlm.encode("a<image>b<image>", "cd")
+    assert vlm.processor.encode("")[0] == [0, *image]
+    assert vlm.processor.encode("ab")[0] == [0, *image, 20, 21]
+    ids, targets = vlm.processor.encode("a<image>b<image>", "cd")
     assert ids == [0, 20, *image, 21, *image, 22, 23, 52]
     assert targets == [False] * (len(ids) - 3) + [True] * 3
-    assert vlm.encode("ab", "c")[0][-3:] == vlm.encode("", " c")[0][-3:]  # a space parts prompt and caption
-    assert len(vlm.encode("", "c" * 500)[0]) == 1 + len(image) + 128
+    assert vlm.processor.encode("ab", "c")[0][-3:] == vlm.processor.encode("", " c")[0][-3:]  # a space parts prompt and caption
+    assert len(vlm.processor.encode("", "c" * 500)[0]) == 1 + len(image) + 128
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
-    rows = torch.tensor([vlm.encode("a<image>b<image>")[0], vlm.encode("aaaaaaaaa<image>")[0]])
+    rows = torch.tensor([vlm.processor.encode("a<image>b<image>")[0], vlm.processor.encode("aaaaaaaaa<image>")[0]])
     x = vlm.embed(rows, vlm.images(features))
     images = vlm.adapter(features)
     assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5)
@@ -84,28 +87,30 @@ def test_images_stand_where_the_text_says(fixtures):
 def test_forward_scores_the_targets_alone(fixtures):
     vlm = small(fixtures)
     features = vlm.features(torch.randn(2, 3, 30, 30))
-    tokens, where, targets = stack([vlm.encode("", "abc"), vlm.encode("a", "b")])
-    logits = vlm(tokens, features, where)
+    tokens, where, targets = stack([vlm.processor.encode("", "abc"), vlm.processor.encode("a", "b")])
+    logits = vlm.logits(tokens, features, where)
     whole = vlm.llm(embeddings=vlm.embed(tokens, vlm.images(features)))
     expected = torch.cat([whole[0, 7:11], whole[1, 8:11]])
-    assert targets.tolist() == [20, 21, 22, 52, *vlm.encode("a", "b")[0][-3:]]
+    assert targets.tolist() == [20, 21, 22, 52, *vlm.processor.encode("a", "b")[0][-3:]]
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
 @torch.no_grad()
 def test_images_are_to_spell_captions(fixtures):
     vlm = small(fixtures)
-    tokens, where, targets, _ = vlm.batch([("a<image>b<image>", None), ("", "cc")])
-    spelled, words = vlm.spelling(["ab", "abcabcabc", "c"])
+    examples, captions = [("a<image>b<image>", None), ("", "cc")], ["ab", "abcabcabc", "c"]
+    batch = vlm.processor.batch(examples, spelled=captions, queries=5)
+    words = batch.spelling.targets
     features = vlm.features(torch.randn(3, 3, 30, 30))
     images = vlm.adapter(features)
     assert words.tolist() == [20, 21, 20, 21, 22, 20, 21, 22]  # no more than the five queries
     expected = torch.cat([images[0, :2], images[1, :5], images[2, :1]]) @ vlm.llm.embedding.weight.T
-    lost, letters = vlm(tokens, features, where, targets, spelling=(spelled, words))
+    lost, letters = vlm(batch, features)
     assert torch.allclose(letters, F.cross_entropy(expected, words, reduction="none"), atol=1e-5)
-    assert torch.equal(lost, vlm(tokens, features, where, targets))
+    assert torch.equal(lost, vlm(batch._replace(spelling=None), features)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter, kinds", (("qformer", 2), ("resampler", 2), ("flamingo", 1)))
 def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures, monkeypatch):
     """As torch.compile sees it: nothing breaks a graph, and no layer or length needs another. A Q-Former has
@@ -124,13 +129,11 @@ def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures
     torch._dynamo.reset()
     batches = []
     for texts in (["abc", "ab", "a", "b"], ["abcabca", "c", "ab"], ["cab", "abcba", "b", "c", "a", "b"]):
-        tokens, where, targets, _ = vlm.batch([("", text) for text in texts])
-        pixels = torch.randn(len(texts), 3, 30, 30)
-        batches.append((tokens, pixels, where, targets, 1, vlm.spelling(texts)))
+        batch = vlm.processor.batch([("", text) for text in texts], spelled=texts, queries=5)
+        batches.append((batch, torch.randn(len(texts), 3, 30, 30)))
 
     def losses():
-        return [loss for tokens, pixels, *wanted in batches
-                for loss in vlm(tokens, vlm.features(pixels), *wanted)]
+        return [loss for batch, pixels in batches for loss in vlm(batch, vlm.features(pixels))]
 
     expected = losses()
     pictures = [Shapes(9).picture(i) for i in range(4)]
@@ -147,12 +150,12 @@ def test_what_is_computed_again_is_the_same(fixtures):
     """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
     vlm, runs = small(fixtures).train(), []
     vlm.llm.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    tokens, where, targets, _ = vlm.batch([("", "abc"), ("a", "b")])
+    batch = vlm.processor.batch([("", "abc"), ("a", "b")])
     features = vlm.features(torch.randn(2, 3, 30, 30))
     found = []
     for vlm.llm.recomputes in (False, True):
         vlm.zero_grad()
-        vlm(tokens, features, where, targets).mean().backward()
+        vlm(batch, features)[0].mean().backward()
         found.append({name: p.grad.clone() for name, p in vlm.trained.items()})
     assert len(runs) == 3 and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -170,7 +173,7 @@ def test_a_loss_in_parts_is_the_same():
     expected = F.cross_entropy(logits(states), targets, reduction="none")
     wanted = torch.autograd.grad(expected.square().sum(), (states, head))
     most_seen.clear()
-    lost = nats(states, targets, logits, 11, rows=3)
+    lost = token_losses(states, targets, logits, 11, rows=3)
     found = torch.autograd.grad(lost.square().sum(), (states, head))
     assert torch.allclose(lost, expected) and max(most_seen) == 33
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted))
@@ -191,8 +194,8 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
 def test_only_the_adapter_is_trained(fixtures):
     vlm = small(fixtures).train()
     assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
-    tokens, where, targets = stack([vlm.encode("", "abc")])
-    vlm(tokens, vlm.features(torch.randn(1, 3, 30, 30)), where, targets).mean().backward()
+    batch = vlm.processor.batch([("", "abc")])
+    vlm(batch, vlm.features(torch.randn(1, 3, 30, 30)))[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items()
                if not name.endswith("k.bias"))
     assert all(p.grad is None and not p.requires_grad for part in (vlm.vit, vlm.llm)
@@ -207,31 +210,31 @@ def test_scores_equal_pycocoevalcap(fixtures):
     golden = json.loads((fixtures / "scores.json").read_text())
     candidates = [text.split() for text in golden["candidates"]]
     references = [[text.split() for text in texts] for texts in golden["references"]]
-    assert sample.bleu(candidates, references) == pytest.approx(golden["bleu"], abs=1e-3)
-    each = sample.cider(candidates, references)
+    assert scores.bleu(candidates, references) == pytest.approx(golden["bleu"], abs=1e-3)
+    each = scores.cider(candidates, references)
     assert sum(each) / len(each) == pytest.approx(golden["cider"], abs=1e-3)
     assert golden["cider"] > 0.3 and golden["bleu"][3] > 0.05
 
 
 def test_words_of_a_caption():
-    words = sample.words("A man's dog, in a T-shirt, can't swim (yet).")
+    words = scores.words("A man's dog, in a T-shirt, can't swim (yet).")
     assert words == "a man 's dog in a t-shirt ca n't swim yet".split()
 
 
 def test_shapes_are_judged():
     captions = Shapes(40, "test")
-    perfect = sample.rate(captions, {i: captions.scene(i).captions()[i % 4] for i in range(40)})[0]
+    perfect = scores.rate(captions, {i: captions.scene(i).captions()[i % 4] for i in range(40)})[0]
     assert perfect == dict(exact=1, shape=1, colour=1, size=1, count=1, relation=1)
     others = {i: captions.scene((i + 1) % 40).captions()[0] for i in range(40)}
-    assert sample.rate(captions, others)[0]["exact"] < 0.1
-    text = sample.table({"test": perfect, "val": {"BLEU-4": 0.1234}})
+    assert scores.rate(captions, others)[0]["exact"] < 0.1
+    text = scores.table({"test": perfect, "val": {"BLEU-4": 0.1234}})
     assert "100.0 %" in text and "0.123" in text and len(set(map(len, text.splitlines()))) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Command lines
 
-QUICK = ["--scenes", "96", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0",
+QUICK = ["--scenes", "48", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0",
          "--save-every", "4", "--log-every", "2",
          "--warmup", "2"]
 SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
@@ -260,6 +263,7 @@ def interrupt(monkeypatch, *options) -> None:
     monkeypatch.setattr(train, "save_checkpoint", checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -275,7 +279,7 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     assert [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
     assert lines[3]["val"] != lines[1]["val"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "adapter.safetensors", "state.safetensors", "metrics.jsonl", "captions-test.jsonl",
+        "config.json", "checkpoint.safetensors", "metrics.jsonl", "captions-test.jsonl",
         "captions-unseen.jsonl", "curves.png", "samples.png"}
     picture(120, 80).save("a.png")
     picture(30, 90).convert("L").save("b.jpg")
@@ -298,6 +302,7 @@ def test_encoder_options_reach_the_run(tmp_path, monkeypatch, capsys):
     assert torch.equal(vlm.features(pixels), vlm.vit(pixels, layer=-2))
 
 
+@pytest.mark.slow
 def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
@@ -323,6 +328,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     assert "2 of 12 pictures can't be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ("--cache-features", "--no-cache-features"))
 def test_resumed_run_equals_an_unbroken_one(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -332,20 +338,22 @@ def test_resumed_run_equals_an_unbroken_one(cache, tmp_path, monkeypatch, capsys
     assert command(monkeypatch, train, "--resume", "parts", "--lr", "0.5") == 2
     assert "--lr can't change on --resume: the run has 0.001" in capsys.readouterr().err
     assert command(monkeypatch, train, "--resume", "parts") == 0
-    whole, parts = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "parts"))
+    whole, parts = (load_file(f"{run}/checkpoint.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parts in ("1", "4"):
         assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--accumulate", parts,
                        "--precision", "float32",
                        "--out", parts) == 0
-    one, four = (load_file(f"{parts}/adapter.safetensors") for parts in ("1", "4"))
+    one, four = (load_file(f"{parts}/checkpoint.safetensors") for parts in ("1", "4"))
     assert all(torch.allclose(one[name], four[name], atol=1e-4) for name in one)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, train, "--adapter", "linear", *QUICK, "--out", "run") == 0
@@ -355,12 +363,12 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
     Path("empty.csv").write_text("image,caption\n")
     Path("one.csv").write_text("image,caption\nwhole.jpg,a picture\n")
     shutil.copytree("run", "cut")
-    Path("cut/adapter.safetensors").write_bytes(Path("run/adapter.safetensors").read_bytes()[:300])
+    Path("cut/checkpoint.safetensors").write_bytes(Path("run/checkpoint.safetensors").read_bytes()[:300])
     shutil.copytree("run", "other")
     config = json.loads(Path("run/config.json").read_text())
     Path("other/config.json").write_text(json.dumps({**config, "adapter": "mlp"}))
     shutil.copytree("run", "empty")
-    Path("empty/adapter.safetensors").unlink()
+    Path("empty/checkpoint.safetensors").unlink()
     capsys.readouterr()
     for module, arguments, part in (
             (sample, ("none.jpg", "--model", "run"), "none.jpg: no such picture"),
@@ -368,9 +376,9 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (sample, ("cut.jpg", "--model", "run"), "cut.jpg: broken picture"),
             (sample, ("whole.jpg", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
             (sample, ("whole.jpg", "--model", "cut"),
-             "cut/adapter.safetensors: not a whole safetensors file"),
-            (sample, ("whole.jpg", "--model", "other"), "other/adapter.safetensors: tensor 'adapter."),
-            (sample, ("whole.jpg", "--model", "empty"), "empty/adapter.safetensors: no such file"),
+             "cut/checkpoint.safetensors: not a whole safetensors file"),
+            (sample, ("whole.jpg", "--model", "other"), "other/checkpoint.safetensors: tensor '"),
+            (sample, ("whole.jpg", "--model", "empty"), "empty/checkpoint.safetensors: no such file"),
             (sample, ("whole.jpg", "--model", fixtures / "vit"), "config.json: not the folder of a run"),
             (sample, ("whole.jpg",), "no trained run in out/"),
             (sample, ("whole.jpg", "--model", "run", "--device", "cuda:77"), "--device cuda:77"),
@@ -394,15 +402,14 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--batch", "10", "--accumulate", "3"), "--accumulate 3 equal parts"),
             (train, ("--out", "run"), "run: there is a run already"),
             (train, ("--resume", "nowhere/at/all"), "nowhere/at/all: no such folder"),
-            (train, ("--resume", "cut"), "cut/state.safetensors: not a whole safetensors file")):
-        if arguments == ("--resume", "cut"):
-            Path("cut/state.safetensors").unlink()
+            (train, ("--resume", "cut"), "cut/checkpoint.safetensors: not a whole safetensors file")):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         code, captured = command(monkeypatch, module, *arguments), capsys.readouterr()
         assert code == 2, arguments
         assert part in captured.err and captured.err.count("\n") == 1, captured.err
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_when_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(90, 90).save("a.jpg")
@@ -416,6 +423,7 @@ def test_blocks_are_compiled_when_asked(tmp_path, monkeypatch):
     assert len(asked) == 2 and all(isinstance(vlm, VLM) for vlm in asked)
 
 
+@pytest.mark.slow
 def test_a_bad_picture_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, train, "--adapter", "linear", *QUICK) == 0

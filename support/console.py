@@ -1,0 +1,105 @@
+"""The command line: options, help, errors in one line."""
+import argparse
+import difflib
+import gc
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from formats.files import InputError
+
+
+def nearest(word: str, known) -> str:
+    """A question whether the one of `known` that is most like `word` was meant, if any is."""
+    return "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(word, known, 1, 0.7))
+
+
+def one_of(known, what: str, word: str) -> str:
+    """`word`, if it is one of `known`. Raises InputError."""
+    if word not in known:
+        raise InputError(f"unknown {what} '{word}': choose from {', '.join(known)}{nearest(word, known)}")
+    return word
+
+
+def complain(error: Exception | str) -> None:
+    """Prints an error as one line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
+        "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
+    label = "\33[31merror:\33[0m" if colour else "error:"
+    print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
+
+
+def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
+    """Runs a command line's `main`, with output in UTF-8. An InputError is one line on stderr, exit code 2; so
+    is a GPU out of memory, for which `memory` names the remedies."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if not gc.get_freeze_count():
+        gc.freeze()  # to look for garbage in all that was imported takes longer than to load a small model
+    try:
+        try:
+            main()
+        finally:  # what is left of the output may find its reader gone
+            sys.stdout.flush()
+    except (InputError, RuntimeError) as error:
+        if not isinstance(error, InputError) and not out_of_memory(error):
+            raise
+        complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU had no memory left: torch tells so in several ways, some of them the error behind one."""
+    if error is None:
+        return False
+    said = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or (
+        "_ALLOC_FAILED" in str(error))  # cuBLAS's and cuDNN's
+    return said or out_of_memory(error.__cause__ or error.__context__)
+
+
+EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
+              "130 Ctrl-C, 143 SIGTERM, 141 broken pipe")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, 100 columns at most; tells the default of every option whose text doesn't."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns - 2))
+
+    def _get_help_string(self, action):
+        told = "(default" in action.help or action.default in ("", argparse.SUPPRESS)
+        known = type(action.default) in (int, float, str)
+        return action.help + " (default: %(default)s)" * (known and not told)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
+
+
+class Parser(argparse.ArgumentParser):
+    """Of both command lines. Raises InputError where argparse would print its usage."""
+
+    def __init__(self, description: str):
+        super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,
+                         formatter_class=Help)
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments:.*? (--?[\w-]+)", message)
+        raise InputError(message + (nearest(unknown[1], self._option_string_actions) if unknown else ""))
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--precision", default="auto", metavar="TYPE",
+                        help="bfloat16, float16 or float32, of weights and arithmetic (default: bfloat16 "
+                             "where the hardware is fast at it, float16 on older GPUs, else float32)")

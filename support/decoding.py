@@ -1,0 +1,74 @@
+"""How the next token is chosen: the likeliest, a drawn one, or by beam search."""
+import torch
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draws the next token of each row of logits (B,V): ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:  # the smallest set of tokens whose probabilities reach top_p
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        out = probabilities.cumsum(-1) - probabilities >= top_p
+        out[:, 0] = False
+        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+    # as torch.multinomial draws, but that would wait for a GPU
+    chances = logits.softmax(-1)
+    return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+
+
+class BeamSearch:
+    """The `beams` likeliest texts of each of B rows go on side by side. Of those that ended, the `beams` best
+    by mean log-probability are kept, until the best that goes on is no better than the worst of these."""
+
+    def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor):
+        self.beams = beams
+        self.max_tokens = max_tokens
+        self.ends = ends
+        self.end_tokens = set(ends.tolist())
+        self.texts = [[[]] for _ in range(B)]  # that go on, best first
+        self.scores = [[0.0] for _ in range(B)]  # of these
+        self.ended = [[] for _ in range(B)]  # (score, text), best first
+        self.done = [False] * B
+
+    def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (B·k,V) of each row's k texts (one, then `beams`) to the ids (B·beams,) that go on, which of
+        the B·k texts each continues, and which rows (B,) are done."""
+        B, k, V = len(self.texts), len(self.texts[0]), logits.shape[-1]
+        totals = logits.log_softmax(-1).view(B, k, V) + logits.new_tensor(self.scores)[..., None]  # (B,k,V)
+
+        # The best of all continuations, which may end; and the best that go on
+        most = min(self.beams, k * V)
+        best = totals.flatten(1).topk(most)  # (B,beams)
+        on = totals.index_fill(2, self.ends, -torch.inf).flatten(1).topk(most)
+        scores, places = best.values.tolist(), best.indices.tolist()
+        on_scores, on_places = on.values.tolist(), on.indices.tolist()
+        for b in range(B):
+            if not self.done[b]:
+                self.end(b, scores[b], self.continued(b, places[b], V), on_scores[b][0])
+            self.texts[b] = self.continued(b, on_places[b], V)
+            self.scores[b] = on_scores[b]
+        rows = on.indices // V + k * torch.arange(B, device=logits.device)[:, None]
+        return (on.indices % V).flatten(), rows.flatten(), torch.tensor(self.done)
+
+    def continued(self, b: int, places: list[int], V: int) -> list[list[int]]:
+        """Texts of row b, each with the token that its place i among k · V continuations says."""
+        return [self.texts[b][i // V] + [i % V] for i in places]
+
+    def end(self, b: int, scores: list[float], texts: list[list[int]], best_on: float) -> None:
+        """Keeps those texts of row b that ended, and decides whether the row is done."""
+        length = len(texts[0])
+        last = length == self.max_tokens
+        for score, text in zip(scores, texts):
+            if text[-1] in self.end_tokens or last:
+                self.ended[b].append((score / length, text))
+        self.ended[b] = sorted(self.ended[b], reverse=True)[:self.beams]
+        full = len(self.ended[b]) == self.beams
+        self.done[b] = last or full and best_on / length <= self.ended[b][-1][0]
+
+    def best(self) -> list[list[int]]:
+        return [ended[0][1] if ended else [] for ended in self.ended]

@@ -1,0 +1,185 @@
+"""What a run tells: its log, its progress, and the signals that stop it."""
+import argparse
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from formats.files import InputError, guard
+from support.processes import RANK, WORLD
+
+
+class Log:
+    """A run's metrics.jsonl, and TensorBoard's if asked for. Makes the folder, and until it is closed keeps
+    others from training in it. Of torchrun's processes the first alone writes. Raises InputError."""
+
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        self.folder = folder
+        self.tensorboard = tensorboard and not RANK
+        if tensorboard:
+            board_writer()  # is it installed?
+        if RANK:
+            return
+        with guard(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # to close another handle of it would give up the lock
+            self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
+            if not lock(self.file):
+                raise InputError(f"{folder}: another process is training in it")
+            for left in folder.rglob(".*tmp*"):  # by a process that was killed
+                left.unlink()
+
+    def begin(self, step: int) -> None:
+        """Takes off what came after `step`, and the scores."""
+        if RANK:
+            return
+
+        def stays(line: bytes) -> bool:
+            try:
+                entry = json.loads(line)
+                return entry["step"] <= step and "scores" not in entry
+            except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
+                return False
+
+        with guard(self.file.name):
+            self.file.seek(0)
+            lines = self.file.read().splitlines(keepends=True)
+            self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
+        if self.tensorboard:
+            self.board = board_writer()(self.folder, purge_step=step)
+
+    def add(self, entry: dict) -> None:
+        """Adds a line, on the disk when this returns. What isn't finite becomes null."""
+        if RANK:
+            return
+        entry = {key: None if value != value else value for key, value in entry.items()}
+        line = json.dumps(entry).encode() + b"\n"
+        with guard(self.file.name):
+            if self.file.write(line) != len(line):
+                raise InputError(f"{self.file.name}: no space left for a line")
+            os.fsync(self.file.fileno())
+        if self.tensorboard:
+            for label, row in {"": entry, **entry.get("scores", {})}.items():
+                for name, value in row.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(f"{label}/{name}".lstrip("/"), value, entry["step"])
+
+    def entries(self) -> list[dict]:
+        self.file.seek(0)
+        return [json.loads(line) for line in self.file.read().splitlines()]
+
+    def close(self) -> None:
+        if not RANK:
+            self.file.close()
+        if self.tensorboard:
+            self.board.close()
+
+
+def board_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs its package: pip install tensorboard") from None
+
+
+def lock(file) -> bool:
+    """Locks an open file for this process, until it is closed. False where another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(1 << 30)  # where no one reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's a worker would inherit
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+
+
+class Signals:
+    """Ctrl-C, or a cluster's SIGTERM. It ends the process at once where no step would be lost, or the second
+    time. Else `asked` is the signal, for the loop to see once the step is done."""
+
+    def __init__(self):
+        self.unsaved = False
+        self.asked = 0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.asked or not self.unsaved:
+            raise SystemExit(128 + number)
+        self.asked = number
+
+    def agreed(self, step: int, device: torch.device) -> int:
+        """What was asked of any of torchrun's processes, 0 if nothing. Several look in every tenth step alone,
+        so as not to wait for each other in each."""
+        if WORLD == 1:
+            return self.asked
+        if step % 10 < 9:
+            return 0
+        asked = torch.tensor(self.asked, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item()
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """What happened since the last line: mean loss, speed, time left; on a terminal, shown twice a second."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.steps = args.steps
+        self.quiet = args.quiet
+        self.terminal = sys.stdout.isatty()
+        self.drawn = 0.0
+        self.begin()
+
+    def begin(self, losses: list[torch.Tensor] = ()) -> None:
+        self.start = time.time()
+        self.losses = list(losses)
+        self.images = 0
+        self.tokens = 0
+
+    def add(self, step: int, loss: torch.Tensor, images: int, tokens: int) -> None:
+        self.losses.append(loss)
+        self.images += images
+        self.tokens += tokens
+        if self.terminal and time.time() - self.drawn > 0.5:
+            self.show(self.line(step), "\r")
+
+    def line(self, step: int) -> dict:
+        seconds, losses = time.time() - self.start, torch.stack(self.losses)
+        skipped = losses.isnan().sum().item()
+        line = {"step": step + 1, "loss": losses.nanmean().item()}
+        if skipped:
+            line["skipped"] = skipped
+        line["images_per_s"] = self.images / seconds
+        line["tokens_per_s"] = self.tokens / seconds
+        line["s_left"] = (self.steps - step - 1) * seconds / len(self.losses)
+        return line
+
+    def show(self, line: dict, end: str = "\n") -> None:
+        if self.quiet:
+            return
+        self.drawn = time.time()
+        minutes, seconds = divmod(round(line["s_left"]), 60)
+        parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}"]
+        parts += [f"{name} {line[name]:.4f}" for name in ("val", "matching") if name in line]
+        if "skipped" in line:
+            parts.append(f"{line['skipped']} steps skipped: not finite")
+        parts += [f"{line['images_per_s']:.0f} images/s", f"{line['tokens_per_s']:.0f} tokens/s",
+                  f"{minutes}:{seconds:02d} left"]
+        print("  ".join(parts) + (" " * 8 if self.terminal else ""), end=end, flush=True)

@@ -1,0 +1,61 @@
+"""What the machine has: device, precision, a compiler, free memory."""
+import os
+
+import torch
+
+from formats.files import InputError, warn
+from support.console import one_of
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError for what isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":  # for whatever asks for no device by name
+            torch.cuda.set_device(device)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tries torch.compile on something small: it needs a C++ compiler and, on a GPU, Triton and a GPU that
+    Triton knows. Says why where it fails."""
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever a compiler may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warn(f"nothing is compiled, which is slower: {reason}")
+        return False
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """"auto" takes bfloat16 where the hardware multiplies it fast, float16 on older GPUs, else float32."""
+    if one_of(("auto", "bfloat16", "float16", "float32"), "precision", name) != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise InputError("--precision float16 needs a GPU: on a CPU take bfloat16 or float32")
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free on the device; 4 GiB where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device: from memory that a GPU reads by itself, so that the CPU needn't wait for it."""
+    if x.is_cpu and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
