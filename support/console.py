@@ -27,7 +27,8 @@ def one_of(known, what: str, word: str) -> str:
 
 
 def complain(error: Exception | str) -> None:
-    """Prints an error as one line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is set."""
+    """Prints an error as one line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is
+    set."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
         "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
     label = "\33[31merror:\33[0m" if colour else "error:"
@@ -35,8 +36,8 @@ def complain(error: Exception | str) -> None:
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
-    """Runs a command line's `main`, with output in UTF-8. An InputError is one line on stderr, exit code 2; so
-    is a GPU out of memory, for which `memory` names the remedies."""
+    """Runs a command line's `main`, with output in UTF-8. An InputError is one line on stderr, exit code 2;
+    so is a GPU out of memory, for which `memory` names the remedies."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not gc.get_freeze_count():
         gc.freeze()  # to look for garbage in all that was imported takes longer than to load a small model

@@ -118,8 +118,8 @@ class Signals:
         self.asked = number
 
     def agreed(self, step: int, device: torch.device) -> int:
-        """What was asked of any of torchrun's processes, 0 if nothing. Several look in every tenth step alone,
-        so as not to wait for each other in each."""
+        """What was asked of any of torchrun's processes, 0 if nothing. Several look in every tenth step
+        alone, so as not to wait for each other in each."""
         if WORLD == 1:
             return self.asked
         if step % 10 < 9:

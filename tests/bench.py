@@ -72,7 +72,9 @@ class Ours:
         config = dict(vit=str(folder / "vit"), llm=str(folder / "llm"), image_size=side,
                       adapter="pixelshuffle", adapter_sizes=dict(scale=scale))
         self.vlm = build(config, args.dtype).to(args.device)
-        self.vlm.processor.ends, self.llm, self.trained = (), self.vlm.llm, list(self.vlm.adapter.parameters())
+        self.vlm.processor.ends = ()
+        self.llm = self.vlm.llm
+        self.trained = list(self.vlm.adapter.parameters())
         self.llm.recomputes = recompute
         if compiled:
             self.vlm.compile_blocks()
@@ -458,7 +460,8 @@ def tokenizer(size: str, args) -> None:
 def load_part(who: str, model: str, folder: str, dtype: str, cpu_time: bool) -> tuple[float, int, int]:
     """Seconds of loading, bytes that it adds at the peak, bytes of the weights."""
     if who == "ours":
-        import llm, vit
+        import llm
+        import vit
         load = (llm.LLM if "Causal" in model else vit.ViT).from_pretrained
     else:
         load = getattr(importlib.import_module("transformers"), model).from_pretrained

@@ -14,11 +14,6 @@ SHARED = ROOT.parent / "shared"  # real checkpoints and photographs, where they 
 FEW = 60  # tests that one process runs sooner than two
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():

@@ -445,7 +445,8 @@ def test_captions_are_data(name):
             assert controls(*vlm.processor.encode("word", data)) == controls(*plain), (token, data)
             if IMAGE not in data:  # which, in a prompt, is where a picture stands
                 assert controls(*vlm.processor.encode(data, "word")) == controls(*plain), (token, data)
-                assert controls(*vlm.processor.encode(f"{IMAGE}{data}", "word")) == controls(*plain), (token, data)
+                behind = vlm.processor.encode(f"{IMAGE}{data}", "word")
+                assert controls(*behind) == controls(*plain), (token, data)
     tokens, where, targets = stack([vlm.processor.encode("word", f"<im{IMAGE}age>{IMAGE}")])
     assert (tokens == vlm.processor.placeholder).sum() == vlm.adapter.queries  # of the one picture
 

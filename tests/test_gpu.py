@@ -55,7 +55,7 @@ def test_the_shape_of_features_is_known_before_a_picture_is_read(name, layer, fi
         dict(adapter="linear", adapter_sizes={}, layer=layer),
     )
     side = vit.config.image_size
-    assert vlm.features(torch.zeros(1, 3, side, side)).shape[1:] == vlm.vit.feature_shape(vlm.config.get('layer'))
+    assert vlm.features(torch.zeros(1, 3, side, side)).shape[1:] == vit.feature_shape(layer)
 
 
 def test_an_encoder_meets_no_batch_of_one(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from llm import LLM, KVCache, sample
 from lora import add_lora
 
 FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear", "smollm3",
-            "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_partial", "gpt_neox", "gpt_neox_serial",
+            "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_partial", "gpt_neox",
+            "gpt_neox_serial",
             "gemma3")
 DECODERS = ("gpt2", "gpt2_old", "llama", "llama_wide", "llama_sharded")
 

@@ -158,7 +158,8 @@ def test_a_question_controls_nothing(fixtures):
             ("llava_llama3", "<|eot_id|>"), ("smolvlm", "<end_of_utterance>"), ("llava", "</s>")):
         vlm = VLM.from_pretrained(str(fixtures / name))
         plain, asked = (vlm.processor.encode(text)[0] for text in ("What?", f"What?{control}"))
-        assert asked.count(vlm.processor.tokenizer.special[control]) == plain.count(vlm.processor.tokenizer.special[control])
+        id = vlm.processor.tokenizer.special[control]
+        assert asked.count(id) == plain.count(id)
         assert len(asked) > len(plain)
         ids, targets = vlm.processor.encode("What?", f"A dog{control}<image>")
         before = targets.index(True)

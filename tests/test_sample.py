@@ -369,7 +369,8 @@ def test_syntax_is_that_of_python_3_10(name):
 
 @pytest.mark.slow
 def test_file_names_of_any_bytes_are_printed(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from support.console import run; run(lambda: print('\\udcff: …'))"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from support.console import run; "
+            "run(lambda: print('\\udcff: …'))")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, cwd=tmp_path,
                           env={"PYTHONIOENCODING": "ascii", "PATH": ""})
     assert done.stdout.decode().strip() == "\\udcff: …" and not done.returncode, done.stderr

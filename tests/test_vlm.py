@@ -70,10 +70,12 @@ def test_images_stand_where_the_text_says(fixtures):
     ids, targets = vlm.processor.encode("a<image>b<image>", "cd")
     assert ids == [0, 20, *image, 21, *image, 22, 23, 52]
     assert targets == [False] * (len(ids) - 3) + [True] * 3
-    assert vlm.processor.encode("ab", "c")[0][-3:] == vlm.processor.encode("", " c")[0][-3:]  # a space parts prompt and caption
+    # a space parts prompt and caption
+    assert vlm.processor.encode("ab", "c")[0][-3:] == vlm.processor.encode("", " c")[0][-3:]
     assert len(vlm.processor.encode("", "c" * 500)[0]) == 1 + len(image) + 128
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
-    rows = torch.tensor([vlm.processor.encode("a<image>b<image>")[0], vlm.processor.encode("aaaaaaaaa<image>")[0]])
+    texts = "a<image>b<image>", "aaaaaaaaa<image>"
+    rows = torch.tensor([vlm.processor.encode(text)[0] for text in texts])
     x = vlm.embed(rows, vlm.images(features))
     images = vlm.adapter(features)
     assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5)
