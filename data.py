@@ -151,6 +151,9 @@ class Processor:
         self.format = format
         self.split = config.get("split", True)  # whether pictures are seen in tiles too, if the family does
         self.vocabulary = llm.vocabulary
+        self.positions = llm.max_positions
+        self.keeps_lines = format is not OURS  # of questions and answers: in a run of ours a newline ends one
+        self.cut = 0  # how many texts didn't fit, and lost their first words
 
         # Ids of ours: a tokenizer may have tokens for which the LLM has no embedding, so that they come
         # behind
@@ -194,8 +197,17 @@ class Processor:
         embedding.
         """
         head, text, tail = self.fill_format(text, images, raw)
-        ids = self.prompt_ids(head, text, tail, tiles, raw)
+        sizes = [next(tiles) for _ in range((head + text + tail).count(IMAGE))]
         target = [] if caption is None else self.caption_ids(head + text + tail, caption, max_tokens)
+        ids = self.prompt_ids(head, text, tail, sizes, raw)
+
+        # A text that is too long loses its first words, unless pictures stand among them
+        answer = min(max_tokens, self.positions // 4) if caption is None else len(target)
+        whole = text
+        while text and IMAGE not in text and (over := len(ids) + answer - self.positions) > 0:
+            text = text[over:].partition(" ")[2]
+            ids = self.prompt_ids(head, text, tail, sizes, raw)
+        self.cut += text != whole
         for id in self.no_embedding.intersection(ids + target):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
@@ -213,9 +225,9 @@ class Processor:
         head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
         return head, text, tail
 
-    def prompt_ids(self, head: str, text: str, tail: str, tiles: Iterator[tuple[int, int]],
+    def prompt_ids(self, head: str, text: str, tail: str, sizes: list[tuple[int, int]],
                    raw: bool) -> list[int]:
-        """The ids before the caption; see `encode`."""
+        """The ids before the caption, with rows and columns of each picture; see `encode`."""
         # What the format spells may be special tokens, what the text spells is plain
         prompt = head + text + tail
         plain = range(0) if raw else range(len(head), len(head + text))
@@ -232,7 +244,7 @@ class Processor:
         ids = ids[:first] + self.start + ids[first:]
 
         # Each picture takes as many ids as it has embeddings
-        found = []
+        found, tiles = [], iter(sizes)
         for id in ids:
             found += self.image_tokens(*next(tiles)) if id == self.placeholder else [id]
         return found

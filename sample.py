@@ -22,8 +22,9 @@ from PIL import Image
 
 from adapters import CHECKPOINT, VLM
 from data import Views, chunks, encode_pictures, few_shot, stack
-from formats.captions import FORMATS, IMAGE, Captions, clean, open_picture
+from formats.captions import IMAGE, Captions, flat
 from formats.files import InputError, write_text
+from formats.pictures import FORMATS, open_picture
 from lora import merge_lora
 from support.console import Parser, complain, machine_options, run
 from support.drawing import GREY, INK, contact_sheet, write_picture
@@ -62,6 +63,7 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument_group("caption sets").add_argument
     add("--data", metavar="FILE", help="caption and score this set: captions as for train.py, or 'shapes'")
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
+    add("--split-name", metavar="NAME", help="the rows of this split alone, where the file has splits")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
     add("--workers", type=int, default=2, help="processes that read pictures")
 
@@ -330,7 +332,9 @@ def main() -> None:
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
     elif args.data:
-        sets = {Path(args.data).name: Captions(args.data, args.images)}
+        captions = Captions(args.data, args.images, args.split_name)
+        captions.check_pictures()
+        sets = {Path(args.data).name: captions}
     else:
         files = []
         for name in args.pictures:
@@ -338,6 +342,9 @@ def main() -> None:
 
     # The model, made fast
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)
+    if args.data:
+        for captions in sets.values():
+            captions.keep_lines = vlm.processor.keeps_lines
     if args.merge_lora:
         merge_lora(vlm)
     if args.compile and can_compile(vlm.device):
@@ -352,7 +359,7 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=generator)
-    shots = [(open_picture(name), clean(caption)) for name, caption in args.shot]
+    shots = [(open_picture(name), flat(caption)) for name, caption in args.shot]
     if args.data:
         score_sets(vlm, sets, shots, decoding, args)
     else:

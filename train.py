@@ -28,9 +28,10 @@ import torch.nn as nn
 from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, build, take_over
 from data import (Batch, Encoded, Views, arrange, chunks, draw_caption, draw_layout, draw_shots, few_shot,
                   layout_weights, read_pictures, shuffled)
-from formats.captions import Captions, Shards, caption_data, is_shards, listed
-from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, write_json,
+from formats.captions import Captions
+from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, warn, write_json,
                            write_tensors, write_text)
+from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
 from sample import as_lines, caption_set
 from support.console import Parser, machine_options, one_of, run
@@ -41,6 +42,7 @@ from support.processes import RANK, WORLD, start_processes, total, united
 from support.scores import rate, table
 from support.shapes import Shapes
 
+MOVED = ("data", "images", "val")  # options that may change on --resume where the contents are the same
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
         "quiet")  # options that may change on --resume
 PATIENCE = 10  # steps without finite gradients, one after the other, after which there is no hope
@@ -110,12 +112,15 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", metavar="FILE",
-        help="captions: CSV with the header image,caption; JSON lines; COCO's or LLaVA's JSON; tar shards, "
-             "as \"shards/{000..099}.tar\", of NAME.jpg and NAME.txt; or shapes, the built-in world")
+        help="captions: a table with a header such as image,caption; JSON lines; the JSON of COCO, VQAv2 "
+             "(two files, a comma between), Karpathy or LLaVA; tar shards, as \"shards/{000..099}.tar\", of "
+             "NAME.jpg and NAME.txt; or shapes, the built-in world")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
     add("--val", metavar="FILE",
         help="captions to validate on, of --images too, or shards (default: a part of --data; the first "
              "shard)")
+    add("--split-name", metavar="NAME", help="the rows of this split of --data alone, where it has splits")
+    add("--val-split", metavar="NAME", help="the same of --val")
     add("--val-size", type=int, default=500, help="pictures to validate on, at most")
     add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=int, default=1000, metavar="PAIRS",
@@ -230,7 +235,7 @@ def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Na
     if processes != WORLD:
         raise InputError(f"{folder}: a run of {processes} processes can't go on with {WORLD}: start as many")
     for name in saved:
-        if name not in FREE and getattr(args, name) != saved[name]:
+        if name not in FREE + MOVED and getattr(args, name) != saved[name]:
             option = next(action for action in parser._actions if action.dest == name)
             spelled = option.option_strings[0]
             raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
@@ -277,9 +282,10 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     if args.data == "shapes":
         return (Shapes(args.scenes, "train", args.seed), Shapes(args.val_size, "test"),
                 Shapes(args.val_size, "unseen"))
-    train = caption_data(args.data, args.images, args.buffer)
+    train = caption_data(args.data, args.images, args.buffer, args.split_name)
     if args.val:
-        _, val = caption_data(args.val, args.images).held_out(args.val_size, args.seed)
+        val = caption_data(args.val, args.images, split=args.val_split)
+        _, val = val.held_out(args.val_size, args.seed)
         return train, val, None
     train, val = train.held_out(args.val_size, args.seed, 20)
     if not train.paths:
@@ -461,11 +467,30 @@ class Run:
         torch.manual_seed(args.seed)
         self.vlm = make_vlm(args, self.device)
         for captions in (self.train, val):
+            captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
+        self.check_contents(val)
         self.check_features()
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
+        if args.data != "shapes" and not args.origin:
+            for part in ("vit", "llm"):
+                if getattr(args, part) == f"assets/{part}":
+                    warn(f"the built-in {part} knows the shapes world alone: give --{part} another")
+
+    def check_contents(self, val) -> None:
+        """Raises InputError where a resumed run doesn't find the captions that it began with. Stamps tell, so
+        that they may have moved."""
+        args, config = self.args, self.vlm.config
+        if args.data == "shapes":
+            return
+        config["contents"] = [self.train.contents(), val.contents()]
+        if args.resume:
+            begun = read_json(Path(args.resume, "config.json")).get("contents")
+            if begun != config["contents"]:
+                raise InputError(f"--data {args.data}: these are not the pictures and captions that "
+                                 f"{args.resume} began with")
 
     def check_features(self) -> None:
         """Raises InputError where features can't be kept, but should."""
@@ -516,8 +541,9 @@ class Run:
         args, vlm = self.args, self.vlm
         self.val = Encoded(vlm, val, args, self.fixed)
         cache = self.keeps_features() if self.fixed and not self.streamed else False
-        if not args.resume and not RANK:
+        if not args.resume:
             args.cache_features = cache  # for good: kept features differ from others in the last bits
+        if not RANK and (not args.resume or args.data != "shapes"):  # it may have moved
             write_json(self.folder / "config.json", vlm.config)
         self.kept = Encoded(vlm, self.train, args) if cache else None
         self.bad = self.kept.bad if self.kept else {}  # {index: reason} of what can't be read
@@ -729,6 +755,9 @@ class Run:
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
+        if cut := self.vlm.processor.cut:
+            self.say(f"{cut} texts didn't fit the language model's {self.vlm.processor.positions} positions: "
+                     "they lost their first words")
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""

@@ -26,7 +26,7 @@ from formats import encoders, languages
 from formats.tokenizer import GPT2_SPLIT, ByteLevel, Tokenizer
 import llm as llm_module
 import vit as vit_module
-from formats.captions import clean
+from formats.captions import flat
 from support.shapes import COLOURS, SHAPES, SIDE, SIZES, Scene, judge
 from formats.files import write_json
 
@@ -208,7 +208,7 @@ def document(seed: str) -> str:
     rng = random.Random(seed)
     scene = Scene.draw_from(seed, unseen=None)
     captions = [scene.caption(rng, rng.randrange(4)) for _ in range(rng.randint(2, 7))]
-    return "".join(f"{clean(caption)}\n" for caption in captions)
+    return "".join(f"{flat(caption)}\n" for caption in captions)
 
 
 def make_tokenizer(folder: Path, documents: int = 2_000) -> Tokenizer:

@@ -1,306 +1,361 @@
-"""Pictures with captions, as others keep them: caption files and tar shards."""
+"""Caption files: pictures on disk with the captions, or questions and answers, that belong to them.
+
+    image,caption                                     a table: CSV, TSV, semicolons or bars, with a header
+    1000268201.jpg#0<tab>A child in a pink dress .    Flickr8k's and Flickr30k's own
+    {"image": "a.jpg", "caption": "a dog"}            JSON lines, or a JSON list of these
+    {"images": […], "annotations": […]}               COCO's captions; VQAv2's, with its questions file
+    {"images": [{"filename": …, "sentences": […]}]}   Karpathy's splits
+    [{"image": "a.jpg", "conversations": […]}]        LLaVA's, or "messages" with "role" and "content"
+
+Columns and keys may have any of the names in COLUMNS.
+"""
 import copy
 import csv
-import glob
 import hashlib
-import io
-import itertools
 import json
 import random
 import re
-import sys
-import tarfile
-import warnings
 import zlib
 from pathlib import Path
+from typing import Iterator, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from formats.files import InputError, guard, whole
-
+from formats.files import InputError, guard, named, warn, whole
+from formats.pictures import open_picture
 
 IMAGE = "<image>"  # where a picture stands in a text
+COLUMNS = {  # what a column of a table, or a key in JSON, may be called
+    "image": ("image", "images", "file_name", "filename", "filepath", "image_name", "image_path", "img",
+              "path"),
+    "caption": ("caption", "captions", "text", "answer", "answers", "title", "comment", "sentence",
+                "sentences"),
+    "question": ("question", "prompt"),
+    "split": ("split",),
+}
+READ = ("a table whose header names a picture and a caption (such as image,caption), JSON lines, and the "
+        "JSON of COCO, VQAv2, Karpathy and LLaVA")
+ANSWERS = ("gpt", "assistant", "model")  # who answers in a conversation
+QUESTIONS = ("human", "user")
 
 
-def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, white behind what is transparent. 16- and 32-bit greys, which Pillow would clip
-    at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
-    with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            picture = picture.convert("F")
-            top = picture.getextrema()[1]
-            scale = 1 / 257 if top > 255 else 255 if top <= 1 else 1
-            picture = picture.point(lambda v: v * scale).convert("L")
-        elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+def keep(text: str) -> str:
+    """A text with its lines, without IMAGE: data places no picture."""
+    return whole(text).replace(IMAGE, " ").strip()  # not nothing: what stood around it could make another
 
 
-# What is taken for a picture: of Pillow's other formats some call programs (EPS), most hold no photographs
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+def flat(text: str) -> str:
+    """A text in one line, single spaces, without the ' .' that Flickr8k's tokenised captions end in."""
+    return (" " + " ".join(keep(text).split())).removesuffix(" .").lstrip()
 
 
-def open_picture(path: "str | Path | Pair") -> Image.Image:
-    """Reads a picture file ("-": standard input): upright as its EXIF says, in RGB. Raises InputError, also
-    above `PIL.Image.MAX_IMAGE_PIXELS` (89 million)."""
-    with guard(path, "broken picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of faults that Pillow reads past
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        inside = path.file if isinstance(path, Pair) else sys.stdin.buffer.read() if path == "-" else None
-        try:
-            picture = Image.open(path if inside is None else io.BytesIO(inside), formats=FORMATS)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such picture") from None
-        except Image.UnidentifiedImageError:
-            raise InputError(f"{path}: not a picture") from None
-        with picture:
-            return rgb(ImageOps.exif_transpose(picture))
-
-
-def clean(caption: str) -> str:
-    """One line of text, single spaces, without the ' .' that Flickr8k's tokenised captions end in, and
-    without IMAGE: a caption is data and places no picture."""
-    text = whole(caption).replace(IMAGE, " ")  # not nothing: what stood around it could make another
-    return " ".join(text.split()).removesuffix(" .")
+class Row(NamedTuple):
+    """A row of a caption file."""
+    place: str  # such as "line 3" or "entry 2"
+    images: list[str]
+    question: str
+    captions: list[str]
+    split: str = ""
 
 
 class Captions(torch.utils.data.Dataset):
-    """Pictures on disk with one or more captions each. `file` is one of: Flickr8k-style CSV with the header
-    `image,caption`; JSON lines with `image` and `caption` (a string or a list); COCO's captions_*.json;
-    LLaVA's conversations (each answer is a caption, with the question before it; what was said earlier isn't
-    read). Relative picture names are looked up in `images`, or beside the file. Raises InputError."""
+    """Pictures with one or more captions each, from a file as above, or VQAv2's two, parted by a comma.
 
-    def __init__(self, file: str | Path, images: str | Path | None = None):
-        self.file, folder = Path(file), Path(images or Path(file).parent)
+    Relative names of pictures are looked up in `images`, or beside the file. `split`: only the rows of that
+    split. Rows that can't be used are counted by reason, and told in a line. Raises InputError.
+    """
+
+    def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None):
+        self.keep_lines = False  # whether texts keep their lines
+        self.file = str(file)
+        first = Path(self.file.split(",")[0])
+        folder = Path(images or first.parent)
         if images and not folder.is_dir():
             raise InputError(f"{folder}: no such folder of pictures")
-        with guard(self.file, "not UTF-8 text"):
-            text = self.file.read_text(encoding="utf-8-sig")
+        rows = read_file(self.file)
+        if split is not None:
+            splits = {row.split for row in rows}
+            if split not in splits:
+                raise InputError(f"{self.file}: no row of split {split!r}: there are "
+                                 f"{', '.join(sorted(splits - {''})) or 'no splits'}")
+            rows = [row for row in rows if row.split == split]
+        self.collect(rows, folder)
+
+    def check_pictures(self) -> None:
+        """Raises InputError where none of the first pictures is there."""
+        if not any(path.exists() for path in self.paths[:10]):
+            raise InputError(f"{self.paths[0]}: no such picture, nor others of {self.file}: --images says "
+                             "where they lie")
+
+    def collect(self, rows: list[Row], folder: Path) -> None:
+        """Sorts rows by picture. Tells how many are left out, and why."""
         found: dict[str, list[tuple[str, str]]] = {}
-        with guard(self.file, "not a caption file that can be read"):
-            for image, question, caption in read_pairs(text):
-                caption = clean(caption) if isinstance(caption, str) else ""
-                if isinstance(image, str) and image and any(map(str.isalnum, caption)):
-                    found.setdefault(whole(image), []).append((clean(question), caption))
+        left_out: dict[str, list[str]] = {}  # reason -> places
+        for row in rows:
+            captions = [caption for caption in row.captions if flat(caption)]
+            if not row.images:
+                left_out.setdefault("without a picture", []).append(row.place)
+            elif len(row.images) > 1:
+                left_out.setdefault("with several pictures", []).append(row.place)
+            elif not captions:
+                left_out.setdefault("without a caption", []).append(row.place)
+            else:
+                pairs = found.setdefault(whole(row.images[0]), [])
+                pairs += [(keep(row.question), keep(caption)) for caption in captions]
+        reasons = [f"{len(places)} {reason} (first: {places[0]})" for reason, places in left_out.items()]
         if not found:
-            raise InputError(f"{self.file}: no usable pair of picture and caption")
-        self.paths, self.said = [folder / image for image in found], [*found.values()]
+            raise InputError(f"{self.file}: no usable pair of picture and caption"
+                             + (f": {', '.join(reasons)}" if reasons else "") + f"; what is read: {READ}")
+        if left_out:
+            count = sum(map(len, left_out.values()))
+            warn(f"{self.file}: {count} of {len(rows)} rows left out: {', '.join(reasons)}")
+        self.paths = [folder / image for image in found]
+        self.said = list(found.values())
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def picture(self, i: int) -> Image.Image:
-        return open_picture(self.paths[i])
+        path = self.paths[i]
+        return open_picture(path, getattr(path, "file", None))  # of a shard's pair it is in memory
 
     def pairs(self, i: int) -> list[tuple[str, str]]:
-        return self.said[i]
+        """(question, caption) of picture i, "" for no question."""
+        if self.keep_lines:
+            return self.said[i]
+        return [(flat(question), flat(caption)) for question, caption in self.said[i]]
 
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
+    def contents(self) -> str:
+        """A stamp of which pictures, by name, have which captions: the same wherever the files lie."""
+        entries = [(Path(path).name, pairs) for path, pairs in zip(self.paths, self.said)]
+        return hashlib.sha256(repr(entries).encode()).hexdigest()[:32]
+
     def stamp(self) -> str:
         """Differs from that of another set, and of this one after a picture in it was changed."""
-        def file(path: "Path | Pair"):
-            if isinstance(path, Pair):
-                return path, zlib.crc32(path.file)
-            stat = path.stat() if path.exists() else None
-            return str(path.absolute()), stat and (stat.st_size, stat.st_mtime_ns)
-
-        return hashlib.sha256(repr([*map(file, self.paths)]).encode()).hexdigest()
+        files = []
+        for path in self.paths:
+            if content := getattr(path, "file", None):
+                files.append((str(path), zlib.crc32(content)))
+            else:
+                stat = path.stat() if path.exists() else None
+                files.append((str(path.absolute()), stat and (stat.st_size, stat.st_mtime_ns)))
+        return hashlib.sha256(repr(files).encode()).hexdigest()
 
     def subset(self, indices: list[int]) -> "Captions":
         part = copy.copy(self)
-        part.paths, part.said = ([of[i] for i in indices] for of in (self.paths, self.said))
+        part.paths = [self.paths[i] for i in indices]
+        part.said = [self.said[i] for i in indices]
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
         """Parts the set in two: the rest, and `size` pictures drawn from the seed, at most one in `parts`."""
         size = min(size, max(1, len(self) // parts))
-        out = sorted(random.Random(f"{seed} held out").sample(range(len(self)), size))
-        return self.subset(sorted({*range(len(self))} - {*out})), self.subset(out)
+        out = set(random.Random(f"{seed} held out").sample(range(len(self)), size))
+        rest = [i for i in range(len(self)) if i not in out]
+        return self.subset(rest), self.subset(sorted(out))
 
 
-def read_pairs(text: str):
-    """Yields (image, question, caption) from the text of any of the formats that `Captions` lists."""
-    if text.lstrip()[:1] not in ("{", "["):
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        names = [name.strip() for name in rows.fieldnames or []]
-        if names[:2] != ["image", "caption"]:
-            raise ValueError("the first line must be 'image,caption'")
-        rows.fieldnames = names
-        for row in rows:
-            # an unquoted comma splits a caption: what csv puts under None is the rest of it
-            yield row["image"], "", ",".join([row["caption"] or "", *(row.get(None) or [])])
+# ---------------------------------------------------------------------------------------------------------
+# Files to rows
+
+def read_file(file: str) -> list[Row]:
+    """The rows of a caption file, or of VQAv2's two. Raises InputError."""
+    paths = [Path(file)] if Path(file).exists() else [Path(part) for part in file.split(",")]
+    texts = []
+    for path in paths:
+        with guard(path, "not UTF-8 text"):
+            content = path.read_bytes()
+            utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            texts.append(content.decode("utf-16" if utf16 else "utf-8-sig"))
+    with guard(file, "not a caption file that can be read"), named(file):
+        if len(texts) > 1:
+            return list(vqa_rows(*map(json.loads, texts)))
+        if texts[0].lstrip()[:1] in ("{", "["):
+            return list(json_rows(read_json_text(texts[0])))
+        return list(table_rows(texts[0]))
+
+
+def find(row: dict, what: str):
+    """The value in a row under any of the names for `what`; None where there is none."""
+    for name in COLUMNS[what]:
+        if row.get(name) not in (None, "", []):
+            return row[name]
+    return None
+
+
+def strings(value) -> list[str]:
+    """A string, a list of strings or of objects that hold one, as a list of strings."""
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict):
+            entry = entry.get("raw") or entry.get("answer") or entry.get("text") or entry.get("path")
+        if isinstance(entry, str):
+            found.append(entry)
+        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
+            found.append(str(entry))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+def table_rows(text: str) -> Iterator[Row]:
+    """Rows of a table with a header, in any order and with further columns; or Flickr8k's, without one."""
+    lines = re.split(r"\r\n|\n|\r", text)
+    if re.match(r"\S.*#\d+\t", lines[0]):
+        yield from flickr_rows(lines)
         return
+
+    # The header tells what parts the columns
+    names = {name: what for what, names in COLUMNS.items() for name in names}
+    for delimiter in ",\t;|":
+        columns = [names.get(name.strip().strip('"').lower()) for name in lines[0].split(delimiter)]
+        if "image" in columns and "caption" in columns:
+            break
+    else:
+        raise InputError(f"line 1 names no picture and caption, but {lines[0][:80]!r}; what is read: {READ}")
+
+    # A caption in the last column may hold the delimiter
+    at = {what: columns.index(what) for what in COLUMNS if what in columns}
+    for number, fields in records(lines, delimiter, len(columns)):
+        if len(fields) > len(columns) and at["caption"] == len(columns) - 1:
+            fields[at["caption"]:] = [delimiter.join(fields[at["caption"]:])]
+        row = {what: fields[i].strip() for what, i in at.items() if i < len(fields)}
+        yield Row(f"line {number}", [row["image"]] if row.get("image") else [], row.get("question", ""),
+                  [row["caption"]] if row.get("caption") else [], row.get("split", ""))
+
+
+def records(lines: list[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of the line and the fields of each record behind the header. A field in quotes may go
+    over several lines. A quote that is never closed, or closed in mid-field, is a letter like any other: it
+    doesn't take in the lines that follow."""
+    at = 1
+    while at < len(lines):
+        line, taken = lines[at], 1
+        fields = quoted(line, delimiter)
+        if fields is None and line.count('"') % 2:
+            fields, taken = over_lines(lines[at:at + 50], delimiter, width)
+        if line.strip():
+            yield at + 1, fields or line.split(delimiter)
+        at += taken
+
+
+def over_lines(lines: list[str], delimiter: str, width: int) -> tuple[list[str] | None, int]:
+    """The fields of a record that begins with the first line and goes over several, and how many these are;
+    None and 1 where its quote isn't closed before the next record, which begins with the name of a
+    picture."""
+    parted = re.escape(delimiter)
+    begin = re.compile(rf"[^{parted}]*\.(jpe?g|png|webp|gif|bmp|tiff?|avif)\s*{parted}", re.I)
+    for taken in range(2, len(lines) + 1):
+        if begin.match(lines[taken - 1]):
+            break
+        fields = quoted("\n".join(lines[:taken]), delimiter)
+        if fields is not None and len(fields) == width:
+            return fields, taken
+    return None, 1
+
+
+def quoted(text: str, delimiter: str) -> list[str] | None:
+    """The fields of one record as the CSV rules have it; None where its quotes break them."""
     try:
-        data = json.loads(text)
-    except ValueError:
-        data = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(data, dict) and "annotations" in data:  # COCO
-        files = {image["id"]: image["file_name"] for image in data["images"]}
-        for note in data["annotations"]:
-            yield files[note["image_id"]], "", note["caption"]
+        return next(csv.reader([text], delimiter=delimiter, strict=True))
+    except (csv.Error, StopIteration):
+        return None
+
+
+def flickr_rows(lines: list[str]) -> Iterator[Row]:
+    """Flickr8k.token.txt: NAME#NUMBER, a tab, the caption."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            name, _, caption = line.partition("\t")
+            yield Row(f"line {number}", [name.rpartition("#")[0] or name], "", [caption])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# JSON
+
+def read_json_text(text: str):
+    """A JSON value, or the list of those in its lines. Raises InputError, which names the line."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        values = []
+        for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
+            if line.strip():
+                try:
+                    values.append(json.loads(line))
+                except ValueError:
+                    where = f"line {number}" if values else f"line {error.lineno}"
+                    raise InputError(f"{where}: not valid JSON") from None
+        return values
+
+
+def json_rows(data) -> Iterator[Row]:
+    """Rows of any of the JSON layouts."""
+    if isinstance(data, dict) and "annotations" in data:
+        yield from coco_rows(data)
         return
-    for item in data if isinstance(data, list) else [data]:
-        if "conversations" in item:  # LLaVA; text-only conversations have no image
-            question = ""
-            for turn in item["conversations"]:
-                if turn["from"] in ("gpt", "assistant"):
-                    yield item.get("image"), question, turn["value"]
-                else:
-                    question = turn["value"]
-        else:
-            captions = item["caption"]
-            for caption in captions if isinstance(captions, list) else [captions]:
-                yield item["image"], "", caption
+    entries = data
+    if isinstance(data, dict):
+        images = data.get("images")  # Karpathy's
+        entries = images if images and isinstance(images[0], dict) and "sentences" in images[0] else [data]
+    for number, entry in enumerate(entries, 1):
+        place = f"entry {number}"
+        if not isinstance(entry, dict):
+            raise InputError(f"{place} is no object; what is read: {READ}")
+        turns = entry.get("conversations") or entry.get("messages")
+        if turns:
+            yield from conversation_rows(place, entry, turns)
+            continue
+        images = strings(find(entry, "image"))
+        if "filename" in entry and isinstance(entry.get("filepath"), str):  # Karpathy's of COCO
+            images = [f"{entry['filepath']}/{entry['filename']}"]
+        questions = strings(find(entry, "question"))
+        split = entry.get("split")
+        yield Row(place, images, questions[0] if questions else "", strings(find(entry, "caption")),
+                  split if isinstance(split, str) else "")
 
 
-KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
+def coco_rows(data: dict) -> Iterator[Row]:
+    """COCO's: the pictures by number, then an annotation for each caption."""
+    files = {image["id"]: image["file_name"] for image in data.get("images", [])}
+    for number, note in enumerate(data["annotations"], 1):
+        name = files.get(note.get("image_id"))
+        yield Row(f"annotation {number}", strings(name), "", strings(find(note, "caption")))
 
 
-class Pair(str):
-    """One pair of a shard: its name, which carries its captions and the picture's file, or what is wrong."""
-
-    def __new__(cls, name: str, captions: list[str] = (), file: bytes = b"", fault: str = "") -> "Pair":
-        pair = super().__new__(cls, name)
-        pair.captions, pair.file, pair.fault = captions, file, fault and f"{name}: {fault}"
-        return pair
-
-
-class StrictHeader(tarfile.TarInfo):
-    """tarfile takes a broken header behind the first for the end of the archive: this one doesn't."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError(str(error)) from None
+def vqa_rows(one: dict, other: dict) -> Iterator[Row]:
+    """VQAv2's questions and annotations, in either order: each of the ten answers is a caption."""
+    questions, notes = (one, other) if "questions" in one else (other, one)
+    asked = {entry["question_id"]: entry for entry in questions["questions"]}
+    part = questions.get("data_subtype") or notes.get("data_subtype")
+    for number, note in enumerate(notes["annotations"], 1):
+        entry = asked.get(note["question_id"], {})
+        image = f"COCO_{part}_{int(note['image_id']):012}.jpg"
+        answers = strings(note.get("answers")) or strings(note.get("multiple_choice_answer"))
+        yield Row(f"annotation {number}", [image] if entry else [], entry.get("question", ""), answers)
 
 
-def read_shard(path: Path):
-    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
-    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with "caption"
-    (a string or a list). Nothing is extracted, and a member's name is but a label. What is broken, a pair or
-    the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its
-    folder, so that a seed draws the same wherever the shards lie."""
-    def members():
-        try:
-            mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
-            with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # tarfile would keep all it met
-                    stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
-                    if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
-                        if member.size > 1 << 28:
-                            raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
-                        yield f"{path.name}/{stem}", kind.lower(), tar.extractfile(member).read()
-        except Exception as error:  # whatever bytes from outside make tarfile raise
-            yield str(path), "fault", f"broken shard ({error})"
-
-    for name, group in itertools.groupby(members(), lambda member: member[0]):
-        found = {kind: content for _, kind, content in group}
-        file = next((found[kind] for kind in KINDS if kind in found), b"")
-        try:
-            said = json.loads(found["json"])["caption"] if "json" in found else found.get("txt", b"").decode()
-            texts = map(clean, [said] if isinstance(said, str) else said)
-            texts = [text for text in texts if any(map(str.isalnum, text))]
-            fault = found.get("fault") or "no caption" * (not texts) or "no picture" * (not file)
-        except Exception as error:  # whatever stands there
-            texts, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
-        yield Pair(name, texts, file, fault)
-
-
-class Shards:
-    """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
-    set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
-    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
-
-    def __init__(self, names: str, buffer: int = 1000):
-        self.buffer, self.size = buffer, 1000
-        names = [name for part in listed(names) for name in braces(part)]
-        self.paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) or [name])]
-        for path in self.paths:
-            if not path.is_file():
-                raise InputError(f"{path}: no such shard")
-
-    def __len__(self) -> int:
-        return self.size
-
-    def name(self, pair: Pair) -> str:
-        return pair
-
-    def picture(self, pair: Pair) -> Image.Image:
-        """Decodes the picture, and lets its file go."""
-        if pair.fault:
-            raise InputError(pair.fault)
-        try:
-            return open_picture(pair)
-        finally:
-            pair.file = b""
-
-    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
-        return [("", caption) for caption in pair.captions]
-
-    def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
-        """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
-        rest, out = copy.copy(self), Captions.__new__(Captions)
-        rest.paths = self.paths[1:]
-        out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
-        out.said = [*map(self.pairs, out.paths)]
-        if not out.paths:
-            raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
-        return rest, out
-
-    def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
-        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
-        epoch a shard is one process's; pairs are drawn from a buffer it runs through. Raises InputError."""
-        if len(self.paths) < world:
-            raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
-
-        def pairs():
-            for epoch in itertools.count():
-                count, held, rng = 0, [], random.Random(f"{seed} {epoch}")
-                order = rng.sample(self.paths, len(self.paths))[rank::world]
-                for count, pair in enumerate(itertools.chain.from_iterable(map(read_shard, order)), 1):
-                    held.append(pair)
-                    if len(held) > self.buffer:
-                        at = rng.randrange(len(held))
-                        held[at], held[-1] = held[-1], held[at]
-                        yield held.pop()
-                    self.size = max(self.size, count)
-                if not count:
-                    raise InputError(f"{order[0]}: no pair of picture and caption, nor in the other shards")
-                self.size = count
-                rng.shuffle(held)
-                yield from held
-
-        source = itertools.islice(pairs(), step * batch, None)
-        while True:
-            yield [*itertools.islice(source, batch)]
-
-
-def is_shards(names: str) -> bool:
-    return re.search(r"\.(tar|tgz|tar\.gz)$", names) is not None
-
-
-def listed(names: str) -> list[str]:
-    """What commas separate; those within braces don't."""
-    return re.split(r",(?![^{}]*\})", names)
-
-
-def braces(text: str) -> list[str]:
-    """What a shell makes of "{000..099}" and "{a,b}"."""
-    if not (found := re.search(r"\{([^{}]*)\}", text)):
-        return [text]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    values = ([str(i).zfill(len(numbers[1])) for i in range(int(numbers[1]), int(numbers[2]) + 1)] if numbers
-              else found[1].split(","))
-    return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
-
-
-def caption_data(names: str, images: str | None = None, buffer: int = 1000) -> Captions | Shards:
-    """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
-    return Shards(names, buffer) if is_shards(names) else Captions(names, images)
+def conversation_rows(place: str, entry: dict, turns: list) -> Iterator[Row]:
+    """A row for each answer of a conversation, with the question before it. What was said earlier isn't
+    read."""
+    images = strings(find(entry, "image"))
+    question = ""
+    answered = False
+    for turn in turns:
+        speaker = turn.get("from") or turn.get("role")
+        text = turn.get("value", turn.get("content"))
+        if isinstance(text, list):  # parts of text and pictures
+            images += [part["image"] for part in text if isinstance(part.get("image"), str)]
+            text = "\n".join(part["text"] for part in text if isinstance(part.get("text"), str))
+        if speaker in ANSWERS:
+            yield Row(place, images, question, strings(text))
+            answered = True
+        elif speaker in QUESTIONS and isinstance(text, str):
+            question = text
+    if not answered:
+        yield Row(place, images, question, [])

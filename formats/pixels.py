@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from formats.captions import rgb
 from formats.files import InputError, guard, warn
+from formats.pictures import rgb
 from formats.weights import Checkpoint
 
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])

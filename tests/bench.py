@@ -68,7 +68,7 @@ class Ours:
                  recompute: bool = False, compiled: bool = False):
         from adapters import build
         from data import Batch
-        from formats.captions import open_picture
+        from formats.pictures import open_picture
         config = dict(vit=str(folder / "vit"), llm=str(folder / "llm"), image_size=side,
                       adapter="pixelshuffle", adapter_sizes=dict(scale=scale))
         self.vlm = build(config, args.dtype).to(args.device)
@@ -488,7 +488,7 @@ def load(size: str, args) -> None:
 def stream_pairs(names: str, pairs: int) -> tuple[float, float, int, float]:
     """Pairs a second read, and read and decoded; different pairs seen; GiB at the peak."""
     from data import Pixels
-    from formats.captions import Shards
+    from formats.shards import Shards
     from vit import ViT
     torch.set_num_threads(1)
     shards, preprocess, start = Shards(names), ViT.from_pretrained("assets/vit").preprocess, time.time()

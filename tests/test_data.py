@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import arrange, count_bad, draw_caption, shuffled, stack
-from formats.captions import Captions, open_picture
+from formats.captions import Captions
+from formats.pictures import open_picture
 from support import kernels
 from support.kernels import attend
 from support.scores import references

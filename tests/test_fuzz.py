@@ -20,7 +20,8 @@ from PIL import Image, PngImagePlugin
 from adapters import VLM
 from conftest import ROOT
 from data import stack
-from formats.captions import IMAGE, Captions, open_picture
+from formats.captions import IMAGE, Captions
+from formats.pictures import open_picture
 from fixtures.pictures import picture
 from formats.encoders import FAMILIES as VITS
 from formats.pixels import PROCESSORS, Preprocessor

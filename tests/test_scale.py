@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import data
 import train
 from conftest import ROOT
-from formats.captions import Shards, read_shard
+from formats.shards import Shards, read_shard
 from support.shapes import Shapes
 from formats.files import InputError
 from test_vlm import QUICK, SMALL, command, interrupt
@@ -107,8 +107,8 @@ def test_shards_are_listed_as_in_a_shell(shards):
 
 def test_a_pair_of_a_shard(shards):
     pair, second = itertools.islice(read_shard(shards / "01.tar"), 2)
-    assert pair == "01.tar/a/020" and pair.captions == SCENES.scene(20).captions()[:1] and not pair.fault
-    assert second.captions == SCENES.scene(21).captions() and second.file == png(21)
+    assert pair == "01.tar/a/020" and pair.said == SCENES.pairs(20)[:1] and not pair.fault
+    assert second.said == SCENES.pairs(21) and second.file == png(21)
     source = Shards(f"{shards}/*.tar")
     assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
 

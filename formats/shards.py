@@ -1,0 +1,197 @@
+"""Tar shards in WebDataset's layout: more pairs than a list holds."""
+import copy
+import glob
+import hashlib
+import itertools
+import json
+import random
+import re
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+from formats.captions import Captions, find, flat, keep, strings
+from formats.files import InputError
+from formats.pictures import open_picture
+
+KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
+
+
+class Pair(str):
+    """One picture of a shard: its name, which carries (question, caption) pairs and the picture's file, or
+    what is wrong with them."""
+
+    def __new__(cls, name: str, said: list[tuple[str, str]] = (), file: bytes = b"",
+                fault: str = "") -> "Pair":
+        pair = super().__new__(cls, name)
+        pair.said = said
+        pair.file = file
+        pair.fault = fault and f"{name}: {fault}"
+        return pair
+
+
+class StrictHeader(tarfile.TarInfo):
+    """tarfile takes a broken header behind the first for the end of the archive: this one doesn't."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def read_shard(path: Path):
+    """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
+    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with a caption
+    (a string or a list) and perhaps a question, under any of the names in COLUMNS. Nothing is extracted, and
+    a member's name is but a label. What is broken, a pair or the rest of the shard, comes as a pair with a
+    `fault`. A pair's name begins with the shard's, without its folder, so that a seed draws the same wherever
+    the shards lie."""
+    def members():
+        try:
+            mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
+            with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # tarfile would keep all it met
+                    stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
+                    if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
+                        if member.size > 1 << 28:
+                            raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
+                        yield f"{path.name}/{stem}", kind.lower(), tar.extractfile(member).read()
+        except Exception as error:  # whatever bytes from outside make tarfile raise
+            yield str(path), "fault", f"broken shard ({error})"
+
+    for name, group in itertools.groupby(members(), lambda member: member[0]):
+        members_of = {kind: content for _, kind, content in group}
+        file = next((members_of[kind] for kind in KINDS if kind in members_of), b"")
+        said = []
+        try:
+            said = said_in(members_of)
+            missing = ("" if said else "no caption") or ("" if file else "no picture")
+            fault = members_of.get("fault") or missing
+        except Exception as error:  # whatever stands there
+            fault = f"its caption can't be read ({type(error).__name__}: {error})"
+        yield Pair(name, said, file, fault)
+
+
+def said_in(members: dict[str, bytes]) -> list[tuple[str, str]]:
+    """The (question, caption) pairs in a picture's .json or, where that has no caption, in its .txt."""
+    about = json.loads(members["json"]) if "json" in members else {}
+    captions = [caption for caption in strings(find(about, "caption")) if flat(caption)]
+    if not captions and "txt" in members:
+        captions = [members["txt"].decode()]
+    captions = [caption for caption in captions if flat(caption)]
+    questions = strings(find(about, "question"))
+    question = keep(questions[0]) if questions else ""
+    return [(question, keep(caption)) for caption in captions]
+
+
+class Shards:
+    """Pairs streamed from tar shards (see `read_shard`), in memory that doesn't depend on their number. The
+    set's indices are the pairs themselves; its length is that of an epoch in this process, as far as known.
+    `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
+
+    def __init__(self, names: str, buffer: int = 1000):
+        self.keep_lines = False  # whether texts keep their lines
+        self.buffer = buffer
+        self.size = 1000
+        names = [name for part in listed(names) for name in braces(part)]
+        self.paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) or [name])]
+        for path in self.paths:
+            if not path.is_file():
+                raise InputError(f"{path}: no such shard")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def name(self, pair: Pair) -> str:
+        return pair
+
+    def picture(self, pair: Pair) -> Image.Image:
+        """Decodes the picture, and lets its file go."""
+        if pair.fault:
+            raise InputError(pair.fault)
+        try:
+            return open_picture(pair, pair.file)
+        finally:
+            pair.file = b""
+
+    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
+        if self.keep_lines:
+            return pair.said
+        return [(flat(question), flat(caption)) for question, caption in pair.said]
+
+    def contents(self) -> str:
+        """A stamp of the shards' names: the same wherever they lie."""
+        return hashlib.sha256(repr([path.name for path in self.paths]).encode()).hexdigest()[:32]
+
+    def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
+        """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
+        rest, out = copy.copy(self), Captions.__new__(Captions)
+        rest.paths = self.paths[1:]
+        out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
+        out.said = [pair.said for pair in out.paths]
+        out.file, out.keep_lines = str(self.paths[0]), False
+        if not out.paths:
+            raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
+        return rest, out
+
+    def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
+        """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
+        epoch a shard is one process's; pairs are drawn from a buffer it runs through. Raises InputError."""
+        if len(self.paths) < world:
+            raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
+
+        def pairs():
+            for epoch in itertools.count():
+                count, held, rng = 0, [], random.Random(f"{seed} {epoch}")
+                order = rng.sample(self.paths, len(self.paths))[rank::world]
+                for count, pair in enumerate(itertools.chain.from_iterable(map(read_shard, order)), 1):
+                    held.append(pair)
+                    if len(held) > self.buffer:
+                        at = rng.randrange(len(held))
+                        held[at], held[-1] = held[-1], held[at]
+                        yield held.pop()
+                    self.size = max(self.size, count)
+                if not count:
+                    raise InputError(f"{order[0]}: no pair of picture and caption, nor in the other shards")
+                self.size = count
+                rng.shuffle(held)
+                yield from held
+
+        source = itertools.islice(pairs(), step * batch, None)
+        while True:
+            yield [*itertools.islice(source, batch)]
+
+
+def is_shards(names: str) -> bool:
+    return re.search(r"\.(tar|tgz|tar\.gz)$", names) is not None
+
+
+def listed(names: str) -> list[str]:
+    """What commas separate; those within braces don't."""
+    return re.split(r",(?![^{}]*\})", names)
+
+
+def braces(text: str) -> list[str]:
+    """What a shell makes of "{000..099}" and "{a,b}"."""
+    if not (found := re.search(r"\{([^{}]*)\}", text)):
+        return [text]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    values = ([str(i).zfill(len(numbers[1])) for i in range(int(numbers[1]), int(numbers[2]) + 1)] if numbers
+              else found[1].split(","))
+    return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
+
+
+def caption_data(names: str, images: str | None = None, buffer: int = 1000,
+                 split: str | None = None) -> Captions | Shards:
+    """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
+    if is_shards(names):
+        if split:
+            raise InputError(f"--split-name {split}: shards have no splits: name them")
+        return Shards(names, buffer)
+    captions = Captions(names, images, split)
+    captions.check_pictures()
+    return captions

@@ -1,0 +1,378 @@
+"""What is in a user's file is what is learned: layouts, text, pictures, and what is left out aloud."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sample
+import train
+from adapters import VLM
+from fixtures.pictures import picture
+from formats.captions import Captions
+from formats.files import InputError
+from formats.pictures import FORMATS, open_picture
+from formats.shards import read_shard
+from test_vlm import QUICK, SMALL, command, interrupt
+
+KARPATHY = {
+    "dataset": "flickr8k",
+    "images": [
+        {
+            "filename": "a.jpg",
+            "split": "train",
+            "sentences": [{"raw": "A dog ."}, {"raw": "A pup", "tokens": ["a"]}],
+        },
+        {"filename": "b.jpg", "split": "test", "sentences": [{"raw": "A cat"}]},
+    ],
+}
+
+
+def turns(*texts: str, names=("from", "value", "human", "gpt")) -> list[dict]:
+    speaker, text, asks, answers = names
+    return [{speaker: (asks, answers)[i % 2], text: said} for i, said in enumerate(texts)]
+
+
+ROLES = "role", "content", "user", "assistant"
+TWO = {"a.jpg": [("", "A dog"), ("", "A pup")], "b.jpg": [("", "A cat")]}
+ASKED = {"a.jpg": [("What is it?", "A dog")]}
+LAYOUTS = {  # name -> text, what is read
+    "tabs": ("file_name\tcaption\na.jpg\tA dog\na.jpg\tA pup .\nb.jpg\tA cat\n", TWO),
+    "semicolons, other order": ("title;image\nA dog;a.jpg\nA pup;a.jpg\nA cat;b.jpg\n", TWO),
+    "an index and a split": (
+        ",filepath,text,split\n0,a.jpg,A dog,train\n1,a.jpg,A pup,train\n2,b.jpg,A cat,test\n",
+        TWO,
+    ),
+    "Flickr30k's results.csv": (
+        "image_name| comment_number| comment\na.jpg| 0| A dog .\na.jpg| 1| A pup .\nb.jpg| 0| A cat .\n",
+        TWO,
+    ),
+    "Flickr8k.token.txt": ("a.jpg#0\tA dog .\na.jpg#1\tA pup .\nb.jpg#0\tA cat .\n", TWO),
+    "questions": ("image,question,answer\na.jpg,What is it?,A dog\n", ASKED),
+    "old Mac's line ends": ("image,caption\ra.jpg,A dog\ra.jpg,A pup\rb.jpg,A cat", TWO),
+    "commas in the last column": ("image,caption\na.jpg,A dog, a cat\n", {"a.jpg": [("", "A dog, a cat")]}),
+    "quotes": ('image,caption\na.jpg,"A ""big"" dog, wet"\n', {"a.jpg": [("", 'A "big" dog, wet')]}),
+    "a caption over lines": (
+        'image,caption\na.jpg,"A dog\nand a pup"\nb.jpg,A cat\n',
+        {"a.jpg": [("", "A dog and a pup")], "b.jpg": [("", "A cat")]},
+    ),
+    "quotes never closed": (
+        'image,caption\na.jpg,"A dog\nb.jpg,"A cat\nc.jpg,A 5" nail\nd.jpg,he said "\n',
+        {
+            "a.jpg": [("", '"A dog')],
+            "b.jpg": [("", '"A cat')],
+            "c.jpg": [("", 'A 5" nail')],
+            "d.jpg": [("", 'he said "')],
+        },
+    ),
+    "JSON lines, questions": ('{"image": "a.jpg", "question": "What is it?", "answer": "A dog"}\r\n', ASKED),
+    "JSON lines, odd signs in a text": (
+        '{"image": "a.jpg", "text": "A\u2028dog"}\n',
+        {"a.jpg": [("", "A dog")]},
+    ),
+    "ImageFolder's metadata.jsonl": ('{"file_name": "a.jpg", "text": "A dog"}\n', {"a.jpg": [("", "A dog")]}),
+    "Karpathy's": (json.dumps(KARPATHY), TWO),
+    "Karpathy's of COCO": (
+        json.dumps(
+            {"images": [{"filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "A dog"}]}]}
+        ),
+        {"val2014/a.jpg": [("", "A dog")]},
+    ),
+    "COCO without one image": (
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.jpg"}],
+                "annotations": [{"image_id": 1, "caption": "A dog"}, {"image_id": 2, "caption": "A cat"}],
+            }
+        ),
+        {"a.jpg": [("", "A dog")]},
+    ),
+    "LLaVA, an image in a list": (
+        json.dumps([{"image": ["a.jpg"], "conversations": turns("<image>\nWhat is it?", "A dog")}]),
+        ASKED,
+    ),
+    "LLaVA, roles": (
+        json.dumps(
+            [{"images": ["a.jpg"], "conversations": turns("<image>What is it?", "A dog", names=ROLES)}]
+        ),
+        ASKED,
+    ),
+    "messages": (
+        json.dumps([{"image": "a.jpg", "messages": turns("What is it?", "A dog", names=ROLES)}]),
+        ASKED,
+    ),
+    "messages in parts": (
+        json.dumps(
+            [
+                {
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "image", "image": "a.jpg"},
+                                {"type": "text", "text": "What is it?"},
+                            ],
+                        },
+                        {"role": "assistant", "content": [{"type": "text", "text": "A dog"}]},
+                    ]
+                }
+            ]
+        ),
+        ASKED,
+    ),
+    "signs are answers": (
+        '[{"image": "a.jpg", "question": "?", "answer": "+"}, {"image": "b.jpg", "caption": "🐶"}]',
+        {"a.jpg": [("?", "+")], "b.jpg": [("", "🐶")]},
+    ),
+    "numbers are answers": (
+        '[{"image": "a.jpg", "question": "How many?", "answer": 3}]',
+        {"a.jpg": [("How many?", "3")]},
+    ),
+}
+
+
+def read(file: Path, **how) -> dict:
+    captions = Captions(file, **how)
+    return {str(path.relative_to(file.parent)): captions.pairs(i) for i, path in enumerate(captions.paths)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_that_people_have(name, tmp_path):
+    text, wanted = LAYOUTS[name]
+    file = tmp_path / "captions"
+    file.write_bytes(text.encode())
+    assert read(file) == wanted
+    file.write_bytes(text.encode("utf-16"))
+    assert read(file) == wanted
+
+
+def test_one_split_of_a_file(tmp_path):
+    file = tmp_path / "dataset.json"
+    file.write_text(json.dumps(KARPATHY))
+    assert read(file, split="test") == {"b.jpg": [("", "A cat")]}
+    with pytest.raises(InputError, match="no row of split 'val': there are test, train"):
+        read(file, split="val")
+
+
+def test_two_files_of_vqa(tmp_path):
+    questions, notes = tmp_path / "questions.json", tmp_path / "annotations.json"
+    questions.write_text(
+        json.dumps(
+            {
+                "data_subtype": "val2014",
+                "questions": [{"question_id": 10, "image_id": 42, "question": "What is it?"}],
+            }
+        )
+    )
+    notes.write_text(
+        json.dumps(
+            {
+                "data_subtype": "val2014",
+                "annotations": [
+                    {"question_id": 10, "image_id": 42, "answers": [{"answer": "dog"}, {"answer": "pup"}]},
+                    {"question_id": 11, "image_id": 42, "answers": [{"answer": "no"}]},
+                ],
+            }
+        )
+    )
+    for pair in (questions, notes), (notes, questions):
+        captions = Captions(",".join(map(str, pair)))
+        assert [path.name for path in captions.paths] == ["COCO_val2014_000000000042.jpg"]
+        assert captions.pairs(0) == [("What is it?", "dog"), ("What is it?", "pup")]
+
+
+def test_every_row_is_accounted_for(tmp_path, capsys):
+    """200 rows as LLaVA's files have them: 40 of each kind."""
+    entries = []
+    for i in range(40):
+        entries += [
+            {"image": f"{i}.jpg", "conversations": turns("<image>\nWhat is it?", "A dog")},
+            {"image": [f"{i}.jpg"], "conversations": turns("And?", "A cat")},
+            {"image": [f"{i}.jpg", "b.jpg"], "conversations": turns("<image><image>Same?", "No")},
+            {"conversations": turns("hi", "hello")},
+            {"image": f"{i}.jpg", "conversations": turns("What?", " ")},
+        ]
+    file = tmp_path / "llava.json"
+    file.write_text(json.dumps(entries))
+    captions = Captions(file)
+    assert len(captions) == 40 and all(len(captions.pairs(i)) == 2 for i in range(40))
+    said = capsys.readouterr().err
+    assert said == (
+        f"warning: {file}: 120 of 200 rows left out: 40 with several pictures (first: entry 3), "
+        "40 without a picture (first: entry 4), 40 without a caption (first: entry 5)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    (
+        (
+            "name,words\na.jpg,A dog\n",
+            "line 1 names no picture and caption, but 'name,words'; what is read: a table",
+        ),
+        (
+            '[{"pic": "a.jpg", "words": "A dog"}]',
+            "no usable pair of picture and caption: 1 without a picture",
+        ),
+        ('{"image": "a.jpg", "caption": "A dog"}\n{"image": }\n', "line 2: not valid JSON"),
+        ('["a.jpg"]', "entry 1 is no object"),
+        ("image,caption\na.jpg,\n", "1 without a caption .first: line 2.; what is read: a table"),
+    ),
+)
+def test_a_file_of_no_use_says_what_is_wrong(text, reason, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(InputError, match=f"file: .*{reason}"):
+        Captions(tmp_path / "file")
+
+
+def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("c.csv").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--data", "c.csv") == 2
+    assert (
+        "a.jpg: no such picture, nor others of c.csv: --images says where they lie" in capsys.readouterr().err
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Text
+
+
+def test_lines_are_kept_where_a_newline_ends_nothing(fixtures, tmp_path, monkeypatch):
+    """With a public model; a run of ours ends a caption at a newline, so that its texts have one line."""
+    monkeypatch.chdir(tmp_path)
+    question = "Which animal is this?\nA. cat\nB. dog"
+    answer = "total: 3\nitems:\n  - tea"
+    picture(30, 30).save("a.jpg")
+    Path("qa.json").write_text(
+        json.dumps([{"image": "a.jpg", "conversations": turns(f"<image>\n{question}", answer)}])
+    )
+    captions = Captions("qa.json")
+    assert captions.pairs(0) == [("Which animal is this? A. cat B. dog", "total: 3 items: - tea")]
+    vlm = VLM.from_pretrained(str(fixtures / "smolvlm"))
+    captions.keep_lines = vlm.processor.keeps_lines
+    assert captions.pairs(0) == [(question, answer)]
+    options = ["--from", fixtures / "smolvlm", "--data", "qa.json", "--val", "qa.json", *QUICK]
+    seen, encode = [], vlm.processor.__class__.encode
+    monkeypatch.setattr(
+        vlm.processor.__class__,
+        "encode",
+        lambda self, *rest, **how: seen.append(rest[:2]) or encode(self, *rest, **how),
+    )
+    assert command(monkeypatch, train, *options, "--steps", "2", "--save-every", "2", "--out", "run") == 0
+    assert (question, answer) in seen
+    seen.clear()
+    assert command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0") == 0
+    assert seen and all(text.endswith(question) for text, *_ in seen)
+
+
+def test_a_text_that_does_not_fit_loses_its_first_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        picture(20 + i, 30).save(f"{i}.png")
+    asked = [f"{'no more of this ' * (300 if i == 3 else 1)}what is it" for i in range(8)]
+    rows = [
+        {"image": f"{i}.png", "question": question, "answer": "A dog"} for i, question in enumerate(asked)
+    ]
+    Path("qa.json").write_text(json.dumps(rows))
+    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    captured = capsys.readouterr()
+    assert "texts didn't fit the language model's 512 positions: they lost their first words" in captured.out
+    assert "the built-in llm knows the shapes world alone: give --llm another" in captured.err
+    processor = VLM.from_pretrained("run").processor
+    ids, targets = processor.encode(asked[3], "A dog")
+    assert 480 < len(ids) <= 512 and sum(targets) == sum(processor.encode(asked[0], "A dog")[1])
+    assert processor.tokenizer.decode(ids).endswith("this what is it A dog\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_broken_exif_costs_the_rotation_alone(tmp_path):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
+        )
+
+    picture(40, 20).save(whole := io.BytesIO(), "PNG")
+    png = whole.getvalue()
+    profile = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n      8\n4578zz\n")
+    for block in (chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"), chunk(b"zTXt", profile)):
+        (tmp_path / "a.png").write_bytes(png[:33] + block + png[33:])
+        assert open_picture(tmp_path / "a.png").size == (40, 20)
+    (tmp_path / "a.png").write_bytes(png[: len(png) // 2])  # but a picture that is cut is broken
+    with pytest.raises(InputError, match="broken picture"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_too_large_is_not_broken(tmp_path, monkeypatch):
+    picture(40, 30).save(tmp_path / "a.png")
+    for limit, said in ((1100, r"too large: 0 megapixels"), (500, "too large: more than 0 megapixels")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(InputError, match=f"a.png: {said}, the limit is 0"):
+            open_picture(tmp_path / "a.png")
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow doesn't read AVIF")
+def test_avif(tmp_path):
+    picture(40, 30).save(tmp_path / "a.avif")
+    assert open_picture(tmp_path / "a.avif").size == (40, 30)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shards, and sets that moved
+
+
+@pytest.mark.parametrize(
+    "about, wanted",
+    (
+        ({"url": "u"}, [("", "A dog runs")]),
+        ({"caption": None}, [("", "A dog runs")]),
+        ({"caption": ""}, [("", "A dog runs")]),
+        ({"caption": "A cat"}, [("", "A cat")]),
+        (
+            {"question": "What is it?", "answers": ["A cat", "A pup"]},
+            [("What is it?", "A cat"), ("What is it?", "A pup")],
+        ),
+    ),
+)
+def test_a_shards_txt_beside_its_json(about, wanted, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind, content in (
+            ("jpg", b"picture"),
+            ("txt", b"A dog runs"),
+            ("json", json.dumps(about).encode()),
+        ):
+            member = tarfile.TarInfo(f"0.{kind}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    [pair] = read_shard(tmp_path / "a.tar")
+    assert pair.said == wanted and not pair.fault
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_data_moved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("old").mkdir()
+    for i in range(8):
+        picture(20 + i, 30).save(f"old/{i}.png")
+    text = "image,caption\n" + "".join(f"{i}.png,A dog {i}\n" for i in range(8))
+    Path("old/c.csv").write_text(text)
+    options = [*SMALL, *QUICK, "--data", "old/c.csv", "--batch", "4"]
+    interrupt(monkeypatch, *options, "--out", "run")
+    Path("old").rename("new")
+    capsys.readouterr()
+    assert command(monkeypatch, train, "--resume", "run") == 2
+    assert "old/c.csv: No such file" in capsys.readouterr().err
+    Path("other.csv").write_text(text.replace("dog 3", "cat 3"))
+    assert command(monkeypatch, train, "--resume", "run", "--data", "other.csv", "--images", "new") == 2
+    assert "not the pictures and captions that run began with" in capsys.readouterr().err
+    assert command(monkeypatch, train, "--resume", "run", "--data", "new/c.csv") == 0
+    assert json.loads(Path("run/config.json").read_text())["training"]["data"] == str(tmp_path / "new/c.csv")
