@@ -234,8 +234,9 @@ def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Na
     processes = read_json(Path(folder, "config.json")).get("processes", WORLD)
     if processes != WORLD:
         raise InputError(f"{folder}: a run of {processes} processes can't go on with {WORLD}: start as many")
+    free = FREE if saved.get("data") == "shapes" else FREE + MOVED
     for name in saved:
-        if name not in FREE + MOVED and getattr(args, name) != saved[name]:
+        if name not in free and getattr(args, name) != saved[name]:
             option = next(action for action in parser._actions if action.dest == name)
             spelled = option.option_strings[0]
             raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
