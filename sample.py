@@ -247,7 +247,9 @@ def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the references, one JSON object a line."""
     lines = []
     for i, text in texts.items():
-        entry = dict(image=captions.name(i), caption=text, references=references(captions, i))
+        question = captions.pairs(i)[0][0]
+        entry = dict(image=captions.name(i), **({"question": question} if question else {}), caption=text,
+                     references=references(captions, i))
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 
@@ -334,7 +336,7 @@ def main() -> None:
     elif args.data:
         captions = Captions(args.data, args.images, args.split_name)
         captions.check_pictures()
-        sets = {Path(args.data).name: captions}
+        sets = {Path(args.data).name: captions.by_question()}
     else:
         files = []
         for name in args.pictures:

@@ -287,12 +287,12 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     if args.val:
         val = caption_data(args.val, args.images, split=args.val_split)
         _, val = val.held_out(args.val_size, args.seed)
-        return train, val, None
+        return train, val.by_question(), None
     train, val = train.held_out(args.val_size, args.seed, 20)
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
         raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")
-    return train, val, None
+    return train, val.by_question(), None
 
 
 def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:

@@ -151,6 +151,18 @@ class Captions(torch.utils.data.Dataset):
         part.said = [self.said[i] for i in indices]
         return part
 
+    def by_question(self) -> "Captions":
+        """The same set with an entry for each question of a picture: to score all of them."""
+        part = copy.copy(self)
+        part.paths, part.said = [], []
+        for path, pairs in zip(self.paths, self.said):
+            asked: dict[str, list[tuple[str, str]]] = {}
+            for question, caption in pairs:
+                asked.setdefault(question, []).append((question, caption))
+            part.paths += [path] * len(asked)
+            part.said += asked.values()
+        return part
+
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
         """Parts the set in two: the rest, and `size` pictures drawn from the seed, at most one in `parts`."""
         size = min(size, max(1, len(self) // parts))

@@ -3,9 +3,11 @@ import collections
 import math
 import re
 
+from support.answers import exact_match, vqa_accuracy
 from support.shapes import SKILLS, Shapes, judge
 
-SHARES = ("exact", *SKILLS, "matching")
+SHARES = ("exact", *SKILLS, "matching", "exact match", "VQA")  # shown in percent
+SHORT = 3  # words of an answer that is right or wrong as a whole
 
 
 def words(caption: str) -> list[str]:
@@ -74,9 +76,26 @@ def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, t
     candidates = [words(text) for text in texts.values()]
     wanted = [[words(caption) for caption in references(captions, i)] for i in texts]
     each = cider(candidates, wanted)
-    return ({**{f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))},
-             "CIDEr-D": sum(each) / len(each)},
-            {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)})
+    row = {f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))}
+    row["CIDEr-D"] = sum(each) / len(each)
+    return row | rate_answers(captions, texts), {
+        i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
+
+
+def rate_answers(captions, texts: dict[int, str]) -> dict[str, float]:
+    """Scores of a set whose questions have short answers, at most SHORT words as a median: exact match and,
+    with several answers each, the accuracy of VQA. Nothing of another set."""
+    wanted = {i: references(captions, i) for i in texts}
+    lengths = sorted(len(answers[0].split()) for answers in wanted.values())
+    if not all(captions.pairs(i)[0][0] for i in texts) or lengths[len(lengths) // 2] > SHORT:
+        return {}
+    found = {"exact match": exact_match}
+    if min(map(len, wanted.values())) > 3:
+        found["VQA"] = vqa_accuracy
+    rows = {}
+    for name, score in found.items():
+        rows[name] = sum(score(texts[i], wanted[i]) for i in texts) / len(texts)
+    return rows
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -18,6 +18,7 @@ from formats.captions import Captions
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import read_shard
+from support.answers import exact_match, vqa_accuracy
 from test_vlm import QUICK, SMALL, command, interrupt
 
 KARPATHY = {
@@ -376,3 +377,48 @@ def test_a_run_goes_on_where_its_data_moved(tmp_path, monkeypatch, capsys):
     assert "not the pictures and captions that run began with" in capsys.readouterr().err
     assert command(monkeypatch, train, "--resume", "run", "--data", "new/c.csv") == 0
     assert json.loads(Path("run/config.json").read_text())["training"]["data"] == str(tmp_path / "new/c.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize(
+    "answer, references, match, accuracy",
+    (
+        ("The two dogs.", ["2 dogs"] * 10, 1, 1),
+        ("dog", ["dog"] * 2 + ["cat"] * 8, 1, (2 / 3 * 8 + 1 / 3 * 2) / 10),
+        ("1,000", ["1000"] * 4 + ["many"] * 6, 1, 1),
+        ("dont know", ["don't know"] * 10, 0, 1),
+        ("cat", ["dog"] * 10, 0, 0),
+        ("red/blue", ["red blue"] * 10, 1, 1),
+    ),
+)
+def test_answers_are_scored_as_in_the_public_evaluation(answer, references, match, accuracy):
+    """Compared with it on 20,000 random answers."""
+    assert exact_match(answer, references) == match
+    assert vqa_accuracy(answer, references) == pytest.approx(accuracy)
+
+
+def test_every_question_of_a_picture_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"image": f"{i}.png", "question": f"is it {j}?", "answer": ["yes", "no"][j]}
+        for i in range(6)
+        for j in range(2)
+    ]
+    for i in range(6):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("qa.json").write_text(json.dumps(rows))
+    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    assert "| exact match |" in (out := capsys.readouterr().out) and "| val (12) |" in out
+    assert (
+        command(monkeypatch, sample, "--model", "run", "--data", "qa.json", "--workers", "0", "--json") == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["question"], line["references"]) for line in lines[:2]] == [
+        ("is it 0?", ["yes"]),
+        ("is it 1?", ["no"]),
+    ]
+    assert len(lines) == 12
