@@ -152,7 +152,9 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             if len(batch) > 1:  # one bad picture doesn't cost the others their captions
                 batches = [[names] for names in batch] + batches
             else:
-                complain(error)
+                word = batch[0][0]
+                question = " (if it is a question, say --prompt)" if re.fullmatch(r"[^./\\]+", word) else ""
+                complain(f"{error}{question}")
                 failed = True
             continue
 

@@ -475,6 +475,14 @@ class Run:
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
+
+        # What is likely not meant
+        if args.warmup >= args.steps:
+            self.say(f"the warm-up of {args.warmup} steps doesn't end within {args.steps}: give a shorter "
+                     "--warmup")
+        if len(val) < args.val_size and args.data != "shapes" and not args.val:
+            self.say(f"validates on {len(val)} pictures: --val-size {args.val_size} is more than a twentieth "
+                     "of them")
         if args.data != "shapes" and not args.origin:
             for part in ("vit", "llm"):
                 if getattr(args, part) == f"assets/{part}":

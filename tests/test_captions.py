@@ -231,6 +231,21 @@ def test_a_file_of_no_use_says_what_is_wrong(text, reason, tmp_path):
         Captions(tmp_path / "file")
 
 
+def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i}.png,a picture\n" for i in range(8))
+    for i in range(8):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n" + rows)
+    options = [*SMALL, *QUICK, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    out = capsys.readouterr().out
+    assert "the warm-up of 8 steps doesn't end within 8: give a shorter --warmup" in out
+    assert "validates on 1 pictures: --val-size 8 is more than a twentieth of them" in out
+    assert command(monkeypatch, sample, "0.png", "Colour?", "--model", "run") == 2
+    assert "Colour?: no such picture (if it is a question, say --prompt)" in capsys.readouterr().err
+
+
 def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
