@@ -1,4 +1,4 @@
-"""The hub over the network: the user's settings and token, and files that come whole or not at all."""
+"""Downloads from the hub: the user's settings and token, and files that come whole or not at all."""
 import contextlib
 import hashlib
 import json
@@ -17,8 +17,8 @@ from urllib.parse import quote, urlsplit
 
 from formats.files import InputError, guard, write_file
 
-SECONDS = 20  # that a reply may take to begin, and after that to bring nothing
-LEAST = 1024  # bytes a second that it must bring
+SECONDS = 20  # the longest wait for a reply to begin or go on
+LEAST = 1024  # the slowest reply, bytes a second
 MOST_LISTED = 1 << 25  # bytes of the hub's list of a model's files
 MOST_SMALL = 1 << 27  # bytes of a file without weights, and of the header of one with them
 COMMIT = re.compile("[0-9a-f]{6,64}")
@@ -32,7 +32,7 @@ def is_on(value: str | None) -> bool:
 
 
 def path_in(*variables: str) -> Path | None:
-    """The path in the first of these variables that is set; None if none is."""
+    """Returns the path in the first of these variables that is set; None if none is."""
     for variable in variables:
         if value := os.environ.get(variable):
             return Path(os.path.expandvars(os.path.expanduser(value)))
@@ -49,7 +49,7 @@ def endpoint() -> str:
 
 
 def offline() -> str:
-    """The variable that forbids the network; "" if none does. The first that is set decides."""
+    """Returns the variable that forbids the network, "" if none does. The first that is set decides."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if value := os.environ.get(variable):
             return variable if is_on(value) else ""
@@ -57,7 +57,7 @@ def offline() -> str:
 
 
 def token() -> str:
-    """The user's token: from the environment, else from the file that the hub's login writes; "" for none."""
+    """Returns the user's token, "" if there is none: from the environment, else from the login's file."""
     if is_on(os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN")):
         return ""
     secret = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
@@ -71,8 +71,8 @@ def token() -> str:
 # Requests
 
 class Login(urllib.request.BaseHandler):
-    """Adds the token to requests that go to the endpoint's own host over https. A redirect is a new request:
-    it comes here again, and doesn't take the token along."""
+    """Adds the token to https requests to the endpoint's own host. A redirect is a new request: it comes here
+    again, without the token."""
 
     def https_request(self, request: urllib.request.Request) -> urllib.request.Request:
         if request.host.lower() == urlsplit(endpoint()).netloc.lower() and (secret := token()):
@@ -81,10 +81,12 @@ class Login(urllib.request.BaseHandler):
 
 
 def explain(name: str, error: Exception) -> str:
-    """Why a request for the model `name` failed, and what the user can do about it."""
+    """Says why a request for the model `name` failed, and how the user can help it."""
     if not isinstance(error, urllib.error.HTTPError):
         return f"{endpoint()}: {getattr(error, 'reason', error) or type(error).__name__}"
-    host, page, hint = urlsplit(error.url).netloc, f"{endpoint()}/{name}", error.reason
+    host = urlsplit(error.url).netloc
+    page = f"{endpoint()}/{name}"
+    hint = error.reason
     if error.code == 404:
         hint = "no such model, or no such revision or file of it"
     elif error.code in (401, 403) and host == urlsplit(page).netloc:
@@ -97,16 +99,17 @@ def explain(name: str, error: Exception) -> str:
 
 
 def stream(name: str, path: str) -> Iterator:
-    """Requests `path` of the endpoint, for the model `name`. Yields the length that the server states, None
-    if it states none; then the bytes in chunks, as they come. Raises InputError if the server refuses,
-    breaks off, stalls or is too slow.
+    """Requests `path` of the endpoint, for the model `name`. Yields the length in bytes that the server
+    states, or None; then the bytes in chunks, as they come. Raises InputError if the server refuses, breaks
+    off, stalls or is too slow.
 
-    A thread reads, and this function waits for it no longer than it likes: looking up a host's name has no
-    time-out, and headers that come byte by byte renew theirs with each.
+    A thread reads, and this function limits the wait for it: looking up a host's name has no time-out, and
+    headers that come byte by byte restart theirs with each byte.
     """
     opener = urllib.request.build_opener(Login)
     opener.addheaders = [("User-Agent", "pytorch")]  # some servers refuse urllib's own name
-    arrived, stopped = queue.Queue(8), threading.Event()
+    arrived = queue.Queue(8)
+    stopped = threading.Event()
 
     def read() -> None:
         try:
@@ -123,7 +126,7 @@ def stream(name: str, path: str) -> Iterator:
     patience = SECONDS
     try:
         while True:
-            # waiting costs patience, each byte restores a little
+            # Waiting costs patience, each byte restores a little
             start = time.monotonic()
             try:
                 item = arrived.get(timeout=max(0, patience))
@@ -145,9 +148,10 @@ def stream(name: str, path: str) -> Iterator:
 
 
 def listing(name: str, revision: str) -> tuple[str, dict[str, tuple]]:
-    """The commit that a revision of a model stands for, and its files by name: (bytes, SHA-256), each None
-    where the hub doesn't tell. Raises InputError."""
-    body, end = bytearray(), time.monotonic() + SECONDS
+    """Returns the commit of a model's revision, and its files {name: (bytes, SHA-256)}, with None for what
+    the hub doesn't tell. Raises InputError."""
+    body = bytearray()
+    end = time.monotonic() + SECONDS
     path = f"api/models/{name}/revision/{quote(revision, safe='')}?blobs=true"
     with contextlib.closing(stream(name, path)) as reply:
         next(reply)
@@ -158,14 +162,17 @@ def listing(name: str, revision: str) -> tuple[str, dict[str, tuple]]:
 
     with guard(endpoint(), "no list of a model's files"):
         info = json.loads(body)
-        commit, files = info["sha"], {}
-        if not COMMIT.fullmatch(commit) or re.fullmatch("[0-9a-f]{40}", revision) and commit != revision:
+        commit = info["sha"]
+        another = re.fullmatch("[0-9a-f]{40}", revision) and commit != revision
+        if not COMMIT.fullmatch(commit) or another:
             raise ValueError(f"commit {commit}")
+        files = {}
         for file in info["siblings"]:
-            size, sha256 = file.get("size"), (file.get("lfs") or {}).get("sha256")
+            size = file.get("size")
             if size is not None and type(size) is not int:
                 raise ValueError(f"size {size}")
-            files[file["rfilename"]] = size, sha256
+            sha256 = (file.get("lfs") or {}).get("sha256")
+            files[file["rfilename"]] = (size, sha256)
         return commit, files
 
 
@@ -173,8 +180,8 @@ def listing(name: str, revision: str) -> tuple[str, dict[str, tuple]]:
 # Files
 
 def save(name: str, snapshot: Path, file: str, size: int | None, sha256: str | None) -> None:
-    """Downloads a file of a model into the folder of its commit, unless it is there. `size` and `sha256` are
-    those that the hub lists. Raises InputError."""
+    """Downloads a model's file into its commit's folder `snapshot`, if it isn't there. `size` (bytes) and
+    `sha256` are the hub's. Raises InputError."""
     path = snapshot / file
     with guard(path, "can't be written"):
         if path.is_file():
@@ -182,7 +189,7 @@ def save(name: str, snapshot: Path, file: str, size: int | None, sha256: str | N
         path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(stream(name, f"{name}/resolve/{snapshot.name}/{file}")) as reply:
         try:
-            # what the hub lists and what the server states must agree
+            # The hub's size and the server's must agree
             stated = next(reply)
             if size is None:
                 size = stated
@@ -200,9 +207,13 @@ def save(name: str, snapshot: Path, file: str, size: int | None, sha256: str | N
 
 
 def receive(target: Path, kind: str, chunks: Iterator[bytes], size: int | None, sha256: str | None) -> None:
-    """Writes a file of a `kind` (".json", …) as it comes. Raises InputError if it isn't whole. Where nobody
-    tells its size, the header of a safetensors file does, and JSON is whole if it is valid."""
-    head, received, digest = bytearray(), 0, hashlib.sha256()
+    """Writes a file of a `kind` (".json", …) as its chunks come. Raises InputError if it isn't whole.
+
+    If its size is unknown: a safetensors file's header tells it, and JSON is whole if it is valid.
+    """
+    head = bytearray()
+    received = 0
+    digest = hashlib.sha256()
     with target.open("wb") as out:
         for chunk in chunks:
             if size is None and kind == ".safetensors":
@@ -223,8 +234,8 @@ def receive(target: Path, kind: str, chunks: Iterator[bytes], size: int | None, 
 
 
 def safetensors_size(head: bytes) -> int | None:
-    """The size of a safetensors file that begins with `head`; None if `head` ends before the header does.
-    Raises InputError."""
+    """Returns the size in bytes of a safetensors file that begins with `head`; None if the header is longer
+    than `head`. Raises InputError."""
     with guard("its size isn't told, and its header", "not a safetensors file's"):
         start = 8 + int.from_bytes(head[:8], "little")
         if start > MOST_SMALL:
@@ -237,12 +248,13 @@ def safetensors_size(head: bytes) -> int | None:
 
 
 def shown(label: str, chunks: Iterator[bytes], size: int | None) -> Iterator[bytes]:
-    """Yields the chunks. Says on stderr what is downloaded and, on a terminal, how much of it has come."""
+    """Yields the chunks. Names the download on stderr and, on a terminal, shows how much has come."""
     if not sys.stderr.isatty():
         print(f"downloading {label}", file=sys.stderr)
         yield from chunks
         return
-    received, last = 0, 0.0
+    received = 0
+    last = 0.0  # time of the last line
     whole = "" if size is None else f" of {size / 1e6:.1f}"
     try:
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Reads and writes JSON and safetensors. An error names its file; a file is written whole or not at all."""
+"""Reads and writes JSON and safetensors. Errors name their file; a file is written whole or not at all."""
 import contextlib
 import glob
 import json
@@ -15,22 +15,23 @@ from safetensors.torch import save_file
 
 
 class InputError(Exception):
-    """What the user gave can't be used: the message names the file and the reason in one printable line."""
+    """The user's input can't be used. The message names the file and the reason in one printable line."""
 
     def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+        line = " ".join(message.split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         super().__init__(line if len(line) < 1000 else f"{line[:500]} … {line[-300:]}")
 
 
 def warn(text: str) -> None:
-    """Prints a line on stderr about what goes on, but perhaps not as the user means it."""
+    """Prints a warning as one line on stderr."""
     print(f"warning: {InputError(text)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def guard(path: str | Path, problem: str = "can't be read"):
-    """Makes an InputError of whatever fails within: the file or its contents are to blame, and no list of
-    what their readers may raise would be whole."""
+    """Turns any exception inside into an InputError that names `path`: readers of untrusted files can raise
+    anything."""
     try:
         yield
     except InputError:
@@ -45,7 +46,7 @@ def guard(path: str | Path, problem: str = "can't be read"):
 
 @contextlib.contextmanager
 def named(path: str | Path):
-    """Puts a file's name before an InputError of what stands in it."""
+    """Puts a file's name before the message of an InputError inside."""
     try:
         yield
     except InputError as error:
@@ -53,25 +54,28 @@ def named(path: str | Path):
 
 
 def whole(text: str) -> str:
-    """Text with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    """Replaces each half of a surrogate pair, which JSON can spell and UTF-8 can't, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a temporary file, then moves it to `path`: whole, or not there at all, whenever the
-    process or the power ends. Raises InputError."""
+    """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
+    the process or the power ends. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with guard(path, "can't be written"):
+        # Remove what killed processes left
         for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
             with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-                if time.time() - left.stat().st_mtime > 86_400:  # who wrote no byte for a day was killed
+                if time.time() - left.stat().st_mtime > 86_400:  # nobody wrote to it for a day
                     left.unlink()
+
+        # Write, get it on the disk, rename
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            if os.name == "posix":  # where a folder's own entries are to be asked for
+            if os.name == "posix":  # here the folder's entries must be synchronised too
                 folder = os.open(path.parent, os.O_RDONLY)
                 os.fsync(folder)
                 os.close(folder)
@@ -80,14 +84,18 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
-    """Writes a safetensors file of two tensors: "rows" of this shape, chunk by chunk as they come, so that
-    the whole needn't fit in memory, and "marks", one a row, which are asked for when the rows are written."""
+    """Writes a safetensors file of two tensors: "rows" of this shape, and "marks", a bool for each row.
+
+    Writes the rows chunk by chunk as they come: they needn't fit in memory. Then calls `marks`.
+    """
     kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     size = dtype.itemsize * math.prod(shape)  # bytes
     header = json.dumps({
         "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
         "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-len(header) % 8)  # to a multiple of 8 bytes
+
+    # The header's length, the header, the data
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for chunk in chunks:
@@ -117,13 +125,13 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file whose names begin with `prefix`, by the rest. Raises InputError."""
+    """Reads the tensors whose names begin with `prefix`: {name without it: tensor}. Raises InputError."""
     with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
                 if name.startswith(prefix)}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors. Raises InputError."""
+    """Reads the metadata of a safetensors file. Raises InputError."""
     with guard(path, "not a whole safetensors file"), safe_open(path, framework="pt") as file:
         return file.metadata() or {}

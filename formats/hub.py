@@ -1,7 +1,7 @@
-"""Where a name of a model leads: a folder, the Hugging Face cache, or a download into it.
+"""Finds a model by its name: a folder, the Hugging Face cache, or a download into it.
 
-In the cache, models--OWNER--MODEL/refs/REVISION names a commit, whose files lie in snapshots/COMMIT/. An
-empty file in .no_exist/COMMIT/ says that the commit has none of that name.
+In the cache, models--OWNER--MODEL/refs/REVISION names a commit. Its files lie in snapshots/COMMIT/. An empty
+file in .no_exist/COMMIT/ says that the commit has no file of that name.
 """
 import contextlib
 import re
@@ -13,16 +13,17 @@ from formats.files import InputError, guard, read_json, warn, write_text
 HERE = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"(?!.*(--|\.\.))(?P<model>(\w[\w.-]*/)?\w[\w.-]*)"
                   r"(@(?P<revision>[\w+#=-][\w.+#=-]*(/[\w+#=-][\w.+#=-]*)*))?", re.ASCII)
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
                "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                "vocab.json", "merges.txt")
 
-incomplete: set[Path] = set()  # snapshots that lack files which this process couldn't get
+incomplete: set[Path] = set()  # snapshots whose missing files this process couldn't fetch
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those its index lists."""
+    """Lists the safetensors files of a checkpoint's folder: one, or those in its index. Raises InputError."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
     weight_map = read_json(folder / INDEX).get("weight_map")
@@ -35,11 +36,11 @@ def shards(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(name: str, weights: bool = True) -> Path:
-    """The folder a name leads to: 1. a folder on disk (also `assets/…` beside this file); 2. the Hugging Face
-    cache; 3. a download of just the files needed, into that cache.
+    """Finds a model's folder: 1. on disk (also in this project, as `assets/…`); 2. in the Hugging Face cache;
+    3. by a download of the files needed into that cache.
 
     OWNER/MODEL@REVISION names a branch, a tag, a commit or a pull request ("refs/pr/1") instead of the main
-    branch. `weights`: with its tensors, not for its tokenizer alone. Raises InputError.
+    branch. `weights=False` is for a tokenizer alone, without the tensors. Raises InputError.
     """
     with guard(name, "no name of a model"):
         for folder in (Path(name).expanduser(), HERE / name):
@@ -48,12 +49,15 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
         match = NAME.fullmatch(name)
     if not match:
         raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")
-    model, revision = match["model"], match["revision"] or "main"
+    model = match["model"]
+    revision = match["revision"] or "main"
+
+    # Where the cache has it
     cache = path_in("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or home() / "hub"
     repository = cache / f"models--{model.replace('/', '--')}"
     reference = repository / "refs" / revision
 
-    # a snapshot that the cache has
+    # A snapshot in the cache
     with guard(reference):
         commit = reference.read_text(errors="replace").strip() if reference.is_file() else revision
         snapshot = repository / "snapshots" / commit
@@ -65,7 +69,7 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
             if any((snapshot / file).is_file() for file in ("tokenizer.json", "vocab.json", "config.json")):
                 return snapshot
 
-    # a download: where a snapshot lacks files, those of the same commit
+    # A download; if the snapshot lacks files, they are fetched from the same commit
     if offline():
         raise InputError(f"{name}: no such folder, not in {cache}, and {offline()} forbids a download")
     try:
@@ -80,15 +84,19 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
 
 
 def download(model: str, repository: Path, revision: str, weights: bool) -> Path:
-    """Fetches the files of a model that are needed; returns the snapshot's folder. Raises InputError."""
+    """Downloads the files needed of a model; returns the snapshot's folder. Raises InputError."""
     commit, files = listing(model, revision)
     snapshot = repository / "snapshots" / commit
+
+    # Only safetensors are read
     if weights and not {WEIGHTS, INDEX} & files.keys():
         problem = f"the repository has no {WEIGHTS}"
         if pickled := [file for file in files if re.fullmatch(r"pytorch_model.*\.bin", file)]:
             problem += (f", just {pickled[0]}, which isn't read, for it may hold code; a revision that has "
                         f"safetensors can be named, such as a pull request: {model}@refs/pr/1")
         raise InputError(problem)
+
+    # The small files first, then the index, then the shards that it lists
     save_small(model, snapshot, files)
     if weights and WEIGHTS not in files:
         save(model, snapshot, INDEX, *files[INDEX])
@@ -100,28 +108,28 @@ def download(model: str, repository: Path, revision: str, weights: bool) -> Path
 
 
 def save_small(model: str, snapshot: Path, files: dict[str, tuple]) -> None:
-    """Downloads the small files that a snapshot lacks; marks those that aren't among the model's `files`, so
-    that they aren't looked for again. Raises InputError."""
+    """Downloads the small files that a snapshot lacks. Marks those that the model doesn't have, so that they
+    aren't looked for again. Raises InputError."""
     for file in SMALL_FILES:
         if file in files:
             save(model, snapshot, file, *files[file])
             continue
-        with contextlib.suppress(OSError):  # in a cache that is read-only, it is looked for again
+        with contextlib.suppress(OSError):  # in a read-only cache there is no mark: it is looked for again
             marker(snapshot, file).parent.mkdir(parents=True, exist_ok=True)
             marker(snapshot, file).touch()
 
 
 def marker(snapshot: Path, file: str) -> Path:
-    """The file that says that a snapshot's commit has no `file`."""
+    """Returns the path of the mark that says that a snapshot's commit has no `file`."""
     return snapshot.parent.parent / ".no_exist" / snapshot.name / file
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """An optional file of a checkpoint's folder; None if there is none. Raises InputError.
+    """Returns the path of an optional file of a checkpoint; None if there is none. Raises InputError.
 
-    A snapshot in the cache may hold just what another program needed. Where it isn't known whether its commit
-    has a small file, the hub is asked, once, for all small files that the snapshot lacks. If that fails, a
-    warning says which they are.
+    A snapshot in the cache may hold only the files that another program needed. If its commit may have the
+    file, the hub is asked, once, for all small files that the snapshot lacks. If that fails, a warning names
+    them.
     """
     path = folder / name
     with guard(path):
@@ -133,14 +141,14 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def unknown_files(snapshot: Path) -> list[str]:
-    """The small files that a snapshot lacks though its commit may have them."""
+    """Lists the small files that a snapshot lacks although its commit may have them."""
     return [file for file in SMALL_FILES
             if not (snapshot / file).is_file() and not marker(snapshot, file).is_file()]
 
 
 def complete(snapshot: Path) -> None:
     """Fetches the small files that a snapshot lacks; warns, once, if that fails."""
-    # .gitattributes comes only with a whole repository: then, offline, it is taken for whole
+    # .gitattributes comes only with a whole repository: offline, such a snapshot counts as whole
     if snapshot in incomplete or offline() and (snapshot / ".gitattributes").is_file():
         return
     model = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")

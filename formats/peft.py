@@ -1,8 +1,8 @@
 """LoRA in the files of PEFT, as arrays: adapter_config.json and adapter_model.safetensors.
 
-PEFT names a module as the reference's class does, and that class may hold in one matrix what we hold in
-several: GPT-2's c_attn is our q, k and v. Of the update of such a matrix each of ours takes its rows of B,
-and A is shared. Which rows these are is what `Family.names` does to the rows of the matrix itself.
+PEFT names a module as the reference's class does. That class may hold several of our matrices in one: GPT-2's
+c_attn is our q, k and v. In an update of such a matrix, each of ours takes its rows of B, and they share A.
+The functions in `Family.names` tell which rows: they take the same ones of the matrix itself.
 """
 import itertools
 import math
@@ -23,9 +23,8 @@ ROOT = "base_model.model."  # before each tensor's name
 LETTERS = {  # what follows "lora_" in a tensor's name
     "A.weight": "A", "B.weight": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
 
-# Options in adapter_config.json: those that may have these values alone, as other beginnings change the
-# weight; those that are read below; those that say only how PEFT chose or runs. Any other that is set is
-# refused.
+# Options in adapter_config.json. CHOICES may have only these values: other initialisations change the weight.
+# READ are used below. IDLE say only how PEFT chose or runs. Any other option that is set is refused.
 CHOICES = {"peft_type": ("LORA",), "bias": ("none", "lora_only"),
            "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout",
@@ -47,18 +46,17 @@ class Update(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What the files have to know of a model: its family (None: it keeps its own names), the name of its
-    checkpoint, its parameters as they are without updates, and what its layers are."""
-    family: Family | None
-    name: str | None
-    tensors: dict[str, torch.Tensor]
+    """Describes a model to the functions below."""
+    family: Family | None  # None: the files have our own names
+    name: str | None  # of its checkpoint
+    tensors: dict[str, torch.Tensor]  # its parameters, without updates
     kinds: dict[str, str]  # layer -> its class: "Linear", "Embedding", …
     tied: bool  # embedding and head are one matrix
     writes_text: bool
 
 
 class Tensors(NamedTuple):
-    """What a folder of PEFT's holds."""
+    """A folder of PEFT's, as it is."""
     config: dict
     tensors: dict[str, torch.Tensor]
 
@@ -67,13 +65,15 @@ class Found(NamedTuple):
     """A folder of PEFT's, in our names."""
     updates: dict[str, Update]  # by layer
     trained: dict[str, torch.Tensor]  # parameters that were trained whole
-    bases: dict[str, torch.Tensor]  # weights under an update, where the file has them
+    bases: dict[str, torch.Tensor]  # weights under an update, if the file has them
 
 
 def in_class(model: Model) -> dict[str, dict[str, tuple]]:
-    """{name in the reference's class: {our parameter: (function, rows)}}: what makes our tensor of theirs,
-    and which of its rows ours are. What isn't some rows of one tensor is left out. Where "a|b" names files
-    and class, the name that only files have comes first."""
+    """Maps names in the reference's class to ours: {theirs: {our parameter: (function, rows)}}.
+
+    The function makes our tensor of theirs, and `rows` are its rows of theirs. Leaves out parameters that
+    aren't rows of one tensor. Of a name "a|b" (see Family), a, which only files have, comes first.
+    """
     functions = defaultdict(dict)
     for name in model.tensors:
         function, disk = model.family.source(name) if model.family else (lambda tensor: tensor, [name])
@@ -98,13 +98,14 @@ def in_class(model: Model) -> dict[str, dict[str, tuple]]:
 # Reading
 
 def read_folder(folder: str | Path) -> Tensors:
-    """The options and the tensors in a folder of PEFT's. Raises InputError where an option isn't
+    """Reads the options and the tensors of a folder of PEFT's. Raises InputError if an option isn't
     supported."""
     path = Path(folder) / CONFIG
     config = read_json(path)
     with guard(path):
         for key, value in config.items():
-            if value and not (value in CHOICES[key] if key in CHOICES else key in READ | IDLE):
+            known = value in CHOICES[key] if key in CHOICES else key in READ | IDLE
+            if value and not known:
                 raise InputError(f"{path}: {key} {value!r} is not supported")
         tensors = read_tensors(path.with_name(WEIGHTS))
         for saved in config.get("modules_to_save") or ():
@@ -115,11 +116,11 @@ def read_folder(folder: str | Path) -> Tensors:
 
 
 def read_updates(model: Model, folder: str | Path, peft: Tensors | None = None) -> Found:
-    """What a folder of PEFT's changes in `model`. `peft`: what `read_folder` read there, or some of its
-    tensors, where the file is of a larger model.
+    """Reads the changes that a folder of PEFT's makes to `model`. `peft` is the result of `read_folder`, with
+    some of its tensors if the file is a larger model's.
 
-    Which layers change is read off the tensors' names, so that it doesn't matter how target_modules chose
-    them. Raises InputError where an option, a tensor or a shape has no place here.
+    The tensors' names tell which layers change, however target_modules chose them. Raises InputError if an
+    option, a tensor or a shape doesn't fit.
     """
     config, tensors = peft or read_folder(folder)
     with guard(Path(folder) / CONFIG), named(Path(folder) / WEIGHTS):
@@ -132,8 +133,8 @@ def match(model: Model, config: dict, tensors: dict[str, torch.Tensor]) -> Found
     unused = model.family.unused if model.family else ""
     parts = by_tensor(tensors, next(iter(model.tensors.values())).device)
 
-    # Which tensor of the class is it? The path before the name leads to our module in a larger one. The
-    # blocks lie in one place. What is outside them may lie elsewhere: a head, a projection
+    # Split each name into a path, which leads to our module in a larger one, and the name in the class. All
+    # blocks have the same path. A head or a projection, outside the blocks, may have another
     ends = {name: known_end(name, known) for name in parts if not re.fullmatch(unused, name)}
     paths = {name.removesuffix(end) for name, end in ends.items() if re.search(r"\.\d+\.", end)}
     twice = [end for end, count in Counter(ends.values()).items() if end and count > 1]
@@ -154,7 +155,8 @@ def match(model: Model, config: dict, tensors: dict[str, torch.Tensor]) -> Found
             tensors = whole_tensors(model, name, part["whole"], group)
             (found.bases if letters else found.trained).update(tensors)
         if letters:
-            if letters != {"A", "B", *("m" if config.get("use_dora") else "")}:
+            wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+            if letters != wanted:
                 raise InputError(f"'{name}' has a low-rank update in parts: {', '.join(sorted(letters))}")
             found.updates.update(updates_of(model, config, name.removesuffix(".weight"), part, group))
 
@@ -168,7 +170,7 @@ def match(model: Model, config: dict, tensors: dict[str, torch.Tensor]) -> Found
 
 
 def by_tensor(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
-    """{tensor's name in the class: {"A", "B", "m": of its update, "whole": the tensor itself}}."""
+    """Groups the tensors: {name in the class: {"A", "B", "m": of its update, "whole": the tensor itself}}."""
     parts = defaultdict(dict)
     for key, tensor in tensors.items():
         plain = key.removeprefix(ROOT).replace(".base_layer.", ".")
@@ -184,7 +186,7 @@ def by_tensor(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[st
 
 
 def known_end(name: str, known: dict) -> str:
-    """`name` without the path that leads to our module in a larger one; "" where it isn't known."""
+    """Removes the path that leads to our module in a larger one; returns "" if no end of `name` is known."""
     for i in range(name.count(".") + 1):
         end = name.split(".", i)[-1]
         if end in known:
@@ -193,7 +195,7 @@ def known_end(name: str, known: dict) -> str:
 
 
 def whole_tensors(model: Model, name: str, value: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
-    """Our parameters of a tensor `value` of the class, which holds the rows of a `group` of ours."""
+    """Returns our parameters, a `group` whose rows the class's tensor `value` holds."""
     size = sum(len(rows) for _, rows in group.values())
     found = {}
     for ours, (function, rows) in group.items():
@@ -205,8 +207,8 @@ def whole_tensors(model: Model, name: str, value: torch.Tensor, group: dict) -> 
 
 
 def updates_of(model: Model, config: dict, name: str, part: dict, group: dict) -> dict[str, Update]:
-    """The updates of our layers, of which the class's module `name` holds the rows: each takes its rows of
-    B."""
+    """Returns the updates of our layers, a `group` whose rows the class's module `name` holds: each takes its
+    rows of B."""
     rank = pattern(config, "rank_pattern", "r", name)
     alpha = pattern(config, "alpha_pattern", "lora_alpha", name)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -236,9 +238,9 @@ def updates_of(model: Model, config: dict, name: str, part: dict, group: dict) -
 
 
 def pattern(config: dict, patterns: str, default: str, name: str) -> float:
-    """The rank or alpha of a module: that of the first pattern that fits its name, else the default."""
+    """Returns the rank or alpha of a module: the first whose pattern fits its name, else the default."""
     values = config.get(patterns) or {}
-    # a regular expression from outside may take for ever or, where it counts, all memory
+    # A regular expression from outside may take for ever or, if it counts with braces, all memory
     if any("{" in key for key in values):
         raise ValueError(f"{patterns} with a brace is not supported")
     for key, value in values.items():
@@ -252,25 +254,30 @@ def pattern(config: dict, patterns: str, default: str, name: str) -> float:
 
 def write_updates(model: Model, folder: str | Path, updates: dict[str, Update], trained: set[str],
                   replaced: set[str]) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` opens on the reference's class: the updates by
-    layer, the parameters that were `trained` whole, and the layers whose weight under an update was
-    `replaced` too.
+    """Writes a folder that `peft.PeftModel.from_pretrained` opens on the reference's class.
 
-    Layers that are one matrix there, but have an A each here, become one update of higher rank. Raises
-    InputError where that class has no place for something.
+    It holds the updates by layer, the parameters that were `trained` whole, and the weights under an update
+    that were `replaced`. Layers that are one matrix in the class, but have an A each here, become one update
+    of higher rank. Raises InputError if the class lacks a tensor.
     """
     folder = Path(folder)
     known = in_class(model)
     low_rank = {f"{layer}.weight": update for layer, update in updates.items()}
     dora = any(update.m is not None for update in updates.values())
-    # the class's name of each parameter of ours: the last, as the one that only files have comes before it
-    of_class = {ours: theirs for theirs, group in known.items() for ours in group}
-    left = {*low_rank, *trained}
+    # The class's name of each of our parameters: the last one, as names that only files have come before it
+    of_class = {}
+    for theirs, group in known.items():
+        of_class.update(dict.fromkeys(group, theirs))
+    left = set(low_rank) | trained
     path = model.family.path if model.family else ""
-    outside = re.sub(r"\b(model|transformer|gpt_neox)\..*", "", path)  # what has the body and the head
+    outside = re.sub(r"\b(model|transformer|gpt_neox)\..*", "", path)  # path of the module with body and head
 
-    tensors, ranks, alphas = {}, {}, {}
-    saved, input_first, bias = set(), False, "none"
+    tensors = {}
+    ranks = {}
+    alphas = {}
+    saved = set()
+    input_first = False
+    bias = "none"
     for theirs in dict.fromkeys(of_class.values()):
         group = {ours: rows for ours, (_, rows) in known[theirs].items()}
         low = {ours: low_rank[ours] for ours in group if ours in low_rank}
@@ -279,7 +286,7 @@ def write_updates(model: Model, folder: str | Path, updates: dict[str, Update], 
         left -= group.keys()
         name, leaf = f"{outside if 'head.weight' in group else path}{theirs}".rsplit(".", 1)
 
-        # A tensor of the model itself: the rows of ours back to where they belong
+        # A tensor of the model itself: put our rows back where they belong
         if not low or any(ours.removesuffix(".weight") in replaced for ours in low):
             value = torch.cat([model.tensors[ours] for ours in group])
             value[torch.cat(list(group.values()))] = value.clone()
@@ -307,9 +314,11 @@ def write_updates(model: Model, folder: str | Path, updates: dict[str, Update], 
         what = min(left) if updates else "a model without a LoRA"
         raise InputError(f"{folder}: {what} has no place in PEFT's files")
 
-    (rank, _), = Counter(ranks.values()).most_common(1)
-    (alpha, _), = Counter(alphas.values()).most_common(1)
-    base, revision = model.name, None
+    # The most common rank and alpha are the defaults
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    base = model.name
+    revision = None
     if base and not Path(base).exists() and "@" in base:  # a hub name
         base, revision = base.split("@")
     with guard(folder):
@@ -327,8 +336,8 @@ def write_updates(model: Model, folder: str | Path, updates: dict[str, Update], 
 
 def joined(model: Model, group: dict[str, torch.Tensor], low: dict[str, Update],
            dora: bool) -> tuple[Update, tuple[str, str]]:
-    """The one update of a class's matrix, of which the `group` of our parameters has the rows, and how the
-    files call its A and B. Each different A gets columns of B of its own."""
+    """Joins our updates to one of a matrix in the class, whose rows the `group` of our parameters has. Each
+    different A gets its own columns of B. Returns the update, and the files' names of A and B."""
     As = {id(update.A): update.A for update in low.values()}
     starts = dict(zip(As, itertools.accumulate(map(len, As.values()), initial=0)))
     A = torch.cat(list(As.values()))
@@ -340,7 +349,8 @@ def joined(model: Model, group: dict[str, torch.Tensor], low: dict[str, Update],
             group[ours] = torch.arange(len(update.B))
 
     size = sum(map(len, group.values()))
-    B, m = A.new_zeros(size, len(A)), A.new_zeros(size)
+    B = A.new_zeros(size, len(A))
+    m = A.new_zeros(size)
     for ours, rows in group.items():
         update = low.get(ours)
         if update:
@@ -356,7 +366,7 @@ def is_embedding(model: Model, parameter: str) -> bool:
 
 
 def lengths(model: Model, parameter: str, update: Update | None) -> torch.Tensor:
-    """DoRA's m (out,) of a weight: the update's own, else the lengths of the rows as they are."""
+    """Returns DoRA's m (out,) of a weight: the update's own, else the lengths of its rows."""
     if update and update.m is not None:
         return update.m
     weight = model.tensors[parameter].float()
@@ -368,7 +378,7 @@ def lengths(model: Model, parameter: str, update: Update | None) -> torch.Tensor
 
 
 def turns(function: Callable, out: int) -> bool:
-    """Whether `function` makes our weights of some that are stored input first, (in,out)."""
+    """Whether `function` turns weights that are stored (in,out)."""
     try:
         return function(torch.empty(1, out)).shape[-1] == 1
     except (IndexError, RuntimeError):

@@ -13,8 +13,8 @@ from formats.weights import Checkpoint
 
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 OPENAI = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-# preprocessor_config.json's image_processor_type -> what the reference takes where a key isn't there.
-# `edges`: which ones a plain number as `size` is the length of, both unless given
+# preprocessor_config.json's image_processor_type -> the reference's values for missing keys.
+# `edges`: the edges that get the length of a `size` that is a plain number; height and width if missing
 PROCESSORS = {
     "ViT": dict(resample=2),
     "DeiT": dict(resample=3, do_center_crop=True),
@@ -34,11 +34,11 @@ class Preprocessor:
     """Turns a picture of any size and mode into pixels (3,S,S) float32, as preprocessor_config.json
     (`settings`) says.
 
-    S is `image_size` where that is given, else the size in the settings, else `default`. Another S than
-    theirs scales all their lengths alike, so that the same part of the picture is seen: where they resize to
-    256 px and crop to 224, S = 448 resizes to 512 and crops to 448. Where a family has tiles
-    (`max_image_size`), S is the side of a tile; see `tiles`. Raises ValueError where the settings don't make
-    squares, or a length is above MOST.
+    S is `image_size` or, if that is None, the size in the settings, else `default`. An `image_size` scales
+    all lengths in the settings alike, so that the same part of the picture is seen: if they resize to 256 px
+    and crop to 224, S = 448 resizes to 512 and crops to 448. In a family with tiles (`max_image_size`), S is
+    the side of a tile; see `tiles`. Raises ValueError if the settings don't make squares, or a length is
+    above MOST.
     """
     MOST = 8192  # pixels
 
@@ -54,7 +54,7 @@ class Preprocessor:
             value = settings.get(key, default)
             return dict.fromkeys(edges, value) if isinstance(value, int) else value  # a number in old files
 
-        # The size to resize to, and the square that remains in the end
+        # The size to resize to, and the square in the end
         size = lengths("size", settings.get("edges", square))
         tile = settings.get("max_image_size", {}).get("longest_edge")
         if tile:
@@ -68,17 +68,18 @@ class Preprocessor:
         if not last.get("height") or last["height"] != last.get("width"):
             raise ValueError(f"{last} is not a square")
 
-        # All lengths, scaled so that the square has the side that was asked for
+        # Scale all lengths so that the square's side is S
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
-        if not any({*edges} <= self.size.keys() for edges in (["longest_edge"], ["shortest_edge"], square)):
+        one_edge = "longest_edge" in self.size or "shortest_edge" in self.size
+        if not one_edge and not set(square) <= self.size.keys():
             raise ValueError(f"{size} is no size")
-        for length in (self.image_size, *self.size.values()):
+        for length in [self.image_size] + list(self.size.values()):
             if not 0 < length <= self.MOST:
                 raise ValueError(f"{length} px is not within 1 and {self.MOST}")
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """A picture, seen as a whole, to pixels (3,S,S)."""
+        """Turns a whole picture into pixels (3,S,S)."""
         settings = self.settings
         side = self.image_size
         picture = rgb(picture)
@@ -105,7 +106,7 @@ class Preprocessor:
         return x.contiguous()
 
     def resized(self, w: int, h: int) -> tuple[int, int]:
-        """Width and height that a picture of w × h px is resized to."""
+        """Returns the width and height, in pixels, to resize a picture of w × h to."""
         if "longest_edge" in self.size:
             scale = self.size["longest_edge"] / max(w, h)
             return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
@@ -115,7 +116,7 @@ class Preprocessor:
         return self.size["width"], self.size["height"]
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        """The numbers (3,H,W) of an RGB picture, rescaled and normalised."""
+        """Returns an RGB picture's numbers (3,H,W), rescaled and normalised."""
         x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
         if self.settings.get("do_rescale", True):
             x = x * self.factor
@@ -124,9 +125,8 @@ class Preprocessor:
         return x
 
     def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
-        """Returns the pixels (T,3,S,S) of all views of a picture, in the order of the prompt, and the rows
-        and columns of tiles among them. Rows and columns are 0 where the picture is seen as a whole alone, as
-        it always is without `split`.
+        """Returns the pixels (T,3,S,S) of all views of a picture, in the order of the prompt, and the numbers
+        of rows and columns of tiles. These are 0 if the only view is the whole picture, as without `split`.
 
         Idefics3 and SmolVLM: the longest edge becomes `size`, then both edges are stretched to whole tiles;
         the whole picture comes last. nanoVLM (`upscale`): the longest edge becomes `size`, or, without
@@ -185,14 +185,14 @@ class Preprocessor:
 
 def read_preprocessor(checkpoint: Checkpoint, kind: str, default: int,
                       image_size: int | None = None) -> Preprocessor:
-    """The Preprocessor of a checkpoint. `kind`: whose settings hold where the files are silent, a key of
-    PROCESSORS; `default` and `image_size`: see Preprocessor. Raises InputError."""
+    """Reads the Preprocessor of a checkpoint. `kind` is a key of PROCESSORS, used if the files name none;
+    `default` and `image_size`: see Preprocessor. Raises InputError."""
     # The settings are in config.json, preprocessor_config.json, or with others in processor_config.json
     path = checkpoint.folder / "preprocessor_config.json"
     settings = (checkpoint.config.get("image_processor") or checkpoint.json(path.name)
                 or checkpoint.json("processor_config.json").get("image_processor") or {})
 
-    # Whose they are, by the name of the reference's class
+    # The family, from the name of the reference's class
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or kind
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
     if kind not in PROCESSORS:

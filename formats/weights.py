@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: which tensor on disk is which parameter of ours, and how it is read."""
+"""Checkpoints: which tensor on disk is which parameter of ours, and how it is read."""
 import copy
 import re
 from pathlib import Path
@@ -12,13 +12,19 @@ from formats.hub import find_checkpoint, find_file, shards
 
 
 class Checkpoint:
-    """A checkpoint's folder: `config` (config.json), and tensors read by name from the mapped files."""
+    """A checkpoint: `folder`, `config` (config.json), and tensors, read by name from mapped safetensors
+    files. Raises InputError."""
 
     def __init__(self, name: str):
-        self.name, self.folder = name, find_checkpoint(name)
+        self.name = name
+        self.folder = find_checkpoint(name)
         self.config = read_json(self.folder / "config.json")
         self.where: dict[str, Path] = {}  # tensor name -> its file
-        self.mapped = [None, None, 0]  # the file being read, its open handle, the bytes read through it
+        self.mapped_path = None  # the file being read
+        self.mapped_file = None  # its open handle
+        self.mapped_bytes = 0  # how many were read through the handle
+
+        # List the tensors of each file
         for path in shards(self.folder):
             if not path.is_file():
                 raise InputError(f"{path}: no such file")
@@ -26,43 +32,52 @@ class Checkpoint:
                 self.where.update((name, path) for name in file.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as it lies in the file, which is mapped anew every 128 MiB: where converted copies replace
-        the tensors, the pages read so far are let go, so that the weights are never held twice."""
+        """Reads a tensor as it lies in the file.
+
+        Maps the file anew every 128 MiB. This frees the pages read so far if converted copies replace their
+        tensors: the weights are never held twice.
+        """
         path = self.where[name]
-        if path != self.mapped[0] or self.mapped[2] > 1 << 27:
-            self.mapped = [path, safe_open(path, framework="pt"), 0]
-        tensor = self.mapped[1].get_tensor(name)
-        self.mapped[2] += tensor.nbytes
+        if path != self.mapped_path or self.mapped_bytes > 1 << 27:
+            self.mapped_path = path
+            self.mapped_file = safe_open(path, framework="pt")
+            self.mapped_bytes = 0
+        tensor = self.mapped_file.get_tensor(name)
+        self.mapped_bytes += tensor.nbytes
         return tensor
 
     def part(self, prefixes: str, config: dict) -> "Checkpoint":
-        """A part of a model of several: its own config, and the tensors whose names `prefixes`, a regular
-        expression, begins."""
+        """Returns the checkpoint of one part of a model: its own config, and the tensors whose names begin
+        with the regular expression `prefixes`."""
         part = copy.copy(self)
         part.config = config
         part.where = {name: path for name, path in self.where.items() if re.match(prefixes, name)}
         return part
 
     def json(self, file: str) -> dict:
-        """A JSON file of the folder; empty where there is none."""
+        """Reads a JSON file of the folder; {} if there is none."""
         path = find_file(self.folder, file)
         return read_json(path) if path else {}
 
     def row(self, families: dict) -> tuple:
-        """The row of `families` that config.json's `model_type` names, and what it makes of config.json."""
-        path, kind = self.folder / "config.json", self.config.get("model_type")
+        """Returns the row of `families` that config.json's `model_type` names, and config.json as it reads
+        it. Raises InputError."""
+        path = self.folder / "config.json"
+        kind = self.config.get("model_type")
         with guard(path, f"can't be read as a {kind} config"):
             if kind not in families:
                 raise InputError(f"{path}: model_type {kind!r} is not one of {', '.join(families)}")
             return families[kind], families[kind].config(self.config)
 
     def family(self, families: "dict[str, Family]", config_class: type) -> "tuple[Family, object]":
-        """The family that config.json's `model_type` names, its names a table, and its config, a dataclass of
-        ours. Raises InputError where a field has a value of another type."""
+        """Returns the family that config.json's `model_type` names, with its table of names, and the config
+        as our dataclass `config_class`. Raises InputError if a value has another type than its field."""
         family, fields = self.row(families)
-        path, kind = self.folder / "config.json", self.config["model_type"]
+        path = self.folder / "config.json"
+        kind = self.config["model_type"]
         with guard(path, f"can't be read as a {kind} config"):
             config = config_class(**fields)
+            # Check each field's type
             for name, type_ in config_class.__annotations__.items():
                 setattr(config, name, checked(name, type_, getattr(config, name)))
             names = family.names if isinstance(family.names, dict) else family.names(fields)
@@ -70,7 +85,8 @@ class Checkpoint:
 
 
 def checked(name: str, type_: type, value):
-    """A field's value, if it is of its type and not negative. Raises ValueError. None is a false bool."""
+    """Returns a field's value; False for a bool that is None. Raises ValueError if it is of another type, or
+    negative."""
     if type_ is bool and value in (True, False, None):
         return bool(value)
     if type_ in (bool, int, float, str):
@@ -81,85 +97,129 @@ def checked(name: str, type_: type, value):
 
 
 def depth(layers: int) -> int:
-    """The number of a model's blocks, as config.json says. ValueError above 1000: a model is built before its
-    sizes are compared with the file's, which costs time and memory for each block, though none for width."""
+    """Returns config.json's number of blocks. Raises ValueError above 1000: a model is built before its
+    shapes are compared with the file's, and each block costs time and memory, while its width costs none."""
     if not 0 < layers <= 1000:
         raise ValueError(f"{layers} layers")
     return layers
 
 
 class Family(NamedTuple):
-    """One family of checkpoints. `config` turns config.json into the fields of our config. `names` leads from
-    our modules and parameters to those on disk, "{}" standing for the block's number; a value is the name on
-    disk ("a|b" where some files have a, others b; b is the name in the reference's class, where that differs)
-    or (function, name, …), the function making our tensor of theirs; where the table itself depends on the
-    config, a function of these fields makes it. `unused` is a regular expression of the tensors on disk that
-    we leave unread, without the prefix that all names share; `path` is that prefix in the reference's class,
-    as AutoModelForCausalLM or AutoModel choose it."""
+    """One family of checkpoints.
+
+    `config` turns config.json into the fields of our config. `names` maps our modules and parameters to names
+    on disk, where "{}" stands for the block's number. A value is one of:
+
+    - the name on disk;
+    - "a|b": some files have a, others b. b is the name in the reference's class, if that differs;
+    - (function, name, …): the function makes our tensor of theirs.
+
+    If the table depends on the config, `names` is a function of its fields. `unused` is a regular expression
+    of the tensors on disk that we leave unread, without the prefix that all names share. `path` is that
+    prefix in the reference's class, as AutoModelForCausalLM or AutoModel choose it.
+    """
     config: Callable[[dict], dict]
     names: dict | Callable[[dict], dict]
     unused: str
     path: str = ""
 
     def source(self, name: str) -> tuple:
-        """(function, names on disk) of our parameter `name`."""
+        """Returns (function, names on disk) of our parameter `name`."""
         number = re.search(r"\.(\d+)\.", name)
-        name = name.replace(number[0], ".{}.", 1) if number else name
-        module, _, leaf = name.rpartition(".")
-        entry, leaf = (self.names[name], "") if name in self.names else (self.names[module], "." + leaf)
-        function, *disk = (lambda t: t, entry) if isinstance(entry, str) else entry
         block = number[1] if number else ""
+        if number:
+            name = name.replace(number[0], ".{}.", 1)
+
+        # The table names the parameter, or the module that it is a "weight" or a "bias" of
+        if name in self.names:
+            entry = self.names[name]
+            leaf = ""
+        else:
+            module, _, leaf = name.rpartition(".")
+            entry = self.names[module]
+            leaf = "." + leaf
+
+        if isinstance(entry, str):
+            entry = (lambda tensor: tensor, entry)
+        function, *disk = entry
         return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
 
 
 def find_tensors(parameters: Iterable[str], family: Family,
                  known: Collection[str]) -> tuple[dict, list[str]]:
-    """Where `parameters` of ours lie among the names `known` on disk: {parameter: (function, names on disk)},
-    see `Family.source`; one that isn't there gets the name that it should have. And the names that are left
-    over: no parameter claims them, and the family doesn't leave them unread."""
+    """Finds our `parameters` among the names `known` on disk.
+
+    Returns {parameter: (function, names on disk)}, see `Family.source`; a parameter that isn't there gets the
+    name that it should have. Returns also the names left over: no parameter claims them, and the family
+    doesn't list them as unused.
+    """
+    # All names that may be on disk
     sources = {parameter: family.source(parameter) for parameter in parameters}
-    names = [name for _, disk in sources.values() for one in disk for name in one.split("|")]
-
-    # All names begin with the same prefix, such as "model.": the one under which most of them are known. The
-    # names outside the blocks tell which there are.
-    outside = [name for name in names if not re.search(r"\.\d+\.", name)]
-    prefixes = {it[:-len(name)] for name in outside for it in known if f".{it}".endswith(f".{name}")}
-    def found(prefix: str) -> tuple[int, int]:
-        return sum(prefix + name in known for name in names), len(prefix)
-
-    prefix = max(sorted(prefixes), key=found, default="")
-    # A language model's head lies further out.
+    names = []
+    for _, disk in sources.values():
+        for alternatives in disk:
+            names += alternatives.split("|")
+    prefix = find_prefix(names, known)
+    # A language model's head lies further out: its name has a shorter prefix
     shorter = [prefix[:end.end()] for end in re.finditer(r"\.|^", prefix)][::-1]
 
     def place(alternatives: str) -> str:
-        tried = [p + name for name in alternatives.split("|") for p in shorter]
+        """The first of the possible names that is known."""
+        tried = []
+        for name in alternatives.split("|"):
+            tried += [start + name for start in shorter]
         return next((name for name in tried if name in known), tried[0])
 
-    places = {parameter: (function, [place(alternatives) for alternatives in disk])
-              for parameter, (function, disk) in sources.items()}
-    claimed = {name for _, disk in places.values() for name in disk}
-    left = [name for name in sorted({*known} - claimed) if not any(
-        re.fullmatch(family.unused, unread) for unread in (name, name.removeprefix(prefix)))]
+    # Where each parameter lies
+    places = {}
+    claimed = set()
+    for parameter, (function, disk) in sources.items():
+        found = [place(alternatives) for alternatives in disk]
+        places[parameter] = (function, found)
+        claimed.update(found)
+
+    # The names left over
+    left = []
+    for name in sorted(set(known) - claimed):
+        short = name.removeprefix(prefix)
+        if not re.fullmatch(family.unused, name) and not re.fullmatch(family.unused, short):
+            left.append(name)
     return places, left
+
+
+def find_prefix(names: list[str], known: Collection[str]) -> str:
+    """Finds the prefix, such as "model.", with which most of the `names` are known on disk."""
+    # Candidates: what stands on disk before the names outside the blocks
+    prefixes = set()
+    for name in names:
+        if re.search(r"\.\d+\.", name):
+            continue
+        for there in known:
+            if f".{there}".endswith(f".{name}"):
+                prefixes.add(there[:-len(name)])
+
+    def count_found(prefix: str) -> tuple[int, int]:
+        return sum(prefix + name in known for name in names), len(prefix)
+
+    return max(sorted(prefixes), key=count_found, default="")
 
 
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
     """Gives every parameter of `module` (built on the meta device) its tensor from the file, cast to `dtype`.
-    Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file."""
-    parameters, state = dict(module.named_parameters()), {}
+
+    Strict: a tensor missing, of another shape, or left over is an InputError that names it and the file.
+    """
+    parameters = dict(module.named_parameters())
     places, left = find_tensors(parameters, family, checkpoint.where)
+
+    # Read each tensor and check its shape
+    state = {}
     for name, (function, disk) in places.items():
-        shape, tensors = tuple(parameters[name].shape), []
-        for theirs in disk:
-            if theirs not in checkpoint.where:
-                files = set(checkpoint.where.values())
-                where = files.pop() if len(files) == 1 else checkpoint.folder
-                raise InputError(f"{where}: tensor '{theirs}' is missing (for {name}, {shape})")
-            with guard(checkpoint.where[theirs], f"tensor '{theirs}' can't be read"):
-                tensors.append(checkpoint.tensor(theirs))
+        shape = tuple(parameters[name].shape)
+        tensors = [read_tensor(checkpoint, theirs, name, shape) for theirs in disk]
         try:
             tensor = function(*tensors)
-        except (RuntimeError, IndexError, TypeError):  # cut to no avail: the shapes below tell the story
+        except (RuntimeError, IndexError, TypeError):  # it doesn't fit the function: then report its shape
             tensor = tensors[0]
         if tensor.shape != shape or not tensor.is_floating_point():
             found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
@@ -167,15 +227,34 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
             raise InputError(f"{checkpoint.where[disk[-1]]}: tensor '{disk[0]}' is {found}; "
                              f"{name} wants {shape}{made}")
         state[name] = tensor.to(dtype).contiguous()
+
+    # Nothing may be left over
     if left:
         kind = checkpoint.config.get("model_type")
         raise InputError(f"{checkpoint.where[left[0]]}: tensor '{left[0]}' is not part of a {kind} model")
-    module.load_state_dict(state, strict=False, assign=True)  # a tied head is filled by who ties it
+    module.load_state_dict(state, strict=False, assign=True)  # a tied head is filled by the caller
+
+
+def read_tensor(checkpoint: Checkpoint, theirs: str, ours: str, shape: tuple) -> torch.Tensor:
+    """Reads the tensor `theirs` for our parameter. Raises InputError that names the file."""
+    if theirs not in checkpoint.where:
+        files = set(checkpoint.where.values())
+        where = files.pop() if len(files) == 1 else checkpoint.folder
+        raise InputError(f"{where}: tensor '{theirs}' is missing (for {ours}, {shape})")
+    with guard(checkpoint.where[theirs], f"tensor '{theirs}' can't be read"):
+        return checkpoint.tensor(theirs)
 
 
 def name_table(outside: dict, blocks: dict, block: str) -> dict:
-    """A table of names (see `Family`): those `outside` the blocks, and for every block those of `blocks`,
-    ours behind "blocks.{}.", the first or only one on disk behind `block`, such as "layers.{}."."""
-    return outside | {
-        f"blocks.{{}}.{ours}": block + disk if isinstance(disk, str) else (disk[0], block + disk[1])
-        for ours, disk in blocks.items()}
+    """Makes a table of names (see `Family`): those `outside` the blocks, and those of every block.
+
+    Puts "blocks.{}." before our names, and `block`, such as "layers.{}.", before theirs; of "a|b" before a.
+    """
+    table = dict(outside)
+    for ours, theirs in blocks.items():
+        if isinstance(theirs, str):
+            table[f"blocks.{{}}.{ours}"] = block + theirs
+        else:
+            function, name = theirs
+            table[f"blocks.{{}}.{ours}"] = (function, block + name)
+    return table

@@ -15,36 +15,40 @@ from formats.files import InputError
 
 
 def nearest(word: str, known) -> str:
-    """A question whether the one of `known` that is most like `word` was meant, if any is."""
-    return "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(word, known, 1, 0.7))
+    """Asks whether the user meant the one of `known` that is most like `word`; "" if none is like it."""
+    matches = difflib.get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def one_of(known, what: str, word: str) -> str:
-    """`word`, if it is one of `known`. Raises InputError."""
+    """Returns `word`, if it is one of `known`. Raises InputError."""
     if word not in known:
         raise InputError(f"unknown {what} '{word}': choose from {', '.join(known)}{nearest(word, known)}")
     return word
 
 
 def complain(error: Exception | str) -> None:
-    """Prints an error as one line on stderr, on a terminal in colour unless NO_COLOR (no-color.org) is
-    set."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and (
-        "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb")
+    """Prints an error as one line on stderr, in colour on a terminal. NO_COLOR (no-color.org) turns this
+    off."""
+    can_colour = "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb"
+    colour = can_colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\33[31merror:\33[0m" if colour else "error:"
     print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
-    """Runs a command line's `main`, with output in UTF-8. An InputError is one line on stderr, exit code 2;
-    so is a GPU out of memory, for which `memory` names the remedies."""
+    """Runs a command line's `main`, with output in UTF-8. An InputError becomes a line on stderr and exit
+    code 2; so does a GPU out of memory, for which `memory` names the remedies."""
+    # Prepare the interpreter
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not gc.get_freeze_count():
-        gc.freeze()  # to look for garbage in all that was imported takes longer than to load a small model
+        gc.freeze()  # looking for garbage in all imported modules takes longer than loading a small model
+
+    # Run, and turn each expected end into a line and an exit code
     try:
         try:
             main()
-        finally:  # what is left of the output may find its reader gone
+        finally:  # here too the reader of our output may be gone
             sys.stdout.flush()
     except (InputError, RuntimeError) as error:
         if not isinstance(error, InputError) and not out_of_memory(error):
@@ -59,12 +63,13 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU had no memory left: torch tells so in several ways, some of them the error behind one."""
+    """Whether a GPU had no memory left: torch says so in several ways, some in the error's cause."""
     if error is None:
         return False
-    said = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or (
-        "_ALLOC_FAILED" in str(error))  # cuBLAS's and cuDNN's
-    return said or out_of_memory(error.__cause__ or error.__context__)
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "_ALLOC_FAILED" in text:
+        return True
+    return out_of_memory(error.__cause__ or error.__context__)
 
 
 EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
@@ -80,14 +85,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         told = "(default" in action.help or action.default in ("", argparse.SUPPRESS)
         known = type(action.default) in (int, float, str)
-        return action.help + " (default: %(default)s)" * (known and not told)
+        return action.help + " (default: %(default)s)" if known and not told else action.help
 
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(action.type, "TEXT")
 
 
 class Parser(argparse.ArgumentParser):
-    """Of both command lines. Raises InputError where argparse would print its usage."""
+    """The parser of both command lines. Raises InputError instead of printing the usage."""
 
     def __init__(self, description: str):
         super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the likeliest, a drawn one, or by beam search."""
+"""Chooses the next token: the likeliest, a random one, or by beam search."""
 import torch
 
 
@@ -16,14 +16,15 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
         out = probabilities.cumsum(-1) - probabilities >= top_p
         out[:, 0] = False
         logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
-    # as torch.multinomial draws, but that would wait for a GPU
+    # Draw as torch.multinomial does, which would wait for the GPU
     chances = logits.softmax(-1)
     return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
 
 
 class BeamSearch:
-    """The `beams` likeliest texts of each of B rows go on side by side. Of those that ended, the `beams` best
-    by mean log-probability are kept, until the best that goes on is no better than the worst of these."""
+    """Continues the `beams` likeliest texts of each of B rows. Keeps, of the texts that ended, the `beams`
+    best by mean log-probability. A row is done when no text that goes on is better than the worst of
+    these."""
 
     def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor):
         self.beams = beams
@@ -36,17 +37,23 @@ class BeamSearch:
         self.done = [False] * B
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (B·k,V) of each row's k texts (one, then `beams`) to the ids (B·beams,) that go on, which of
-        the B·k texts each continues, and which rows (B,) are done."""
-        B, k, V = len(self.texts), len(self.texts[0]), logits.shape[-1]
+        """Takes the logits (B·k,V) of each row's k texts (one at first, then `beams`). Returns the next ids
+        (B·beams,), the index of the text that each continues, and which rows (B,) are done."""
+        B = len(self.texts)
+        k = len(self.texts[0])
+        V = logits.shape[-1]
         totals = logits.log_softmax(-1).view(B, k, V) + logits.new_tensor(self.scores)[..., None]  # (B,k,V)
 
-        # The best of all continuations, which may end; and the best that go on
+        # The best of all continuations, which may end; and the best of those that go on
         most = min(self.beams, k * V)
         best = totals.flatten(1).topk(most)  # (B,beams)
         on = totals.index_fill(2, self.ends, -torch.inf).flatten(1).topk(most)
-        scores, places = best.values.tolist(), best.indices.tolist()
-        on_scores, on_places = on.values.tolist(), on.indices.tolist()
+        scores = best.values.tolist()
+        places = best.indices.tolist()
+        on_scores = on.values.tolist()
+        on_places = on.indices.tolist()
+
+        # Keep the texts that end, continue the others
         for b in range(B):
             if not self.done[b]:
                 self.end(b, scores[b], self.continued(b, places[b], V), on_scores[b][0])
@@ -56,7 +63,7 @@ class BeamSearch:
         return (on.indices % V).flatten(), rows.flatten(), torch.tensor(self.done)
 
     def continued(self, b: int, places: list[int], V: int) -> list[list[int]]:
-        """Texts of row b, each with the token that its place i among k · V continuations says."""
+        """Returns texts of row b with one more token: place i stands for text i // V, token i % V."""
         return [self.texts[b][i // V] + [i % V] for i in places]
 
     def end(self, b: int, scores: list[float], texts: list[list[int]], best_on: float) -> None:

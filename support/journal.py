@@ -1,4 +1,4 @@
-"""What a run tells: its log, its progress, and the signals that stop it."""
+"""A run's log, its progress on the terminal, and the signals that stop it."""
 import argparse
 import itertools
 import json
@@ -16,8 +16,8 @@ from support.processes import RANK, WORLD
 
 
 class Log:
-    """A run's metrics.jsonl, and TensorBoard's if asked for. Makes the folder, and until it is closed keeps
-    others from training in it. Of torchrun's processes the first alone writes. Raises InputError."""
+    """A run's metrics.jsonl, and TensorBoard's files if asked for. Makes the folder, and keeps others from
+    training in it until closed. Of torchrun's processes, only the first writes. Raises InputError."""
 
     def __init__(self, folder: Path, tensorboard: bool = False):
         self.folder = folder
@@ -28,15 +28,15 @@ class Log:
             return
         with guard(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # to close another handle of it would give up the lock
+            # Open it once: closing another handle of it would give up the lock
             self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
             if not lock(self.file):
                 raise InputError(f"{folder}: another process is training in it")
-            for left in folder.rglob(".*tmp*"):  # by a process that was killed
+            for left in folder.rglob(".*tmp*"):  # left by a process that was killed
                 left.unlink()
 
     def begin(self, step: int) -> None:
-        """Takes off what came after `step`, and the scores."""
+        """Removes the lines after `step`, and the scores."""
         if RANK:
             return
 
@@ -47,6 +47,7 @@ class Log:
             except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
                 return False
 
+        # Keep the lines up to the first that doesn't stay
         with guard(self.file.name):
             self.file.seek(0)
             lines = self.file.read().splitlines(keepends=True)
@@ -55,7 +56,7 @@ class Log:
             self.board = board_writer()(self.folder, purge_step=step)
 
     def add(self, entry: dict) -> None:
-        """Adds a line, on the disk when this returns. What isn't finite becomes null."""
+        """Adds a line, which is on the disk when this returns. NaN becomes null."""
         if RANK:
             return
         entry = {key: None if value != value else value for key, value in entry.items()}
@@ -64,6 +65,8 @@ class Log:
             if self.file.write(line) != len(line):
                 raise InputError(f"{self.file.name}: no space left for a line")
             os.fsync(self.file.fileno())
+
+        # The same for TensorBoard, scores under the name of their row
         if self.tensorboard:
             for label, row in {"": entry, **entry.get("scores", {})}.items():
                 for name, value in row.items():
@@ -90,7 +93,7 @@ def board_writer() -> type:
 
 
 def lock(file) -> bool:
-    """Locks an open file for this process, until it is closed. False where another process has it."""
+    """Locks an open file for this process until it is closed. Returns False if another process has it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -98,15 +101,15 @@ def lock(file) -> bool:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's a worker would inherit
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it
         return True
     except (BlockingIOError, PermissionError):
         return False
 
 
 class Signals:
-    """Ctrl-C, or a cluster's SIGTERM. It ends the process at once where no step would be lost, or the second
-    time. Else `asked` is the signal, for the loop to see once the step is done."""
+    """Handles Ctrl-C and a cluster's SIGTERM. Ends the process at once if no step would be lost, or the
+    second time. Otherwise stores the signal in `asked`: the loop sees it after the step."""
 
     def __init__(self):
         self.unsaved = False
@@ -118,8 +121,8 @@ class Signals:
         self.asked = number
 
     def agreed(self, step: int, device: torch.device) -> int:
-        """What was asked of any of torchrun's processes, 0 if nothing. Several look in every tenth step
-        alone, so as not to wait for each other in each."""
+        """Returns the signal that any of torchrun's processes got, or 0. Several processes look only in every
+        tenth step, so that they don't wait for each other in each."""
         if WORLD == 1:
             return self.asked
         if step % 10 < 9:
@@ -138,7 +141,7 @@ class Signals:
 
 
 class Progress:
-    """What happened since the last line: mean loss, speed, time left; on a terminal, shown twice a second."""
+    """Mean loss, speed and time left since the last line; on a terminal, shown twice a second."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps = args.steps
@@ -161,7 +164,8 @@ class Progress:
             self.show(self.line(step), "\r")
 
     def line(self, step: int) -> dict:
-        seconds, losses = time.time() - self.start, torch.stack(self.losses)
+        seconds = time.time() - self.start
+        losses = torch.stack(self.losses)
         skipped = losses.isnan().sum().item()
         line = {"step": step + 1, "loss": losses.nanmean().item()}
         if skipped:

@@ -1,4 +1,4 @@
-"""How attention and products are computed fast: fused kernels, packed weights, recorded graphs."""
+"""Fast attention and products: fused kernels, packed weights, recorded graphs."""
 import contextlib
 import functools
 from typing import Callable
@@ -64,8 +64,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 @contextlib.contextmanager
 def watch(modules: list[nn.Module]):
-    """Collects what the queries of `modules` pay to each key: {module: probabilities (B,T,S), mean over
-    heads, of its last run}. A module computes its attention by `self.attend`, which is swapped meanwhile."""
+    """Collects the attention of `modules`: {module: probabilities (B,T,S) of its last run, mean over heads}.
+    Meanwhile, each module's `attend` is swapped for one that records."""
     seen = {}
 
     def watching(module: nn.Module) -> Callable:
@@ -88,10 +88,12 @@ def watch(modules: list[nn.Module]):
 # Packed weights
 
 class PackedLinear(nn.Module):
-    """nn.Linear layers that read the same x as one product, for inference alone, computed in `dtype`. The
-    weight lies as oneDNN's kernels on a CPU read it. nn.Linear lays it out anew in every call, which takes as
-    long as the product with one token."""
-    then = "none", ""  # what follows in the same kernel, in oneDNN's words
+    """Computes nn.Linear layers that read the same x as one product in `dtype`, for inference only.
+
+    The weight is stored in the layout of oneDNN's CPU kernels. nn.Linear makes this layout anew in every
+    call, which takes as long as the product with one token.
+    """
+    then = "none", ""  # the operation that follows in the same kernel, in oneDNN's words
 
     def __init__(self, layers: list[nn.Linear], dtype: torch.dtype):
         super().__init__()
@@ -107,7 +109,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, then, [], how)
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What each of the layers makes of x."""
+        """Returns each layer's product with x."""
         return self(x).split(self.sizes, -1)
 
 
@@ -157,9 +159,9 @@ def recording_stream(device: int) -> "torch.cuda.Stream":
 
 
 class Recorded:
-    """A function of tensors that is the same work for a GPU in every call. The second call is recorded as a
-    CUDA graph, which from then on is launched as a whole, not kernel by kernel. The result is overwritten by
-    the next call."""
+    """Wraps a function of tensors that does the same work on a GPU in every call. Records the second call as
+    a CUDA graph; from then on launches this as a whole, not kernel by kernel. Each call overwrites the last
+    result."""
 
     def __init__(self, function: Callable[..., torch.Tensor]):
         self.function = function
@@ -181,7 +183,7 @@ class Recorded:
 
     def record(self) -> None:
         """Records the kernels of a call, computing nothing. `torch.cuda.graph` does so too, but waits for the
-        GPU, gives back all cached memory, and hides the error of what fails inside it."""
+        GPU, gives back all cached memory, and hides an error inside it."""
         self.graph = torch.cuda.CUDAGraph()
         stream = recording_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())

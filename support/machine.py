@@ -8,9 +8,12 @@ from support.console import one_of
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError for what isn't there."""
+    """Opens a device; "auto" takes CUDA, else Apple's MPS, else the CPU. Raises InputError if it isn't
+    there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":  # for whatever asks for no device by name
@@ -21,8 +24,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Tries torch.compile on something small: it needs a C++ compiler and, on a GPU, Triton and a GPU that
-    Triton knows. Says why where it fails."""
+    """Tries torch.compile on something small; warns if it fails. It needs a C++ compiler and, on a GPU,
+    Triton and a GPU that Triton knows."""
     try:
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
         return True
@@ -33,19 +36,22 @@ def can_compile(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" takes bfloat16 where the hardware multiplies it fast, float16 on older GPUs, else float32."""
+    """Returns a type by name. "auto" takes bfloat16 if the hardware multiplies it fast, float16 on older
+    GPUs, else float32. Raises InputError."""
     if one_of(("auto", "bfloat16", "float16", "float32"), "precision", name) != "auto":
         if name == "float16" and device.type == "cpu":
             raise InputError("--precision float16 needs a GPU: on a CPU take bfloat16 or float32")
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))
+    # older versions of torch lack these functions; bool() is False
+    units = ("amx_tile", "avx512_bf16")
+    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on the device; 4 GiB where the system doesn't tell."""
+    """Returns the bytes of free memory on the device; 4 GiB if the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -55,7 +61,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device: from memory that a GPU reads by itself, so that the CPU needn't wait for it."""
+    """Moves a tensor to the device, through pinned memory to a GPU: then the CPU needn't wait."""
     if x.is_cpu and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

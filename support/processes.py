@@ -1,4 +1,4 @@
-"""torchrun's processes: which this is, and what they tell each other."""
+"""torchrun's processes: which one this is, and sums over them."""
 import os
 import sys
 
@@ -13,8 +13,8 @@ LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # and which GPU of its machine it 
 
 
 def start_processes(name: str) -> torch.device:
-    """Meets torchrun's other processes, if there are any. Only the first goes on printing. Returns this one's
-    device, for the --device `name`."""
+    """Joins torchrun's other processes, if there are any; only the first goes on printing. Returns this one's
+    device, for --device `name`."""
     if WORLD > 1 and torch.cuda.is_available() and name != "cpu":
         torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
     device = pick_device(name)
@@ -26,15 +26,18 @@ def start_processes(name: str) -> torch.device:
 
 
 def total(x: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over the processes, in its place."""
+    """Sums a tensor over the processes, in place."""
     if WORLD > 1:
         dist.all_reduce(x)
     return x
 
 
 def united(bad: dict[int, str]) -> dict[int, str]:
-    """The pictures {index: reason} that this and the other processes couldn't read."""
+    """Merges the pictures {index: reason} that each of the processes couldn't read."""
     found = [bad] * WORLD
     if WORLD > 1:
         dist.all_gather_object(found, bad)
-    return {i: reason for part in found for i, reason in part.items()}
+    merged = {}
+    for part in found:
+        merged |= part
+    return merged

@@ -1,4 +1,4 @@
-"""Scores of captions: BLEU, CIDEr-D, and what is right about a scene."""
+"""Scores of captions: BLEU and CIDEr-D or, for the built-in world, the share of scenes that are right."""
 import collections
 import math
 import re
@@ -11,52 +11,66 @@ SHORT = 3  # words of an answer that is right or wrong as a whole
 
 
 def words(caption: str) -> list[str]:
-    """A caption's words as scores count them: lower case, no punctuation, clitics apart ("man 's")."""
+    """Splits a caption as scores count it: lower case, no punctuation, clitics apart ("man 's")."""
     text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
     return re.findall(r"n't|[^\W_]+(?:[-.,/][^\W_]+)*|'(?:s|re|ve|ll|d|m)\b", text)
 
 
-def ngrams(tokens: list[str], n: int) -> collections.Counter:
-    return collections.Counter(zip(*(tokens[i:] for i in range(n))))
+def count_ngrams(tokens: list[str], n: int) -> collections.Counter:
+    return collections.Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
 
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """BLEU-1 to -4 of a corpus (Papineni et al., 2002): a list of words a picture, and several to compare it
-    with. The brevity penalty takes the reference length closest to each candidate's."""
-    right, total, length, wanted = [0] * 4, [0] * 4, 0, 0
+    """Returns BLEU-1 to -4 of a corpus (Papineni et al., 2002). `candidates` has one caption a picture, in
+    words; `references` has several. The brevity penalty takes the reference length closest to each
+    candidate's."""
+    right = [0] * 4
+    total = [0] * 4
+    length = 0
+    closest_length = 0
     for candidate, refs in zip(candidates, references):
         length += len(candidate)
-        wanted += min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
+        closest_length += min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
+
+        # An n-gram counts as right at most as often as one reference has it
         for n in range(4):
             most = collections.Counter()
             for ref in refs:
-                most |= ngrams(ref, n + 1)
-            found = ngrams(candidate, n + 1)
+                most |= count_ngrams(ref, n + 1)
+            found = count_ngrams(candidate, n + 1)
             right[n] += (found & most).total()
             total[n] += found.total()
-    penalty = 1.0 if length >= wanted else math.exp(1 - wanted / max(length, 1e-9))
-    # the tiny numbers keep an empty count from being 0/0, as in the reference implementation
+
+    penalty = 1.0
+    if length < closest_length:
+        penalty = math.exp(1 - closest_length / max(length, 1e-9))
+    # The tiny numbers keep an empty count from being 0/0, as in the reference implementation
     logs = [math.log((r + 1e-15) / (t + 1e-9)) for r, t in zip(right, total)]
     return [penalty * math.exp(sum(logs[:n]) / n) for n in range(1, 5)]
 
 
 def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726), document frequencies from
-    the references."""
+    """Returns CIDEr-D of each picture of a corpus (Vedantam et al., 2015, arXiv:1411.5726). The arguments are
+    those of `bleu`. Document frequencies come from the references."""
     scores = [0.0] * len(candidates)
     for n in range(1, 5):
-        frequency = collections.Counter(
-            gram for refs in references for gram in {gram for ref in refs for gram in ngrams(ref, n)})
+        # In how many pictures' references each n-gram occurs
+        frequency = collections.Counter()
+        for refs in references:
+            frequency.update(set().union(*(count_ngrams(ref, n) for ref in refs)))
 
-        def vector(tokens):
-            weights = {gram: count * math.log(len(references) / max(1, frequency[gram]))
-                       for gram, count in ngrams(tokens, n).items()}
+        def weigh(tokens: list[str]) -> tuple[dict[tuple, float], float]:
+            """The TF-IDF weight of each n-gram, and the length of that vector."""
+            weights = {}
+            for gram, count in count_ngrams(tokens, n).items():
+                weights[gram] = count * math.log(len(references) / max(1, frequency[gram]))
             return weights, math.hypot(*weights.values())
 
+        # Mean over references and n of the clipped cosine, times 10
         for i, (candidate, refs) in enumerate(zip(candidates, references)):
-            mine, norm = vector(candidate)
+            mine, norm = weigh(candidate)
             for ref in refs:
-                theirs, their_norm = vector(ref)
+                theirs, their_norm = weigh(ref)
                 dot = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
                 penalty = math.exp(-(len(candidate) - len(ref)) ** 2 / (2 * 6.0 ** 2))
                 scores[i] += 10 * penalty * dot / (norm * their_norm or 1.0) / 4 / len(refs)
@@ -64,22 +78,40 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
 
 
 def rate(captions, texts: dict[int, str]) -> tuple[dict[str, float], dict[int, tuple[float, str]]]:
-    """Scores of generated captions {index: text} of a set, exact scenes and skills for shapes, else BLEU and
-    CIDEr-D; and how good each is, in a number and in words."""
-    if isinstance(captions, Shapes):
-        judged = {i: judge(text, captions.scene(i)) for i, text in texts.items()}
-        kept = {skill: [j[skill] for j in judged.values() if skill in j] for skill in ("exact", *SKILLS)}
-        wrong = {i: [skill for skill in SKILLS if not j.get(skill, True)] for i, j in judged.items()}
-        return ({skill: sum(right) / len(right) for skill, right in kept.items() if right},
-                {i: (j["exact"] - len(wrong[i]), "exact" if j["exact"] else
-                     f"wrong: {', '.join(wrong[i]) or 'which is which'}") for i, j in judged.items()})
+    """Scores generated captions {index: text} of a set: exact scenes and skills for Shapes, else BLEU and
+    CIDEr-D. Returns the scores, and {index: (how good, the same in words)}."""
+    return rate_scenes(captions, texts) if isinstance(captions, Shapes) else rate_texts(captions, texts)
+
+
+def rate_scenes(shapes: Shapes, texts: dict[int, str]):
+    verdicts = {i: judge(text, shapes.scene(i)) for i, text in texts.items()}
+
+    # The share of scenes that are right in each skill
+    scores = {}
+    for skill in ("exact", *SKILLS):
+        right = [verdict[skill] for verdict in verdicts.values() if skill in verdict]
+        if right:
+            scores[skill] = sum(right) / len(right)
+
+    ratings = {}
+    for i, verdict in verdicts.items():
+        wrong = [skill for skill in SKILLS if not verdict.get(skill, True)]
+        words = "exact" if verdict["exact"] else f"wrong: {', '.join(wrong) or 'which is which'}"
+        ratings[i] = (verdict["exact"] - len(wrong), words)
+    return scores, ratings
+
+
+def rate_texts(captions, texts: dict[int, str]):
     candidates = [words(text) for text in texts.values()]
-    wanted = [[words(caption) for caption in references(captions, i)] for i in texts]
+    wanted = []
+    for i in texts:
+        wanted.append([words(caption) for caption in references(captions, i)])
+
     each = cider(candidates, wanted)
-    row = {f"BLEU-{n + 1}": value for n, value in enumerate(bleu(candidates, wanted))}
+    row = {f"BLEU-{n}": value for n, value in enumerate(bleu(candidates, wanted), start=1)}
     row["CIDEr-D"] = sum(each) / len(each)
-    return row | rate_answers(captions, texts), {
-        i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
+    row |= rate_answers(captions, texts)
+    return row, {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
 
 
 def rate_answers(captions, texts: dict[int, str]) -> dict[str, float]:
@@ -99,18 +131,33 @@ def rate_answers(captions, texts: dict[int, str]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Scores by row, as a Markdown table; shares of 1 as they are, those of SHARES in percent."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["", *names], ["---", *["---:"] * len(names)]]
+    """Writes {row: {score: value}} as a Markdown table; the scores in SHARES in percent."""
+    # All names, in the order in which they come up
+    names = []
+    for row in rows.values():
+        names += [name for name in row if name not in names]
+
+    lines = [[""] + names, ["---"] + ["---:"] * len(names)]
     for label, row in rows.items():
-        shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.3f}" for name, x in row.items()}
-        lines.append([label, *(shown.get(name, "") for name in names)])
+        cells = [label]
+        for name in names:
+            if name not in row:
+                cells.append("")
+            else:
+                cells.append(f"{100 * row[name]:.1f} %" if name in SHARES else f"{row[name]:.3f}")
+        lines.append(cells)
+
+    # Pad each column: labels on the right, numbers on the left
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("| " + " | ".join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) + " |"
-                     for label, *cells in lines)
+    text = []
+    for label, *cells in lines:
+        padded = [label.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append(f"| {' | '.join(padded)} |")
+    return "\n".join(text)
 
 
 def references(captions, i: int) -> list[str]:
-    """What a caption of picture `i` is compared with: its captions that answer its first question."""
+    """Returns the captions of picture `i` that answer its first question: references for a generated one."""
     pairs = captions.pairs(i)
-    return [caption for question, caption in pairs if question == pairs[0][0]]
+    first_question = pairs[0][0]
+    return [caption for question, caption in pairs if question == first_question]
