@@ -1,7 +1,10 @@
-"""The language model: ids → logits → ids. One `LLM` reads every family in formats/languages.py.
+"""The language model: ids → logits → ids.
 
-Letters of shapes: B texts, T tokens, S keys (cached ones included), V vocabulary, D width of the embeddings,
-W of the blocks, H heads, hd a head's size.
+One class, `LLM`, reads every family in formats/languages.py. A field of `LLMConfig` says where a family
+differs.
+
+Letters of shapes: B texts, T tokens, S keys (those in the cache included), V vocabulary, D width of the
+embeddings, W width of the blocks, H heads, hd size of a head, M targets.
 """
 import math
 from dataclasses import dataclass
@@ -24,51 +27,56 @@ from support.layers import ACTIVATIONS, FeedForward
 class Rope(NamedTuple):
     """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of each head's first `size` numbers."""
     size: int
-    theta: float
-    scaling: str  # "default" or, to reach past `original` tokens, "linear" or "llama3"
-    factor: float
-    original: int
-    bands: tuple[float, float]  # llama3: wavelengths per `original` where stretching ends and begins
+    theta: float  # the longest wavelength is about 2π · theta tokens
+    scaling: str  # "default", or how positions past `original` are reached: "linear" or "llama3"
+    factor: float  # by which scaling divides the frequencies
+    original: int  # tokens of the longest text before scaling
+    bands: tuple[float, float]  # llama3: wavelengths per `original`: (low, high), see `frequencies`
 
 
 @dataclass
 class LLMConfig:
-    vocabulary: int
-    hidden: int  # width of the embeddings, as the head reads them
+    """The sizes of a language model, and what its family does differently. Raises ValueError if they don't
+    fit."""
+    vocabulary: int  # V
+    hidden: int  # D, width of the embeddings and of the states that the head reads
     layers: int
     heads: int
-    kv_heads: int  # fewer than heads: grouped-query attention
+    kv_heads: int  # heads of keys and values; fewer than `heads`: grouped-query attention
     head_size: int
     mlp: int  # hidden size of the feed-forward layers
-    max_positions: int
-    activation: str
-    eps: float
-    width: int = 0  # of the blocks, where it isn't `hidden`
+    max_positions: int  # tokens of the longest text
+    activation: str  # a key of ACTIVATIONS
+    eps: float  # of the norms
+    width: int = 0  # W, width of the blocks; 0: the same as `hidden`
     norm: str = "rms"  # or "layer"
     norm_weights: bool = True
-    norm_order: str = "pre"  # or "both", before and after each sublayer; "post", after the sum with its input
+    norm_order: str = "pre"  # before each sublayer; "both": before and after; "post": after adding its input
     final_norm: bool = True
-    learned_positions: bool = False  # an embedding for each, added to the token's
+    learned_positions: bool = False  # GPT-2, OPT: an embedding of each position, added to the token's
     ropes: tuple[Rope | None, ...] = ()  # of each layer; None: the layer doesn't rotate
-    windows: tuple[int | None, ...] = ()  # how many tokens back, itself included, each layer sees; None: all
+    windows: tuple[int | None, ...] = ()  # of each layer: tokens seen back from a token, itself included
     gated: bool = True  # SwiGLU's gate
-    parallel: bool = False  # attention and feed-forward layers read the same input
-    qk_norm: bool = False  # of each head's queries and keys
+    parallel: bool = False  # attention and feed-forward layer read the same input
+    qk_norm: bool = False  # a norm on each head's queries and keys
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    query_scale: float = 1.0  # of the queries, beside 1 / √head_size
-    embedding_scale: float = 1.0
+    query_scale: float = 1.0  # multiplies the queries, in addition to 1 / √head_size
+    embedding_scale: float = 1.0  # Gemma: multiplies the token embeddings
     tied: bool = False  # the head's weight is the embedding's
     start_token: int | None = None
     end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
+        # Defaults that depend on other fields; a rope that comes from JSON is a dict
         self.width = self.width or self.hidden
         self.layers = depth(self.layers)
         ropes = self.ropes or (None,) * self.layers
         self.ropes = tuple(Rope(**rope) if isinstance(rope, dict) else rope for rope in ropes)
         self.windows = self.windows or (None,) * self.layers
+
+        # Errors name the key in config.json
         if self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if not len(self.ropes) == len(self.windows) == self.layers:
@@ -84,11 +92,17 @@ class LLMConfig:
 # Rotary positions
 
 def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
-    """Radians per position (size/2,)."""
-    f = 1 / rope.theta ** (torch.arange(0, rope.size, 2, device=device).float() / rope.size)
+    """Angles by which each pair of numbers rotates from one position to the next: (size/2,), radians.
+
+    "linear" divides all frequencies by `factor`. "llama3" (Grattafiori et al., 2024, arXiv:2407.21783)
+    divides only the low ones, and blends the two for those between the bands.
+    """
+    exponents = torch.arange(0, rope.size, 2, device=device).float() / rope.size
+    f = 1 / rope.theta ** exponents
     if rope.scaling == "linear":
         f = f / rope.factor
-    elif rope.scaling == "llama3":  # low frequencies are stretched, high ones stay, those between are blended
+    elif rope.scaling == "llama3":
+        # How many wavelengths fit into `original` tokens: below `low` stretch, above `high` keep as it is
         low, high = rope.bands
         keep = ((rope.original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         f = (1 - keep) * f / rope.factor + keep * f
@@ -96,29 +110,38 @@ def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
 
 
 def rotary(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and ±sin (B,1,T,size), half-split, at positions (B,T) or (B,T,3).
+    """Returns cos and ±sin (B,1,T,size) of the angles at positions (B,T) or (B,T,3), for `rotate`.
+
+    Number i is rotated with number i + size/2, as Llama does ("half-split"), not with its neighbour. The
+    first half of the sines is negative.
 
     With a triple (t, y, x) the fastest quarter of the frequencies rotates by t, the next 3/8 by y, the last
     3/8 by x (Qwen2-VL: Wang et al., 2024, arXiv:2409.12191).
     """
+    # The position that each frequency rotates by: one for all, or t, y and x for their shares
     f = frequencies(rope, positions.device)  # (size/2,)
     if positions.dim() == 2:
         positions = positions[..., None]  # (B,T,1)
     else:
         n = 3 * len(f) // 8
-        t, y, x = positions.split(1, -1)
+        t, y, x = positions.split(1, -1)  # (B,T,1) each
         parts = [t.repeat(1, 1, len(f) - 2 * n), y.repeat(1, 1, n), x.repeat(1, 1, n)]
         positions = torch.cat(parts, -1)  # (B,T,size/2)
+
+    # Angles, once for each half of a head
     angles = (positions.float() * f)[:, None]  # (B,1,T,size/2)
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first numbers of each head of x (B,H,T,hd), as many as cos and sin have."""
+    """Rotates the first `size` numbers of each head of x (B,H,T,hd) by cos and ±sin (B,1,T,size)."""
     size = cos.shape[-1]
     if size < x.shape[-1]:
         return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
+
+    # x·cos + partner·±sin: rolling by half a head brings each number its partner
     return torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
 
 
@@ -126,25 +149,32 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 # Key-value cache
 
 class LayerCache(NamedTuple):
-    """One layer's part of a KVCache."""
-    buffer: torch.Tensor  # (2,B,H,S,hd): keys, values
-    length: int
-    next: torch.Tensor | None  # (1,), if static: the position of the next token
+    """One layer's part of a KVCache; H are its heads of keys and values."""
+    buffer: torch.Tensor  # (2,B,H,size,hd): keys, values
+    length: int  # tokens in it
+    next: torch.Tensor | None  # (1,): the position of the next token, if the cache is static
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Takes in k, v (B,H,T,hd). Returns keys and values for their queries, (2,B,H,S,hd)."""
+        """Stores k and v (B,H,T,hd) of T new tokens. Returns the keys and values (2,B,H,S,hd) to attend
+        to."""
+        # Static: one token goes to the place that a tensor names, and the whole buffer comes back
         if self.next is not None:
             return self.buffer.index_copy_(3, self.next, torch.stack((k, v)))
+
+        # Otherwise only the filled part comes back
         end = self.length + k.shape[2]
         self.buffer[:, :, :, self.length:end] = torch.stack((k, v))
         return self.buffer[:, :, :, :end]
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, in buffers of fixed size.
+    """Keys and values of the tokens read so far, in one buffer of fixed size.
 
-    A query sees those so far. Once the cache is static, it is given whole buffers, and a mask hides the rest:
-    then every token is the same work of the same shapes, which a GPU can replay.
+    A layer attends to the filled part of the buffer, which grows with each token. After `make_static` it
+    attends to the whole buffer, and a mask hides the empty part. Then every step has the same shapes, and a
+    GPU can replay a recording of it (a CUDA graph).
+
+    batch: B. size: tokens that it has room for. like: a tensor of the dtype and device that it shall have.
     """
 
     def __init__(self, config: LLMConfig, batch: int, size: int, like: torch.Tensor):
@@ -154,16 +184,18 @@ class KVCache:
         self.next = None  # see LayerCache
 
     def make_static(self) -> None:
+        """From now on every step has the same shapes; tokens come one at a time."""
         self.next = torch.full((1,), self.length, device=self.buffer.device)
 
     def positions(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the next T tokens (T,), and of the keys (S,) that they are given."""
+        """Returns the positions (T,) of the next T tokens, and those (S,) of the keys they attend to."""
         if self.next is not None:
             return self.next, torch.arange(self.buffer.shape[-2], device=self.buffer.device)
         keys = torch.arange(self.length + T, device=self.buffer.device)
         return keys[self.length:], keys
 
     def advance(self, T: int) -> None:
+        """Counts T tokens as read, after every layer has stored them."""
         self.length += T
         if self.next is not None:
             self.next += T
@@ -172,7 +204,7 @@ class KVCache:
         return LayerCache(self.buffer[i], self.length, self.next)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows of the batch; one may come twice."""
+        """Replaces the batch by these of its rows, for beam search; a row may come twice."""
         self.buffer = self.buffer[:, :, rows]
 
 
@@ -187,8 +219,8 @@ def make_norm(config: LLMConfig, size: int) -> nn.Module:
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped queries and a cache."""
-    attend = staticmethod(attend)
-    joined = {"qkv": ("q", "k", "v")}  # see kernels.pack
+    attend = staticmethod(attend)  # an attribute, so that kernels.watch can swap it
+    joined = {"qkv": ("q", "k", "v")}  # kernels.pack makes one product of these three
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -209,16 +241,18 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B,H,T,hd)
 
-    def forward(self, x, rotation, mask, cache):  # x (B,T,W)
+    def forward(self, x, rotation, mask, cache):
+        """States x (B,T,W) to (B,T,W). rotation: cos and ±sin of `rotary`, or None. mask: (B,1,T,S) or (T,S);
+        None is causal. cache: a LayerCache, or None."""
         # Queries, keys and values of each head
         q, k, v = self.qkv(x)
         q = self.q_norm(self.split(q))
         k = self.k_norm(self.split(k))
         v = self.split(v)
 
-        # Turn queries and keys by their positions
+        # Rotate queries and keys by their positions
         if rotation is not None:
-            q = rotate(q, *rotation).to(v.dtype)  # the angles are float32 under autocast
+            q = rotate(q, *rotation).to(v.dtype)  # under autocast cos and sin are float32
             k = rotate(k, *rotation).to(v.dtype)
         if self.scale != 1:
             q = q * self.scale
@@ -226,12 +260,14 @@ class Attention(nn.Module):
         # Attend to all tokens so far
         if cache is not None:
             k, v = cache.update(k, v)
-        causal = q.shape[2] > 1 and mask is None  # in this order a bool, if compiled
+        causal = q.shape[2] > 1 and mask is None  # this order makes it a bool under torch.compile
         y = self.attend(q, k, v, mask, causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
+    """A transformer block: attention and a feed-forward layer. Families put the norms in different places."""
+
     def __init__(self, config: LLMConfig):
         super().__init__()
         both = config.norm_order == "both"
@@ -250,36 +286,48 @@ class Block(nn.Module):
             x = self.norm1(x + self.attention(x, rotation, mask, cache))
             return self.norm2(x + self.mlp(x))
 
-        # All others: a norm before each sublayer, in Gemma 3 after it too
+        # All others: a norm before each sublayer; in Gemma 3 one after it too. In Pythia the feed-forward
+        # layer reads the input of the block, in the others its sum with the attention's output
         y = x + self.out_norm1(self.attention(self.norm1(x), rotation, mask, cache))
         return y + self.out_norm2(self.mlp(self.norm2(x if self.parallel else y)))
 
 
 class LLM(nn.Module):
-    """A decoder-only transformer of any family in FAMILIES."""
+    """A decoder-only transformer (Radford et al., 2019, "Language models are unsupervised multitask
+    learners") of any family in FAMILIES.
+
+    recomputes: whether training computes each block again in the backward pass instead of keeping its values:
+        a third more time, little memory.
+    static: whether `generate` uses a static cache: True, False, or "auto": on a GPU.
+    """
 
     def __init__(self, config: LLMConfig):
         super().__init__()
         self.config = config
-        self.recomputes = False  # a block's values for the backward pass: a third more time, little memory
-        self.static = "auto"  # whether it decodes with a static cache, True or False; "auto": on a GPU
+        self.recomputes = False
+        self.static = "auto"
         V, D, W = config.vocabulary, config.hidden, config.width
 
-        # nn.Embedding(V, D) would draw its weights, for which torch, on the meta device, imports 800 modules
+        # The token embeddings. nn.Embedding(V, D) would draw its weights also on the meta device, and torch
+        # imports 800 modules to do so there
         self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
         if not self.embedding.weight.is_meta:
             nn.init.normal_(self.embedding.weight, std=0.02)
+
+        # The blocks, and projections to their width and back, where it isn't the embeddings' (OPT-350M)
         self.project_in = nn.Linear(D, W, bias=False) if W != D else nn.Identity()
         self.positions = nn.Embedding(config.max_positions, W) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config, W) if config.final_norm else nn.Identity()
         self.project_out = nn.Linear(W, D, bias=False) if W != D else nn.Identity()
+
+        # The head, from states to logits
         self.head = nn.Linear(D, V, bias=False)
         self.tie()
-        self.plain_head = []  # the head as it was, once it is packed; in a list, so that it is no part twice
+        self.plain_head = []  # `pack` keeps the head here, in a list that hides it from nn.Module
 
     def tie(self) -> None:
-        """Makes the head's weight the embedding's, where they are one."""
+        """Makes the embedding's weight the head's too, if the config says they are one tensor."""
         if self.config.tied:
             self.head.weight = self.embedding.weight
 
@@ -291,23 +339,29 @@ class LLM(nn.Module):
         """Ids (B,T) to embeddings (B,T,D)."""
         x = self.embedding(tokens)
         scale = self.config.embedding_scale
-        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # Gemma rounds the scale too
+        if scale == 1:
+            return x
+        return x * torch.tensor(scale, dtype=x.dtype)  # as Gemma does, which rounds the scale too
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor | None = None,
                mask: torch.Tensor | None = None, cache: KVCache | None = None,
                cross_attention: Callable | None = None) -> torch.Tensor:
-        """Embeddings (B,T,D) to the states (B,T,D) that the head reads.
+        """Turns embeddings (B,T,D) into the states (B,T,D) that the head reads.
 
-        positions (B,T), or (B,T,3) as in `rotary`: by default 0, 1, … after what the cache holds. mask
-        (B,1,T,S): which keys each token sees, before a layer's window narrows it; by default those up to
-        itself. cross_attention(layer, x, positions) is called before each block with the states x (B,T,W),
-        and returns the states that the block reads. Raises InputError past `max_positions`.
+        positions: (B,T), or triples (B,T,3) as in `rotary`. By default tokens are counted from 0, those in
+            the cache included.
+        mask: (B,1,T,S), true where a token sees a key. A layer with a window sees fewer. By default a token
+            sees itself and all before it.
+        cache: holds earlier tokens and takes up these.
+        cross_attention: called as cross_attention(layer, x, positions) before each block with the states x
+            (B,T,W); returns the states that the block reads.
+        Raises InputError if the text is longer than `max_positions`.
         """
         config = self.config
         T = embeddings.shape[1]
         self.check_length(T + (cache.length if cache else 0))
 
-        # Positions of the tokens, and of the keys that they see
+        # Indices of the tokens and of the keys in the text: they decide what is seen. `positions` may differ
         if cache:
             query, key = cache.positions(T)
         else:
@@ -315,12 +369,12 @@ class LLM(nn.Module):
         if positions is None:
             positions = query[None]
 
-        # What enters the first block
+        # The input of the first block
         x = self.project_in(embeddings.to(self.dtype))  # (B,T,W)
         if self.positions is not None:
             x = x + self.positions(positions)
 
-        # Rotations and masks: layers that agree share one
+        # Layers with the same rope share its angles, layers with the same window share its mask
         rotations = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
         masks = {window: narrow(mask, window, query, key) for window in set(config.windows)}
 
@@ -329,45 +383,55 @@ class LLM(nn.Module):
             if cross_attention is not None:
                 x = cross_attention(layer, x, positions)
             rotation = rotations[config.ropes[layer]]
-            inputs = x, rotation, masks[config.windows[layer]], cache and cache.layer(layer)
-            x = recompute(block, *inputs, use_reentrant=False) if self.recomputes else block(*inputs)
+            layer_mask = masks[config.windows[layer]]
+            layer_cache = cache and cache.layer(layer)
+            if self.recomputes:
+                x = recompute(block, x, rotation, layer_mask, layer_cache, use_reentrant=False)
+            else:
+                x = block(x, rotation, layer_mask, layer_cache)
         if cache is not None:
             cache.advance(T)
         return self.project_out(self.norm(x))  # (B,T,D)
 
     def check_length(self, tokens: int) -> None:
-        """Raises InputError where a text of so many tokens has no positions left."""
+        """Raises InputError if a text of this many tokens is longer than the model can read."""
         most = self.config.max_positions
         if tokens > most:
             raise InputError(f"{tokens} tokens are more than the language model's {most} positions")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States (…,D) to logits (…,V) of the next token."""
+        """Turns states (…,D) into logits (…,V) of the next token."""
         return self.head(hidden)
 
     def exact_logits(self, hidden: torch.Tensor, few: int = 8) -> torch.Tensor:
-        """States (B,D) to float32 logits (B,V), of which the best few are computed in float32.
+        """Turns states (B,D) into float32 logits (B,V), and computes the best `few` of them in float32.
 
-        Logits that are rounded to bfloat16 tie: about 20 they are an eighth apart. Of a tie the lowest id
-        would win, whatever the text says.
+        Logits near 20 are an eighth apart in bfloat16, so that several tokens often tie for the first place.
+        Greedy decoding would then take the one with the lowest id.
         """
         logits = self.logits(hidden).float()
         head = self.plain_head[0] if self.plain_head else self.head
-        if hidden.dtype == torch.float32 or type(head) is not nn.Linear:  # a LoRA's stays rounded
+        if hidden.dtype == torch.float32 or type(head) is not nn.Linear:  # a head with a LoRA stays rounded
             return logits
+
+        # The best few again, in float32
         best = logits.topk(min(few, logits.shape[-1])).indices  # (B,few)
         exact = head.weight[best].float() @ hidden.float()[..., None]  # (B,few,1)
         return logits.scatter(1, best, exact[..., 0])
 
     def pack(self) -> None:
-        """Makes it faster on a CPU and fit for inference alone: see kernels.pack."""
+        """Makes inference faster on a CPU. Afterwards the model can't be trained, saved or moved: see
+        kernels.pack."""
         self.plain_head = [self.head]
         pack(self, self.dtype)
 
     def forward(self, tokens: torch.Tensor | None = None, *,
                 embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids (B,T), or embeddings (B,T,D), to logits (B,T,V)."""
-        return self.logits(self.hidden(self.embed(tokens) if embeddings is None else embeddings))
+        """Turns ids (B,T), or embeddings (B,T,D), into logits (B,T,V) of the token after each. Raises
+        InputError if the text is longer than `max_positions`."""
+        if embeddings is None:
+            embeddings = self.embed(tokens)
+        return self.logits(self.hidden(embeddings))
 
     # -----------------------------------------------------------------------------------------------------
     # Text
@@ -378,17 +442,23 @@ class LLM(nn.Module):
                  top_k: int = 0, top_p: float = 1.0, beams: int = 1,
                  end_tokens: tuple[int, ...] | None = None, keep_end: bool = False,
                  generator: torch.Generator | None = None) -> list[list[int]]:
-        """Continues each row until an end token or `max_tokens`. Returns B lists of new ids.
+        """Continues each of B texts. Returns a list of the new ids of each.
 
-        tokens, embeddings: (B,T) or (B,T,D), or a list of B rows (T,) or (T,D) of any lengths. Rows are
-            padded on the left, and each gets the text that it would get alone.
-        positions: (B,T) or (B,T,3), or a list of rows; by default 0, 1, … They go on after a row's largest.
-        cross_attention: as for `hidden`. With beams it meets each row as often, one after the other.
-        temperature: 0 is greedy. top_k (0: off) and top_p (Holtzman et al., 2020, arXiv:1904.09751) narrow
-            what is drawn from.
-        beams: above 1 it searches for the likeliest text instead.
-        end_tokens: by default the checkpoint's own; the text comes with its end token if `keep_end`.
-        Raises InputError.
+        tokens, embeddings: one of the two. Ids (B,T), embeddings (B,T,D), or a list of B rows (T,) or (T,D)
+            of any lengths. Shorter rows are padded on the left; a row's result doesn't depend on the others.
+        positions: (B,T) or (B,T,3), or a list of rows; by default 0, 1, … New tokens count on from a row's
+            largest.
+        cross_attention: see `hidden`. With beam search the rows of one text, `beams` of them, are neighbours.
+        max_tokens: new ids of a text, at most.
+        temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
+        top_k: draws among the k likeliest tokens; 0: among all.
+        top_p: draws among the fewest tokens whose probabilities sum to p (nucleus sampling: Holtzman et al.,
+            2020, arXiv:1904.09751).
+        beams: above 1, beam search for the likeliest text, with this many beams.
+        end_tokens: ids that end a text; by default the checkpoint's own. keep_end: returns them too.
+        generator: what tokens are drawn with.
+        Raises InputError for an empty row, an id without an embedding, beam search with a temperature, a text
+        longer than `max_positions`, or logits that aren't finite.
         """
         device = self.embedding.weight.device
         end_tokens = self.config.end_tokens if end_tokens is None else end_tokens
@@ -397,46 +467,53 @@ class LLM(nn.Module):
         if embeddings is None:
             embeddings = self.embed_rows(tokens)
 
-        # Rows of one length, padded on the left
+        # Pad the rows on the left to one length
         lengths = [len(row) for row in embeddings]
-        B, T = len(lengths), max(lengths)
+        B = len(lengths)
+        T = max(lengths)
         if not min(lengths):
             raise InputError("there is nothing to continue: a row is empty")
         if positions is None:
             positions = [torch.arange(n, device=device) for n in lengths]
         x = pad_left(embeddings, T).to(self.dtype)  # (B,T,D)
         positions = pad_left(positions, T)
-        pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1)
+        pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1): tokens of padding
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1): the next position
-        size = -(-(T + max_tokens) // 64) * 64  # as a GPU's kernels for attention like it
+
+        # A multiple of 64 suits the attention kernels of a GPU
+        size = -(-(T + max_tokens) // 64) * 64
         cache = KVCache(self.config, B, size, x)
 
-        def read(x, positions):  # (B,T,D) to the logits (B,V) of the token after x
+        def read(x, positions):  # embeddings (B,T,D) to logits (B,V) of the token after the last
             mask = None
             if min(lengths) < T or cache.next is not None:
                 mask = padded_mask(pad, *cache.positions(x.shape[1]))
             hidden = self.hidden(x, positions, mask, cache, cross_attention)
             return self.exact_logits(hidden[:, -1])
 
-        def step(chosen, after):  # ids (B,) to the logits (B,V) of the token after them
+        def step(chosen, after):  # one new id for each text (B,) to logits (B,V) of the token after it
             return read(self.embed(chosen)[:, None], after)
 
-        # Prefill
+        # Prefill: read the prompts
         logits = read(x, positions)
         if not logits.isfinite().all():
             raise InputError(f"the language model's scores are not finite in {str(self.dtype)[6:]}: take "
                              "another --precision, or look whether its weights are whole")
+
+        # A static cache lets a GPU replay each step as one graph. Beam search reorders the cache: no graph
         on_gpu = device.type == "cuda"
-        if beams == 1 and (on_gpu if self.static == "auto" else self.static):
+        static = on_gpu if self.static == "auto" else self.static
+        if beams == 1 and static:
             cache.make_static()
             step = Recorded(step) if on_gpu else step
 
-        # Token by token
+        # Decode, token by token
         ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
         search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
         done = torch.zeros(B, dtype=torch.bool, device=device)
         ids = []
         for n in range(1, max_tokens + 1):
+            # Choose the next token of each text, or of each beam and the row of the batch that it continues
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 ids.append(chosen)
@@ -444,18 +521,21 @@ class LLM(nn.Module):
             else:
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
                 cache.select(rows)
-                pad, after = pad[rows], after[rows]
+                pad = pad[rows]
+                after = after[rows]
 
-            # Stop? To look at what a GPU has done is to wait for it, so that it is done now and then
+            # Stop if all are done. Reading `done` waits for a GPU, so there it is read every eighth token
             full = T + n > self.config.max_positions
             look = done.is_cpu or n < 3 or n % 8 == 0 or full
             if n == max_tokens or look and done.all():
                 break
+
+            # Read the chosen tokens
             self.check_length(T + n)
             logits = step(chosen, after)
             after = after + 1
 
-        # Cut each row where its text ends
+        # Cut each text at its end token
         if ids:
             texts = torch.stack(ids, 1).tolist()
         else:
@@ -466,8 +546,10 @@ class LLM(nn.Module):
         return texts
 
     def embed_rows(self, tokens) -> list[torch.Tensor]:
-        """Rows of ids to rows of embeddings (T,D). Raises InputError for an id without an embedding."""
-        device, V = self.embedding.weight.device, self.config.vocabulary
+        """Turns rows of ids into rows of embeddings (T,D). Raises InputError for an id without an
+        embedding."""
+        device = self.embedding.weight.device
+        V = self.config.vocabulary
         rows = [torch.as_tensor(row, dtype=torch.long, device=device) for row in tokens]
         for row in rows:
             for id in row.tolist():
@@ -477,18 +559,25 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":
-        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError."""
+        """Loads a language model from a folder or a hub id, in eval mode.
+
+        name: the folder or hub id, or a Checkpoint, such as the language model's part of a public VLM.
+        dtype: of the weights.
+        Raises InputError if the files are missing, of an unknown family, or not what config.json says.
+        """
         checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES, LLMConfig)
 
-        # generation_config.json, where there is one, knows best what ends a text
+        # End tokens: generation_config.json, if there is one, overrides config.json
         end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
         if not isinstance(end, (list, tuple)):
             end = () if end is None else (end,)
         config.end_tokens = tuple(end)
+
+        # A checkpoint may have a head of its own, whatever config.json says
         config.tied = config.tied and not own_head(checkpoint, family)
 
-        # Make it without memory, then give each parameter its tensor
+        # Make the modules without memory for their weights, then give each parameter its tensor
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             for id in (*config.end_tokens, config.start_token or 0):
                 as_id(id)
@@ -500,27 +589,43 @@ class LLM(nn.Module):
         return llm.eval()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Padding, masks, losses
+
 def pad_left(rows: list[torch.Tensor], T: int) -> torch.Tensor:
-    """Rows (…,) of any lengths up to T to one tensor (B,T,…), with zeros before the shorter ones."""
-    padded = [F.pad(row, (0, 0) * (row.dim() - 1) + (T - len(row), 0)) for row in rows]
+    """Joins B rows, each (up to T,…), in one tensor (B,T,…), with zeros before the shorter ones."""
+    padded = []
+    for row in rows:
+        before_first = (T - len(row), 0)
+        other_dimensions = (0, 0) * (row.dim() - 1)  # F.pad counts from the last dimension
+        padded.append(F.pad(row, other_dimensions + before_first))
     return torch.stack(padded)
 
 
 def padded_mask(pad: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Which keys at positions (S,) the queries at (T,) see, (B,1,T,S), where a row begins after pad (B,1)
-    tokens of padding. A padding token sees itself alone: softmax over nothing would be NaN."""
+    """Returns the causal mask (B,1,T,S) of rows that begin with pad (B,1) tokens of padding: true where the
+    query with index `query` (T,) sees the key with index `key` (S,).
+
+    No token sees the padding, except that a token of padding sees itself: softmax over nothing would be NaN.
+    """
     seen = (key >= pad[:, :, None]) | (key == query[:, None])
     return (seen & (key <= query[:, None]))[:, None]
 
 
 def narrow(mask: torch.Tensor | None, window: int | None, query: torch.Tensor,
            key: torch.Tensor) -> torch.Tensor | None:
-    """`mask` (None: causal), narrowed for each token at `query` (T,) to the `window` nearest of the keys at
-    `key` (S,). None where `attend` needs no mask, being causal by itself."""
+    """Returns a layer's mask: `mask`, but a token sees only the last `window` keys up to itself.
+
+    mask: (B,1,T,S), or None for a causal mask. window: None for no window. query, key: indices (T,) and (S,)
+    of tokens and keys in the text. A causal mask stays None if `attend` can do without: for a text from its
+    beginning, which `attend` masks by itself, and for a single token, which sees all keys.
+    """
     S = len(key)
     window = min(window or S, S)
     if window == S and (mask is not None or len(query) in (1, S)):
         return mask
+
+    # Not after the token, and less than a window before it
     distance = query[:, None] - key  # (T,S)
     near = (distance >= 0) & (distance < window)
     return near if mask is None else near & mask
@@ -528,16 +633,19 @@ def narrow(mask: torch.Tensor | None, window: int | None, query: torch.Tensor,
 
 def token_losses(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
                  vocabulary: int, rows: int | None = None) -> torch.Tensor:
-    """Cross entropy (M,) of targets (M,) by the logits(states) (M,V) of states (M,D).
+    """Returns the cross entropy (M,) of each target (M,) id, from states (M,D).
 
-    The logits of no more than `rows` targets exist at a time. Those of more are computed part by part, and
-    once more in the backward pass. By default they take 1 GiB, on a CPU the 32 MiB that its caches hold (half
-    the time), but are those of 128 targets at least.
+    logits: a function from states (M,D) to logits (M,V). All M rows of logits would take much memory. If
+    there are more than `rows` targets, they are computed in parts of `rows`, and again in the backward pass.
+    By default a part takes 1 GiB or, on a CPU, the 32 MiB that fit its caches (half the time), and it has at
+    least 128 targets.
     """
     def part(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits(states).float(), targets, reduction="none")
 
-    rows = rows or max(128, (1 << (23 if states.is_cpu else 28)) // vocabulary)
+    if not rows:
+        numbers = 1 << (23 if states.is_cpu else 28)  # float32: 32 MiB or 1 GiB
+        rows = max(128, numbers // vocabulary)
     if len(targets) <= rows:
         return part(states, targets)
     pairs = zip(states.split(rows), targets.split(rows))

@@ -1,7 +1,10 @@
 """The image encoder: picture → pixels → patch features.
 
-One `ViT` reads every family in formats/encoders.py: ViT, DeiT, CLIP, SigLIP, DINOv2, BLIP-2's, SAM's.
-Letters of shapes: B pictures, N tokens, D width, H heads, hd a head's size, G patches along a side, S pixels.
+One class, `ViT`, reads every family in formats/encoders.py: ViT, DeiT, CLIP, SigLIP, DINOv2, SAM's encoder
+and BLIP-2's. A field of `ViTConfig` says where a family differs.
+
+Letters of shapes: B pictures, S pixels along a side, G patches along a side, N tokens, D width of the tokens,
+Dv width of the features that the encoder returns, H heads, hd size of a head, C channels of SAM's neck.
 """
 from dataclasses import dataclass, replace
 
@@ -19,28 +22,29 @@ from support.layers import ACTIVATIONS, FeedForward
 
 @dataclass
 class ViTConfig:
-    image_size: int  # pixels, square
-    patch_size: int
-    width: int  # of the tokens in the blocks
+    """The sizes of an encoder, and what its family does differently. Raises ValueError if they don't fit."""
+    image_size: int  # pixels along a side of the square picture
+    patch_size: int  # pixels along a side of a patch
+    width: int  # D, of the tokens in the blocks
     layers: int
     heads: int
     mlp: int  # hidden size of the feed-forward layers
-    activation: str
-    eps: float
-    processor: str  # whose image settings hold where preprocessor_config.json is silent: a key of PROCESSORS
+    activation: str  # a key of ACTIVATIONS
+    eps: float  # of the LayerNorms
+    processor: str  # a key of PROCESSORS: image settings that preprocessor_config.json may override
     class_tokens: int = 1  # learned tokens before the patches: 1, 2 (DeiT's distillation token) or 0
-    registers: int = 0  # more of them, after the class token and without a position
+    registers: int = 0  # DINOv2: learned tokens after the class token; they have no position
     patch_bias: bool = True
     qkv_bias: bool = True
     gated: bool = False  # SwiGLU feed-forward layers
-    layer_scale: bool = False  # on what each sublayer adds
+    layer_scale: bool = False  # a learned factor per channel on the output of each sublayer
     pre_norm: bool = False  # a norm before the first block
     post_norm: bool = True  # a norm after the last block
-    antialias: bool = False  # in the interpolation of position embeddings
-    window: int = 0  # side, in patches, of the windows that attention stays in; 0: the whole picture
-    global_blocks: tuple[int, ...] = ()  # blocks without windows
-    relative_positions: bool = False
-    neck: int = 0  # channels after SAM's convolutional neck; 0: no neck
+    antialias: bool = False  # when position embeddings are interpolated
+    window: int = 0  # SAM: patches along a side of an attention window; 0: attention over the whole picture
+    global_blocks: tuple[int, ...] = ()  # SAM: indices of the blocks without windows
+    relative_positions: bool = False  # SAM: attention scores depend on the distance between patches
+    neck: int = 0  # C, channels after SAM's convolutional neck; 0: no neck
 
     def __post_init__(self):
         if self.image_size < self.patch_size or self.width % self.heads:
@@ -54,43 +58,54 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side. Pixels beyond the last whole patch are not seen."""
+        """G, the patches along one side. Pixels beyond the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def hidden(self) -> int:
-        """Width of the features that the encoder returns."""
+        """Dv, the width of the features that the encoder returns."""
         return self.neck or self.width
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The transformer
+
 def window_positions(grid: int, window: int, device: torch.device) -> torch.Tensor:
-    """The position (grid²,) of each patch, row by row, among the tokens of n² windows of window² tokens each,
-    window by window."""
-    n = -(-grid // window)  # windows along a side
+    """Where each patch of a picture goes when its patches are sorted into windows: (grid²,), long.
+
+    Patches are numbered row by row. In the sorted order the first window² tokens are the first window, the
+    next window² tokens the second. The grid needn't be a multiple of `window`: the last windows have gaps.
+    """
+    n = -(-grid // window)  # windows along a side, rounded up
     at = torch.arange(grid, device=device)
+
+    # Which window a row or column belongs to, and which row or column of that window it is
     which = at // window
     inside = at % window
-    of_window = which[:, None] * n + which
-    in_window = inside[:, None] * window + inside
+
+    # The same for both coordinates: number of the window, number of the patch in it
+    of_window = which[:, None] * n + which  # (G,G)
+    in_window = inside[:, None] * window + inside  # (G,G)
     return (of_window * window ** 2 + in_window).flatten()
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens or, with `window`, within square windows of the patches."""
-    attend = staticmethod(attend)
+    """Multi-head self-attention over all tokens. With a `window` above 0, a patch attends only to the patches
+    in its square window of `window` × `window`."""
+    attend = staticmethod(attend)  # an attribute, so that kernels.watch can swap it
 
     def __init__(self, config: ViTConfig, window: int):
         super().__init__()
         self.heads = config.heads
         self.grid = config.grid
         self.window = window
-        self.side = window or config.grid  # of what a patch attends to
+        self.side = window or config.grid  # patches along a side of the area that a patch attends to
         self.q = nn.Linear(config.width, config.width, config.qkv_bias)
         self.k = nn.Linear(config.width, config.width, config.qkv_bias)
         self.v = nn.Linear(config.width, config.width, config.qkv_bias)
         self.out = nn.Linear(config.width, config.width)
 
-        # SAM: an embedding for each distance between two patches, along each side
+        # SAM: an embedding for each distance between two rows and for each distance between two columns
         self.relative = config.relative_positions
         if self.relative:
             shape = 2 * self.side - 1, config.width // config.heads
@@ -101,31 +116,40 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,H,N,hd)
 
     def bias(self, q):  # (B,H,N,hd) to (B,H,N,N)
-        """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526): q · row distance + q · column
-        distance."""
+        """Decomposed relative positions (Li et al., 2022, arXiv:2112.01526), added to the attention scores:
+        q · the embedding of the row distance + q · the embedding of the column distance."""
+        # Distances between rows (or columns) i and j, shifted so that the smallest is 0
         at = torch.arange(self.side, device=q.device)
-        distance = at[:, None] - at + self.side - 1  # (side,side), none below 0
+        distance = at[:, None] - at + self.side - 1  # (side,side)
+
+        # The score of each query (y,x) for each key row and each key column k, then for each pair of them
         q = q.unflatten(2, (self.side, self.side))  # (B,H,y,x,hd)
-        rows = torch.einsum("bhyxd,ykd->bhyxk", q, self.rows[distance])
-        columns = torch.einsum("bhyxd,xkd->bhyxk", q, self.columns[distance])
-        return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        rows = torch.einsum("bhyxd,ykd->bhyxk", q, self.rows[distance])  # (B,H,y,x,side)
+        columns = torch.einsum("bhyxd,xkd->bhyxk", q, self.columns[distance])  # (B,H,y,x,side)
+        scores = rows[..., :, None] + columns[..., None, :]  # (B,H,y,x,side,side)
+        return scores.flatten(4).flatten(2, 3)
 
     def forward(self, x):  # (B,N,D)
-        B, D = len(x), x.shape[2]
-        if self.window:  # sort the patches into windows, zeros where a window leaves the picture
+        B = len(x)
+        D = x.shape[2]
+
+        # Sort the patches into windows; zeros fill a window where it reaches beyond the picture
+        if self.window:
             n = -(-self.grid // self.window)
             positions = window_positions(self.grid, self.window, x.device)
             windows = x.new_zeros(B, (n * self.window) ** 2, D)
             windows[:, positions] = x
-            x = windows.view(B * n * n, -1, D)
+            x = windows.view(B * n * n, -1, D)  # (B·n²,window²,D): a window is a row of the batch
 
+        # Attention, by head
         q = self.split(self.q(x))
         k = self.split(self.k(x))
         v = self.split(self.v(x))
         mask = self.bias(q) if self.relative else None
-        x = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        x = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B,N,D)
 
-        if self.window:  # and back
+        # Bring the patches back into their order, without the filling
+        if self.window:
             x = x.reshape(B, -1, D)[:, positions]
         return self.out(x)
 
@@ -142,6 +166,9 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block: attention and a feed-forward layer, each with a norm before it and its input added
+    to its output."""
+
     def __init__(self, config: ViTConfig, window: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, config.eps)
@@ -157,7 +184,8 @@ class Block(nn.Module):
 
 
 class Neck(nn.Module):
-    """SAM's neck: to fewer channels, then a 3×3 convolution over the patches, each with its norm."""
+    """SAM's neck (Kirillov et al., 2023, arXiv:2304.02643): a projection to fewer channels, then a 3 × 3
+    convolution over the grid of patches. A norm follows each."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -176,7 +204,7 @@ class Neck(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al., 2021, arXiv:2010.11929) of any family in FAMILIES.
 
-    `config` holds the sizes; `preprocess(picture)` makes the pixels.
+    `config` is its ViTConfig. `preprocess(picture)` turns a PIL image into pixels (3,S,S).
     """
 
     def __init__(self, config: ViTConfig):
@@ -185,16 +213,16 @@ class ViT(nn.Module):
         self.preprocess = Preprocessor(PROCESSORS[config.processor], config.image_size)
         D, patch = config.width, config.patch_size
 
-        # Patches to tokens: a convolution that steps from patch to patch, and an embedding of each position
+        # Patches to tokens: a convolution that steps from patch to patch; each position has an embedding
         self.patches = nn.Conv2d(3, D, patch, patch, bias=config.patch_bias)
         self.positions = nn.Parameter(torch.zeros(config.grid ** 2, D))
 
-        # Class and register tokens; their positions, if any, are added when they are loaded
+        # Class and register tokens. A checkpoint's position of the class token is added to it when loaded
         self.prefix = nn.Parameter(torch.zeros(config.class_tokens + config.registers, D))
         if not len(self.prefix):
             self.prefix = None
 
-        # The transformer
+        # The blocks, the norms around them, and SAM's neck
         self.pre_norm = nn.LayerNorm(D, config.eps) if config.pre_norm else nn.Identity()
         windows = [0 if i in config.global_blocks else config.window for i in range(config.layers)]
         self.blocks = nn.ModuleList(Block(config, window) for window in windows)
@@ -202,14 +230,19 @@ class ViT(nn.Module):
         self.neck = Neck(config) if config.neck else nn.Identity()
 
     def forward(self, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """Pixels (B,3,S,S) to features (B,N,Dv): class and register tokens first, then patches row by row.
+        """Encodes pixels (B,3,S,S) as features (B,N,Dv).
 
-        `layer` None returns the reference's `last_hidden_state`, an integer its `hidden_states[layer]`: 0 is
-        what enters the first block, i what leaves block i, -1 what leaves the last, without the final norm or
-        neck. S is `config.image_size`; Dv is `config.hidden` or, with a `layer`, `config.width`. Raises
-        InputError.
+        The N features are those of the class and register tokens, then those of the patches, row by row. S is
+        `config.image_size`.
+
+        layer: which hidden state to return, numbered as `hidden_states` in `transformers`. 0 is the input of
+            the first block, i the output of the i-th block, -1 the output of the last, without the final norm
+            and the neck; their width is `config.width`. None returns `last_hidden_state`: the output of the
+            final norm and the neck, of width `config.hidden`.
+        Raises InputError if the pixels have another size, or if there is no such layer.
         """
-        size, side = tuple(pixels.shape[-2:]), self.config.image_size
+        size = tuple(pixels.shape[-2:])
+        side = self.config.image_size
         if size != (side, side):
             raise InputError(f"the encoder takes {side} px squares, not {size}")
         self.check_layer(layer)
@@ -220,7 +253,7 @@ class ViT(nn.Module):
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
 
-        # Through the blocks
+        # Through the blocks, all of them or the first few
         x = self.pre_norm(x)
         if layer is not None:
             for block in self.blocks[:layer % (len(self.blocks) + 1)]:
@@ -231,51 +264,62 @@ class ViT(nn.Module):
         return self.neck(self.norm(x))
 
     def check_layer(self, layer: int | None) -> None:
-        """Raises InputError where there is no such layer to read."""
+        """Raises InputError if the encoder has no such `layer`; see `forward`."""
         count = len(self.blocks)
         if layer is not None and not -count - 1 <= layer <= count:
             raise InputError(f"layer {layer} of an encoder with {count} blocks")
 
     def feature_shape(self, layer: int | None = None) -> tuple[int, int]:
-        """(N,Dv) of the features of a picture."""
+        """Returns (N,Dv), the shape of one picture's features; `layer` as in `forward`."""
         config = self.config
         tokens = config.class_tokens + config.registers + config.grid ** 2
-        return tokens, config.hidden if layer is None else config.width
+        width = config.hidden if layer is None else config.width
+        return tokens, width
 
     def resize(self, image_size: int) -> None:
-        """Makes the encoder take squares of `image_size` px: interpolates the positions of its patches.
-        Raises InputError below one patch, and for SAM, whose relative positions are made for one size."""
+        """Changes the size of the pictures that the encoder takes to `image_size` px along a side, and
+        interpolates its position embeddings.
+
+        Raises InputError if that is less than one patch, or for SAM, whose relative positions fit one size.
+        """
         old = self.config
-        if image_size < old.patch_size or image_size != old.image_size and old.window:
+        too_small = image_size < old.patch_size
+        if too_small or image_size != old.image_size and old.window:
             least = f"{old.image_size} px alone" if old.window else f"{old.patch_size} px, one patch, or more"
             raise InputError(f"image_size {image_size}: the encoder takes {least}")
         self.config = replace(old, image_size=image_size)
+
+        # The positions are a picture with D channels: resize it to the new grid
         if self.config.grid != old.grid:
             x = self.positions.detach().float().T.unflatten(1, (old.grid, old.grid))[None]  # (1,D,G,G)
             size = (self.config.grid, self.config.grid)
             x = F.interpolate(x, size, mode="bicubic", antialias=old.antialias)
-            self.positions = nn.Parameter(x[0].flatten(1).T.to(self.positions.dtype).contiguous())
+            x = x[0].flatten(1).T  # (G²,D)
+            self.positions = nn.Parameter(x.to(self.positions.dtype).contiguous())
 
     @classmethod
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32,
                         image_size: int | None = None) -> "ViT":
-        """Loads a checkpoint (a folder, a hub name, or the part of one) in eval mode. Raises InputError.
+        """Loads an encoder from a folder or a hub id, in eval mode.
 
-        `image_size`: pixels along a side, of what `preprocess` makes and the encoder takes. Without it, the
-        size in preprocessor_config.json holds, else that in config.json. Position embeddings are interpolated
-        where it isn't the size they were made for.
+        name: the folder or hub id, or a Checkpoint, such as the encoder's part of a public VLM.
+        dtype: of the weights.
+        image_size: pixels along a side of the pictures it shall take. By default it comes from
+            preprocessor_config.json, otherwise from config.json. Position embeddings made for another size
+            are interpolated.
+        Raises InputError if the files are missing, of an unknown family, or not what config.json says.
         """
         checkpoint = Checkpoint(name) if isinstance(name, str) else name
         family, config = checkpoint.family(FAMILIES, ViTConfig)
 
-        # Make it without memory, then give each parameter its tensor
+        # Make the modules without memory for their weights, then give each parameter its tensor
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
             vit = cls(config)
         vit.name = checkpoint.name
         vit.family = family
         load_weights(vit, checkpoint, family, dtype)
 
-        # How it sees pictures, which decides their size
+        # The preprocessor's settings decide the size of the pictures
         vit.preprocess = read_preprocessor(checkpoint, config.processor, config.image_size, image_size)
         with named(checkpoint.folder / "preprocessor_config.json"):
             vit.resize(vit.preprocess.image_size)
