@@ -1,6 +1,7 @@
 import json
 import os
 import selectors
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def pytest_runtestloop(session):
                     if isinstance(report.longrepr, list):  # JSON's of a tuple, the place and reason of a skip
                         report.longrepr = tuple(report.longrepr)
                     config.hook.pytest_runtest_logreport(report=report)
+                    if session.shouldfail:  # -x, --maxfail
+                        for pid, _ in forks:
+                            os.kill(pid, signal.SIGTERM)
+                        raise session.Failed(session.shouldfail)
                 else:
                     ready.unregister(key.fileobj)
     for pid, _ in forks:
