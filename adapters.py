@@ -817,18 +817,32 @@ class VLM(nn.Module):
             updates = {"vit": {}, "llm": {}}
             for name, scale in read_tensors(path, "scale.").items():
                 part, _, layer = name.partition(".")
-                A, B = weights.pop(f"{name}.A"), weights.pop(f"{name}.B")
-                updates[part][layer] = Update(A, B, scale.item(), m=weights.pop(f"{name}.m", None))
+                if not math.isfinite(scale.item()):
+                    raise InputError(f"the scale of {name} is {scale.item()}")
+                A, B = weights.pop(f"{name}.A").float(), weights.pop(f"{name}.B").float()
+                m = weights.pop(f"{name}.m", None)
+                updates[part][layer] = Update(A, B, scale.item(), m=None if m is None else m.float())
             for part, found in updates.items():
                 if found:
                     module = getattr(self, part)
                     replace_layers(module, make_layers(module, found))
 
         # All of the adapter, and of what was trained whole, must be there
-        wanted = {name: p for name, p in self.named_parameters() if name in weights}
+        known = dict(self.named_parameters(remove_duplicate=False))  # a tied head has two names
+        whole = {}
         for part in {"adapter", *self.config.get("train", ())}:
-            wanted |= self.weights(part)
-        take_over(wanted, weights, path)
+            whole |= self.weights(part)
+        beside = {name: known[name] for name in known.keys() & weights.keys() - whole.keys()}
+        take_over(whole | beside, weights, path)
+
+        # What came with a LoRA, or was trained beside it, goes with it when it is saved again
+        layers = lora_layers(self)
+        for name, p in beside.items():
+            layer, _, leaf = name.rpartition(".")
+            if layer in layers and leaf == "weight":
+                layers[layer].replaced = True
+            else:
+                p.requires_grad_()
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":

@@ -422,7 +422,7 @@ class LLM(nn.Module):
     def pack(self) -> None:
         """Makes inference faster on a CPU. Afterwards the model can't be trained, saved or moved: see
         kernels.pack."""
-        self.plain_head = [self.head]
+        self.plain_head = self.plain_head or [self.head]
         pack(self, self.dtype)
 
     def forward(self, tokens: torch.Tensor | None = None, *,

@@ -168,7 +168,9 @@ def make_layers(module: nn.Module, updates: dict[str, Update]) -> dict[str, LoRA
         layer = module.get_submodule(name)
         kind = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
         outputs, inputs = layer.weight.shape[::-1] if kind is LoRAEmbedding else layer.weight.shape
-        if update.A.shape[1] != inputs or update.B.shape != (outputs, len(update.A)):
+        rank = len(update.A)
+        wrong_m = update.m is not None and update.m.shape != (outputs,)
+        if update.A.shape != (rank, inputs) or update.B.shape != (outputs, rank) or wrong_m:
             raise InputError(f"{name}: A {tuple(update.A.shape)} and B {tuple(update.B.shape)} don't change "
                              f"a layer of {inputs} inputs and {outputs} outputs")
         layers[name] = kind(layer, As[id(update.A)], update.B, update.scale, update.dropout, update.m)
@@ -220,5 +222,8 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
                for name, layer in layers.items()}
     low_rank = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.m)}
     trained = {name for name, p in module.named_parameters() if p.requires_grad and id(p) not in low_rank}
+    biases = {f"{name}.bias" for name, layer in layers.items() if layer.bias is not None}
+    if biases & trained:  # PEFT knows all of them or none; that of a layer that isn't read is frozen
+        trained |= biases
     replaced = {name for name, layer in layers.items() if layer.replaced}
     write_updates(describe(module), folder, updates, trained, replaced)

@@ -430,6 +430,8 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
     line. A run that came to no checkpoint starts anew."""
     path = folder / CHECKPOINT
     if not path.is_file():
+        if (folder / "adapter.safetensors").is_file():
+            raise InputError(f"{folder}: a run of an older version of train.py, which can't go on")
         return 0, []
     with guard(path, "not a whole checkpoint"):
         step, state = int(read_metadata(path)["step"]), read_tensors(path)

@@ -310,7 +310,7 @@ def make_llm(steps: int = 4_000, batch: int = 16, length: int = 256) -> None:
 
     def step(_):
         loss = loss_of(rows(train, batch))
-        return loss, f"loss {loss.item():.3f} nats per token"
+        return loss, f"loss {loss.item():.3f} a token"
 
     train, forward = stream(f"{SEED}"), torch.compile(model)
     optimise(model, step, steps, 2e-3, "llm")
@@ -319,7 +319,7 @@ def make_llm(steps: int = 4_000, batch: int = 16, length: int = 256) -> None:
     forward = model
     with torch.no_grad():
         print(
-            f"llm: {loss_of(rows(stream('held-out'), 500)).item():.4f} nats per token on held-out documents"
+            f"llm: {loss_of(rows(stream('held-out'), 500)).item():.4f} a token on held-out documents"
         )
     scenes = [Scene.draw_from(f"llm held-out {i}", unseen=None) for i in range(500)]
     prompts = [

@@ -106,8 +106,8 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 # Curves of each panel: name in metrics.jsonl -> (label, colour); colour-blind readers tell Okabe and Ito's
 # colours apart
-PANELS = ({"loss": ("training loss, nats per token", BLUE),
-           "val": ("validation loss, nats per token", "#d55e00")},
+PANELS = ({"loss": ("training loss per token", BLUE),
+           "val": ("validation loss per token", "#d55e00")},
           {"matching": ("image-text matching, share that is right", "#009e73")})
 PX = 4  # panels are drawn so much larger, then reduced: edges are smooth
 

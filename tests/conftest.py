@@ -35,6 +35,7 @@ def pytest_runtestloop(session):
     forks = [start_fork(session, session.items[i::2]) for i in range(2)]
 
     # Relay what they report, line by line, until both have ended
+    ended = 0  # tests
     with selectors.DefaultSelector() as ready:
         for _, pipe in forks:
             ready.register(pipe, selectors.EVENT_READ)
@@ -45,6 +46,7 @@ def pytest_runtestloop(session):
                     if isinstance(report.longrepr, list):  # JSON's of a tuple, the place and reason of a skip
                         report.longrepr = tuple(report.longrepr)
                     config.hook.pytest_runtest_logreport(report=report)
+                    ended += report.when == "teardown"
                     if session.shouldfail:  # -x, --maxfail
                         for pid, _ in forks:
                             os.kill(pid, signal.SIGTERM)
@@ -52,8 +54,10 @@ def pytest_runtestloop(session):
                 else:
                     ready.unregister(key.fileobj)
     for pid, _ in forks:
-        if os.waitpid(pid, 0)[1]:
-            raise session.Failed("a process that ran tests ended before they did")
+        os.waitpid(pid, 0)
+    if ended < len(session.items):
+        session.shouldfail = f"a process ended before its tests: {len(session.items) - ended} were not run"
+        raise session.Failed(session.shouldfail)
     if session.testsfailed:
         raise session.Failed(f"{session.testsfailed} tests failed")
     return True
@@ -74,12 +78,14 @@ def start_fork(session, items) -> tuple:
     capture = config.pluginmanager.getplugin("capturemanager")
     capture.stop_global_capturing()  # or both would write to one file
     capture.start_global_capturing()
-    with open(writer, "w", buffering=1) as pipe:
-        for item, following in zip(items, [*items[1:], None]):
-            for report in runtestprotocol(item, nextitem=following, log=False):
-                data = config.hook.pytest_report_to_serializable(config=config, report=report)
-                pipe.write(json.dumps(data) + "\n")
-    os._exit(0)
+    try:
+        with open(writer, "w", buffering=1) as pipe:
+            for item, following in zip(items, [*items[1:], None]):
+                for report in runtestprotocol(item, nextitem=following, log=False):
+                    data = config.hook.pytest_report_to_serializable(config=config, report=report)
+                    pipe.write(json.dumps(data) + "\n")
+    finally:  # whatever ends it: the rest of pytest is the other process's affair
+        os._exit(0)
 
 
 @pytest.fixture

@@ -103,8 +103,10 @@ def cudnn(on: bool):
     """Lets cuDNN's attention kernel take part, or not."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(on)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def smollm2(dtype: torch.dtype = torch.bfloat16) -> LLM:
@@ -340,15 +342,21 @@ def memory_of_calls() -> None:
         spent.append((time.perf_counter() - start) * 1e3)
 
     Recorded.record = timed
+    try:
+        call_and_report(model)
+    finally:
+        Recorded.record = record
+    if spent:
+        say(f"\nrecording takes {statistics.median(spent):.0f} ms, at most {max(spent):.0f} ms")
+
+
+def call_and_report(model: LLM) -> None:
     table("calls", "allocated", "reserved")
     for n in range(4 if options.dry else 40):
         tokens = torch.randint(500, (1 + 7 * n % 40, 40 + 13 * n % 90), device=options.device)
         model.generate(tokens, max_tokens=4 if options.dry else 20, end_tokens=())
         if n % 10 == 9:
             row(n + 1, mebibytes(torch.cuda.memory_allocated()), mebibytes(torch.cuda.memory_reserved()))
-    Recorded.record = record
-    if spent:
-        say(f"\nrecording takes {statistics.median(spent):.0f} ms, at most {max(spent):.0f} ms")
 
 
 def waits_in_a_step() -> None:

@@ -13,7 +13,7 @@ import sample
 import train
 from adapters import VLM, QFormer
 from data import stack
-from formats.files import InputError, read_tensors
+from formats.files import InputError, read_tensors, write_tensors
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM
@@ -509,3 +509,38 @@ def test_the_encoder_gets_gradients_only_where_it_is_trained(fixtures):
     logits = vlm.logits(token_rows, vlm.features(pixels), where)
     F.cross_entropy(logits, targets).backward()
     assert all(p.grad.abs().sum() > 0 for p in vlm.vit.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ("llama_head", "gpt2_both", "qwen2", "llama_wide_both"))
+@torch.no_grad()
+def test_a_run_keeps_what_came_with_its_lora(name, fixtures, tmp_path):
+    """Also a replaced matrix of a tied pair, and biases: reloaded it is the same, and so is its export."""
+    base = json.loads((fixtures / "lora" / name / CONFIG).read_text())["base_model_name_or_path"]
+    made, again = (small(fixtures, llm=base) for _ in range(2))
+    shutil.copytree(fixtures / "lora" / name, tmp_path / "peft")
+    if name == "llama_head":
+        weight = torch.randn(53, 24)
+        change(tmp_path / "peft", (), {f"{HEAD}.base_layer.weight": weight})
+    load_lora(made.llm, tmp_path / "peft")
+    made.config["train"] = again.config["train"] = ["adapter"]
+    write_tensors(tmp_path / "checkpoint.safetensors", made.state(), {"step": "1"})
+    again.load_state(tmp_path / "checkpoint.safetensors")
+    ids = tokens(2, 9)
+    assert torch.equal(again.llm(ids), made.llm(ids))
+    save_lora(again.llm, tmp_path / "export")
+    fresh = load(fixtures, base)
+    load_lora(fresh, tmp_path / "export")
+    assert torch.allclose(fresh(ids), made.llm(ids), atol=1e-4)
+
+
+def test_what_a_checkpoint_says_of_a_lora_is_not_trusted(fixtures, tmp_path):
+    vlm = small(fixtures)
+    vlm.config["train"] = ["adapter"]
+    add_lora(vlm.llm.blocks, 2, 4, ["q"], dora=True)
+    state, path = vlm.state(), tmp_path / "checkpoint.safetensors"
+    name = "llm.blocks.0.attention.q"
+    for key, value in ((f"scale.{name}", torch.tensor(torch.nan)), (f"weight.{name}.m", torch.ones(1)),
+                       (f"weight.{name}.A", torch.ones(2, 25))):
+        write_tensors(path, state | {key: value}, {"step": "1"})
+        with pytest.raises(InputError, match="checkpoint.safetensors: .*attention.q"):
+            small(fixtures).load_state(path)
