@@ -102,6 +102,7 @@ class PixelShuffle(Adapter):
         self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # Patches row by row to squares of s × s, each one long vector
         x = features[:, -self.queries * self.scale ** 2:]
         x = x.unflatten(1, (self.side, self.scale, self.side, self.scale)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
         return self.projection(x.flatten(3).flatten(1, 2))
@@ -190,11 +191,16 @@ class QFormerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask, queries, features):  # x (P,Q+L,W)
+        # Queries and words among themselves
         x = self.norm1(x + self.dropout(self.attention(x, x, x, mask)))
         x, text = x[:, :queries], x[:, queries:]
+
+        # Queries to the picture
         if self.cross is not None:
             x = self.norm2(x + self.dropout(self.cross(x, features, features)))
         x = self.norm3(x + self.dropout(self.mlp(x)))
+
+        # Words, which have weights of their own
         if self.text_mlp is None:
             return x
         text = self.text_norm(text + self.dropout(self.text_mlp(text)))
@@ -234,9 +240,11 @@ class QFormer(Adapter):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
                 seen: torch.Tensor | None = None) -> torch.Tensor:
+        # The same queries for every picture, and behind them its prompt's words
         x, mask = self.query.expand(len(features), -1, -1), None
         if words is not None:
             x, mask = self.words(x, words, seen)
+
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask, self.queries, features)
@@ -256,6 +264,7 @@ class ResamplerBlock(nn.Module):
         self.mlp = FeedForward(width, mlp, "relu", bias=False)
 
     def forward(self, x, source):  # queries (P,Q,W), patches (P,N,W)
+        # Keys and values are the patches and the queries
         y = self.norm1(x)
         both = torch.cat([y, self.source_norm(source)], 1)
         x = x + self.attention(y, both, both)
@@ -400,6 +409,7 @@ class GatedBlock(nn.Module):
         self.alpha2 = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, keys_and_values, seen):  # (B,T,W), 2 × (B,H,S,hd), (B,T,S)
+        # Words before the first picture see nothing, and stay as they are
         blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
         y = self.attention.read(self.norm1(x), keys_and_values, (seen | blind)[:, None])
         x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
@@ -641,10 +651,14 @@ class VLM(nn.Module):
         if features is None:
             return None
         features = features.float()
+
+        # xy: a patch gets embeddings of its row and of its column
         if self.places is not None:
             rows, columns = self.places
             places = (rows[:, None] + columns).flatten(0, 1)  # (G²,Dv)
             features = features + F.pad(places, (0, 0, features.shape[1] - len(places), 0))
+
+        # The adapter's weights are float32; it computes in the VLM's dtype
         with self.autocast(torch.float32):
             if words is None:
                 return self.adapter(features).to(self.llm.dtype)
@@ -657,13 +671,18 @@ class VLM(nn.Module):
     def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
         """Ids (B,T), in which placeholders stand for the embeddings of P pictures (P,Q,D) (None if P is 0),
         to embeddings (B,T,D)."""
+        # Words, by the LLM's own embedding
         marker = self.processor.marker
         x = self.llm.embed(tokens.clamp(0, self.llm.config.vocabulary - 1))  # (B,T,D)
+
+        # What begins and ends an image
         if self.markers is not None:
             marks = F.embedding((tokens - marker).clamp(0, 1), self.markers).to(x.dtype)
             x = torch.where((tokens >= marker)[..., None], marks, x)
         if images is None or not self.in_text:
             return x
+
+        # An image's embeddings, one after the other
         image = tokens == self.processor.placeholder
         which = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
         # a masked_scatter would have a GPU's backward pass wait to be told how many these are
@@ -673,12 +692,16 @@ class VLM(nn.Module):
         """The `positions` for `LLM.hidden` of ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
         if self.image_position.startswith("sequence"):
             return None
+
+        # The position that all of an image share, or its first
         image = tokens == self.processor.placeholder
         behind = F.pad(image, (1, 0))[:, :-1]  # what comes after an image's embedding
         side = self.adapter.side if self.image_position == "rope-xy" else 1
         t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
         if self.image_position != "rope-xy":
             return t
+
+        # rope-xy: row and column are added
         i = (image.cumsum(1) - 1) % self.adapter.queries
         offsets = torch.stack([0 * i, i // side, i % side], -1)  # (B,T,3): t, row, column
         return t[..., None] + offsets * image[..., None]

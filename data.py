@@ -65,6 +65,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         the picture, and "match?", which tells this layout from the last; "yes" or "no". It is the image-text
         matching of BLIP (Li et al., 2022, arXiv:2201.12086), but by next token.
     """
+    # Every draw has a generator of its own: a resumed run draws what an unbroken one draws
     question, caption = draw_caption(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text":
@@ -73,6 +74,8 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         words = caption.split(" ")
         at = rng.randrange(len(words))
         return " ".join(words[:at]) + IMAGE, " ".join(words[at:])
+
+    # text-image: half the time another picture's caption, which may be right all the same
     if rng.random() < 0.5:
         other = rng.choice(others or range(len(captions)))
         _, caption = rng.choice(captions.pairs(other))
@@ -196,6 +199,7 @@ class Processor:
         whole prompt: special tokens are read, and there is no format. Raises InputError where a token has no
         embedding.
         """
+        # The prompt in the model's format, then the caption
         head, text, tail = self.fill_format(text, images, raw)
         sizes = [next(tiles) for _ in range((head + text + tail).count(IMAGE))]
         target = [] if caption is None else self.caption_ids(head + text + tail, caption, max_tokens)
@@ -208,6 +212,7 @@ class Processor:
             text = text[over:].partition(" ")[2]
             ids = self.prompt_ids(head, text, tail, sizes, raw)
         self.cut += text != whole
+        # An extended tokenizer may have tokens that the LLM doesn't know
         for id in self.no_embedding.intersection(ids + target):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
@@ -271,6 +276,7 @@ class Processor:
 
     def spelling(self, captions: list[str], queries: int) -> Spelling:
         """Targets of the --spell loss, for pictures of `queries` embeddings each."""
+        # The i-th picture's embeddings stand at i · queries and behind
         positions, targets = [], []
         for i, caption in enumerate(captions):
             ids = self.tokenizer.encode(caption, special=False)[:queries]
@@ -295,6 +301,7 @@ class Processor:
             if any(len(group) != wanted for group in groups):
                 raise InputError(f"the prompt has room for {wanted} pictures, not {max(map(len, groups))}")
 
+        # Each entry: its views, and a prompt with as many image tokens as they take
         rows, pixels = [], []
         for group in groups:
             views = [self.preprocess.tiles(picture, split) for picture in group]
@@ -455,6 +462,7 @@ class Encoded:
         shares = [chunk[RANK::WORLD] for chunk in parts]
         encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers)
         for chunk, (indices, features) in zip(parts, encoded):
+            # This process's rows, zeros of the others'; their sum has all
             rows = self.zeros(len(chunk))
             if indices:
                 rows[[i - chunk[0] for i in indices]] = features.x

@@ -43,10 +43,13 @@ class LoRALinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
+        # s·BAx: down to r numbers, up again
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         update = self.scale * F.linear(F.linear(self.dropout(x), A), B)
         if self.m is None:
             return F.linear(x, self.weight, self.bias) + update
+
+        # DoRA: rescale each output to the length that m says
         h = (self.m / row_norms(self.sum()).detach()).to(x.dtype) * (F.linear(x, self.weight) + update)
         return h if self.bias is None else h + self.bias
 
@@ -119,6 +122,8 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets=("q", "v"), dro
     linears = {name: layer for name, layer in module.named_modules()
                if isinstance(layer, nn.Linear) and id(layer.weight) not in embeddings}  # a tied head is none
     scale = alpha / (math.sqrt(rank) if rslora else rank)
+
+    # The layers that each target names
     layers = {}
     for target in linears if targets == "all" else targets:
         names = [name for name in linears if f".{name}".endswith(f".{target}")]
@@ -126,6 +131,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets=("q", "v"), dro
             leaves = sorted({name.rpartition(".")[2] for name in linears})
             raise InputError(f"no linear layer is called {target!r}: there are {', '.join(leaves)}")
         for name in names:
+            # A is drawn as nn.Linear draws its weight, B is zero
             weight = linears[name].weight.detach()
             A = torch.empty(rank, weight.shape[1], device=weight.device)
             B = torch.zeros(len(weight), rank, device=weight.device)
@@ -189,11 +195,14 @@ def load_lora(module: nn.Module, folder: str | Path, peft: Tensors | None = None
     """Freezes `module` (a ViT, an LLM, an adapter) and gives it the LoRA in a folder of PEFT's. What was
     trained besides (modules_to_save, biases) replaces ours and gets gradients. `peft`: see `read_updates`.
     Raises InputError before anything changes."""
+    # Read all of it first, so that nothing is done by halves
     found = read_updates(describe(module), folder, peft)
     if not found.updates:
         raise InputError(f"{Path(folder) / WEIGHTS}: no low-rank update in it is of this "
                          f"{type(module).__name__}")
     replace_layers(module, make_layers(module, found.updates))
+
+    # Weights under an update, where the file has its own; then what was trained whole
     for name, tensor in found.bases.items():
         layer = module.get_submodule(name.removesuffix(".weight"))
         layer.replaced = not torch.equal(layer.weight, tensor.to(layer.weight))
@@ -217,6 +226,7 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
     """Writes the LoRA of `module`, and what else in it gets gradients (as `load_lora` left it), to a folder
     that `peft.PeftModel.from_pretrained` opens on the reference's class. Raises InputError where that class
     has no place for it."""
+    # The updates, and what else was trained
     layers = lora_layers(module)
     updates = {name: Update(layer.A, layer.B, layer.scale, layer.dropout.p, layer.m)
                for name, layer in layers.items()}

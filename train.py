@@ -297,6 +297,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
 
 def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
     """The VLM that the options describe, with gradients where they ask for them."""
+    # What the config of the run says: enough to build it again, and all options
     dtype = pick_precision(args.precision, device)
     args.precision = str(dtype).removeprefix("torch.")  # wherever it is resumed
     make_absolute(args)
@@ -312,6 +313,7 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
                   layout=args.layout, processes=WORLD, training=vars(args),
                   versions=dict(python=platform.python_version(), **versions))
 
+    # The model, and what of it learns
     vlm = build(config, dtype, config["train"])
     if args.split and "max_image_size" not in vlm.vit.preprocess.settings:
         raise InputError("--split: this model sees every picture as a whole alone")
@@ -341,10 +343,12 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
 def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
     """Leaves gradients to the parts that --train names, and gives the backbones the LoRA that the command
     line asks for, if any."""
+    # Parts that are trained whole
     for part in ("adapter", "llm", "vit"):
         for p in vlm.weights(part).values():
             p.requires_grad_(part in args.train.split(","))
 
+    # A LoRA of PEFT's or of a run, or a new one
     parts = args.lora_on.split(",")
     if args.lora_from:
         vlm.load_lora(Path(args.lora_from), parts)
@@ -395,6 +399,7 @@ def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
 
 def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: each part's peak learning rate, and weight decay for its matrices."""
+    # Parameters that agree in learning rate and weight decay are a group
     groups = collections.defaultdict(list)
     whole = args.train.split(",")
     for name, p in vlm.trained.items():
@@ -434,9 +439,12 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
             raise InputError(f"{folder}: a run of an older version of train.py, which can't go on")
         return 0, []
     with guard(path, "not a whole checkpoint"):
+        # The weights
         step, state = int(read_metadata(path)["step"]), read_tensors(path)
         weights = {name: t for name, t in read_tensors(path, "weight.").items() if name in vlm.trained}
         take_over(vlm.trained, weights, path)
+
+        # What AdamW keeps of each, and what the scaler keeps
         for name, p in vlm.trained.items():
             moments = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
             if not optimizer.defaults["fused"]:  # then the CPU counts steps, and would wait for each
@@ -579,6 +587,7 @@ class Run:
     def pictures(self):
         """Yields this process's share of each step's batch, from step `first` on: indices, and features or,
         where these aren't kept, pixels, as Views."""
+        # Kept features
         args, size = self.args, self.size
         mine = slice(RANK * size, RANK * size + size)
         if self.kept:
@@ -586,6 +595,8 @@ class Run:
             for batch in shuffled(len(readable), args.batch, args.seed, self.first):
                 indices = [readable[i] for i in batch[mine]]
                 yield indices, self.kept.of(indices)
+
+        # Else the pictures are read as they are needed
         if self.streamed:
             batches = self.train.batches(size, args.seed, self.first, RANK, WORLD)
         else:
@@ -598,6 +609,7 @@ class Run:
         """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; and
         of the pictures of all texts, in their order, where they are in `indices`."""
         args = self.args
+        # Each picture's own example comes last, behind those that are shown solved
         examples, order = [], []
         others = indices if self.streamed else None
         for at, i in enumerate(indices):
@@ -794,6 +806,7 @@ class Run:
             indices, views = next(self.val.batches(args.shots))
             shots = [(x, draw_caption(val, i, args.seed, 0)[1]) for i, x in zip(indices, views.x)]
 
+        # Captions of each set, their scores, and the best and worst for samples.png
         scores, sections = {}, []
         for label, data in sets.items():
             texts = caption_set(vlm, data.captions, data.batches(64))
