@@ -779,6 +779,8 @@ class VLM(nn.Module):
                 **decoding) -> list[str]:
         """One caption for each entry of `pictures`, a PIL.Image or a list of them: see `Processor.ask` and
         `answer`."""
+        if not pictures:
+            return []
         rows, pixels = self.processor.ask(pictures, prompt, raw, split)
         features = None if pixels is None else self.features(pixels.to(self.device))
         return self.answer(rows, features, **decoding)

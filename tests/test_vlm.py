@@ -191,6 +191,7 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
                     for i in (0, 1)]
     with pytest.raises(InputError, match="room for 2 pictures, not 1"):
         vlm.caption(pictures, prompt="<image><image>")
+    assert vlm.caption([]) == []
 
 
 def test_only_the_adapter_is_trained(fixtures):
