@@ -2,7 +2,8 @@
 
 A *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which are (question,
 caption), "" for no question. i is a number below its length or, in `Shards`, a `Pair`. There are three kinds:
-`Captions` and `Shards` in formats/captions.py, `Shapes`, the built-in world, in support/shapes.py.
+`Captions` in formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the built-in world, in
+support/shapes.py.
 """
 import collections
 import hashlib
@@ -212,6 +213,7 @@ class Processor:
             text = text[over:].partition(" ")[2]
             ids = self.prompt_ids(head, text, tail, sizes, raw)
         self.cut += text != whole
+
         # An extended tokenizer may have tokens that the LLM doesn't know
         for id in self.no_embedding.intersection(ids + target):
             token = self.tokenizer.bytes[id].decode(errors="replace")

@@ -441,7 +441,7 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, lis
     with guard(path, "not a whole checkpoint"):
         # The weights
         step, state = int(read_metadata(path)["step"]), read_tensors(path)
-        weights = {name: t for name, t in read_tensors(path, "weight.").items() if name in vlm.trained}
+        weights = {name: state[f"weight.{name}"] for name in vlm.trained if f"weight.{name}" in state}
         take_over(vlm.trained, weights, path)
 
         # What AdamW keeps of each, and what the scaler keeps
@@ -490,9 +490,11 @@ class Run:
         if args.warmup >= args.steps:
             self.say(f"the warm-up of {args.warmup} steps doesn't end within {args.steps}: give a shorter "
                      "--warmup")
-        if len(val) < args.val_size and args.data != "shapes" and not args.val:
-            self.say(f"validates on {len(val)} pictures: --val-size {args.val_size} is more than a twentieth "
-                     "of them")
+        if args.data != "shapes" and not args.val:
+            pictures = len(set(val.paths))  # of which one may come with several questions
+            if pictures < args.val_size:
+                self.say(f"validates on {pictures} pictures: --val-size {args.val_size} is more than a "
+                         "twentieth of them")
         if args.data != "shapes" and not args.origin:
             for part in ("vit", "llm"):
                 if getattr(args, part) == f"assets/{part}":

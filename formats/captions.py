@@ -47,7 +47,17 @@ def keep(text: str) -> str:
 
 def flat(text: str) -> str:
     """A text in one line, single spaces, without the ' .' that Flickr8k's tokenised captions end in."""
-    return (" " + " ".join(keep(text).split())).removesuffix(" .").lstrip()
+    return join_lines(keep(text))
+
+
+def join_lines(kept: str) -> str:
+    """As `flat`, of a text that `keep` has seen."""
+    return (" " + " ".join(kept.split())).removesuffix(" .").lstrip()
+
+
+def in_one_line(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(question, caption) pairs that were kept, in one line each. Each step of a training asks for some."""
+    return [(join_lines(question), join_lines(caption)) for question, caption in said]
 
 
 class Row(NamedTuple):
@@ -122,9 +132,7 @@ class Captions(torch.utils.data.Dataset):
 
     def pairs(self, i: int) -> list[tuple[str, str]]:
         """(question, caption) of picture i, "" for no question."""
-        if self.keep_lines:
-            return self.said[i]
-        return [(flat(question), flat(caption)) for question, caption in self.said[i]]
+        return self.said[i] if self.keep_lines else in_one_line(self.said[i])
 
     def name(self, i: int) -> str:
         return str(self.paths[i])

@@ -1,7 +1,7 @@
 """Image encoders: each family's config.json and tensor names, as data."""
 import torch
 
-from formats.weights import Family, name_table
+from formats.weights import Family, name_table, projection_names
 
 BASE = dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
             hidden_act="gelu", layer_norm_eps=1e-6)
@@ -147,10 +147,7 @@ CLIP_NAMES = name_table({
     "norm": "post_layernorm",
 }, {
     "norm1": "layer_norm1", "norm2": "layer_norm2",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj",
+    **projection_names("self_attn", "out_proj"),
     "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
 }, "encoder.layers.{}.")
 SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}

@@ -4,7 +4,7 @@ import re
 import torch
 
 from formats.files import guard, warn
-from formats.weights import Checkpoint, Family, depth, find_tensors, name_table
+from formats.weights import Checkpoint, Family, depth, find_tensors, name_table, projection_names
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -266,20 +266,14 @@ OPT_NAMES = name_table({
     "norm": "final_layer_norm", "head": "lm_head",
 }, {
     "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj",
+    **projection_names("self_attn", "out_proj"),
     "mlp.up": "fc1", "mlp.down": "fc2",
 }, "layers.{}.")
 LLAMA_NAMES = name_table({
     "embedding": "embed_tokens", "norm": "norm", "head": "lm_head",
 }, {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
+    **projection_names("self_attn", "o_proj"),
     "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
     "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }, "layers.{}.")
@@ -294,10 +288,7 @@ NANOVLM_NAMES = name_table({
     "embedding": "token_embedding", "norm": "norm", "head": "head",
 }, {
     "norm1": "norm1", "norm2": "norm2",
-    "attention.q": "attn.q_proj",
-    "attention.k": "attn.k_proj",
-    "attention.v": "attn.v_proj",
-    "attention.out": "attn.out_proj",
+    **projection_names("attn", "out_proj"),
     "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
 }, "blocks.{}.")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, find, flat, keep, strings
+from formats.captions import Captions, find, flat, in_one_line, keep, strings
 from formats.files import InputError
 from formats.pictures import open_picture
 
@@ -79,8 +79,8 @@ def read_shard(path: Path):
 def said_in(members: dict[str, bytes]) -> list[tuple[str, str]]:
     """The (question, caption) pairs in a picture's .json or, where that has no caption, in its .txt."""
     about = json.loads(members["json"]) if "json" in members else {}
-    captions = [caption for caption in strings(find(about, "caption")) if flat(caption)]
-    if not captions and "txt" in members:
+    captions = strings(find(about, "caption"))
+    if not any(map(flat, captions)) and "txt" in members:
         captions = [members["txt"].decode()]
     captions = [caption for caption in captions if flat(caption)]
     questions = strings(find(about, "question"))
@@ -119,9 +119,7 @@ class Shards:
             pair.file = b""
 
     def pairs(self, pair: Pair) -> list[tuple[str, str]]:
-        if self.keep_lines:
-            return pair.said
-        return [(flat(question), flat(caption)) for question, caption in pair.said]
+        return pair.said if self.keep_lines else in_one_line(pair.said)
 
     def contents(self) -> str:
         """A stamp of the shards' names: the same wherever they lie."""

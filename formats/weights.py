@@ -245,6 +245,12 @@ def read_tensor(checkpoint: Checkpoint, theirs: str, ours: str, shape: tuple) ->
         return checkpoint.tensor(theirs)
 
 
+def projection_names(path: str, out: str) -> dict:
+    """Names an attention's q, k, v and out where they lie beside each other at `path`."""
+    names = {f"attention.{name}": f"{path}.{name}_proj" for name in ("q", "k", "v")}
+    return names | {"attention.out": f"{path}.{out}"}
+
+
 def name_table(outside: dict, blocks: dict, block: str) -> dict:
     """Makes a table of names (see `Family`): those `outside` the blocks, and those of every block.
 

@@ -102,24 +102,28 @@ def rate_scenes(shapes: Shapes, texts: dict[int, str]):
 
 
 def rate_texts(captions, texts: dict[int, str]):
+    answers = {i: references(captions, i) for i in texts}
     candidates = [words(text) for text in texts.values()]
     wanted = []
-    for i in texts:
-        wanted.append([words(caption) for caption in references(captions, i)])
+    for captions_of_one in answers.values():
+        wanted.append([words(caption) for caption in captions_of_one])
 
     each = cider(candidates, wanted)
     row = {f"BLEU-{n}": value for n, value in enumerate(bleu(candidates, wanted), start=1)}
     row["CIDEr-D"] = sum(each) / len(each)
-    row |= rate_answers(captions, texts)
+    if all(captions.pairs(i)[0][0] for i in texts):  # a question each
+        row |= rate_answers(texts, answers)
     return row, {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
 
 
-def rate_answers(captions, texts: dict[int, str]) -> dict[str, float]:
-    """Scores of a set whose questions have short answers, at most SHORT words as a median: exact match and,
-    with several answers each, the accuracy of VQA. Nothing of another set."""
-    wanted = {i: references(captions, i) for i in texts}
+def rate_answers(texts: dict[int, str], wanted: dict[int, list[str]]) -> dict[str, float]:
+    """Scores answers {index: text} against those that are `wanted`, if these are short.
+
+    Short means at most SHORT words as a median.
+    Gives exact match and, with several answers each, the accuracy of VQA.
+    """
     lengths = sorted(len(answers[0].split()) for answers in wanted.values())
-    if not all(captions.pairs(i)[0][0] for i in texts) or lengths[len(lengths) // 2] > SHORT:
+    if lengths[len(lengths) // 2] > SHORT:
         return {}
     found = {"exact match": exact_match}
     if min(map(len, wanted.values())) > 3:
