@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OURS, Batch, Processor
+from data import OURS, Batch, Processor, stack
 from formats.files import InputError, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
 from formats.peft import ROOT, WEIGHTS, Tensors, Update, read_folder
@@ -509,6 +509,11 @@ def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
+class Answer(str):
+    """What a VLM says, and the mean natural logarithm of its tokens' probabilities, its end's too."""
+    log_probability: float | None = None
+
+
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter. It takes tensors and returns tensors; its
     `processor` turns text and pictures into ids and pixels.
@@ -643,6 +648,8 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]
         words = tokens.masked_fill(~seen, -1).gather(1, order)
         repeats = image.sum(1) // self.adapter.queries
+        if pictures is not None:  # a blank picture, of a batch without any, reads the first text's
+            repeats[0] += pictures - repeats.sum()
         return words.repeat_interleave(repeats, 0, output_size=pictures)
 
     def images(self, features: torch.Tensor | None, words: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -713,13 +720,15 @@ class VLM(nn.Module):
         asked for it, which waits for it."""
         positions = self.positions(tokens)
         inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
-        if self.in_text or images is None:
+        if self.in_text:
             return inputs
 
-        # From which position on a text sees each of its images
+        # From which position on a text sees each of its images; without any there is one that none sees
+        if images is None:
+            images = self.markers.new_zeros(1, self.adapter.queries, self.llm.config.hidden)
         begin = tokens == self.processor.marker
         if most_images is None:
-            most_images = begin.sum(1).max()
+            most_images = begin.sum(1).max().clamp(min=1)
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :most_images]  # (B,I)
         return inputs | dict(cross_attention=self.adapter.cross_attention(images, begins))
@@ -758,21 +767,37 @@ class VLM(nn.Module):
 
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
-               **decoding) -> list[str]:
+               score: bool = False, **decoding) -> "list[Answer]":
         """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
-        (None if V is 0). A VLM of ours returns one line. `decoding`: see `LLM.generate`. Raises InputError
-        where a prompt has neither a token nor a picture."""
+        (None if V is 0). A VLM of ours returns one line. With `score` each has its log-probability.
+        `decoding`: see `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
         processor = self.processor
         tokens = nn.utils.rnn.pad_sequence(
             [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows], True)
-        most = max(row.count(processor.marker) for row in rows)
+        most = max(1, *(row.count(processor.marker) for row in rows))
         inputs = self.llm_inputs(tokens, self.images(features, self.prompt_words(tokens)), most)
         for name in ("embeddings", "positions"):  # without the padding
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        answers = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=processor.ends, keep_end=True,
-                                    **decoding)
-        return [processor.text(ids).strip() for ids in answers]
+        room = processor.positions - max(map(len, rows))
+        found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
+                                  end_tokens=processor.ends, keep_end=True, **decoding)
+        answers = [Answer(processor.text(ids).strip()) for ids in found]
+        if score:
+            for answer, score in zip(answers, self.log_probabilities(rows, found, features)):
+                answer.log_probability = score
+        return answers
+
+    def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
+                          features: torch.Tensor | None) -> list[float]:
+        """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids."""
+        examples = []
+        for row, ids in zip(rows, answers):
+            examples.append((row + ids, [False] * len(row) + [True] * len(ids)))
+        most = max(1, *(row.count(self.processor.marker) for row in rows))
+        batch = Batch(*stack(examples), most, [True] * len(rows)).to(self.device)
+        losses = self(batch, features)[0].split([len(ids) for ids in answers])
+        return [-loss.mean().item() for loss in losses]
 
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,

@@ -15,14 +15,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from adapters import CHECKPOINT, VLM
-from data import Views, chunks, encode_pictures, few_shot, stack
-from formats.captions import IMAGE, Captions, flat
+from data import Views, chunks, encode_pictures, few_shot, place, stack
+from formats.captions import IMAGE, Captions, Conversation, flat
 from formats.files import InputError, write_text
 from formats.pictures import FORMATS, open_picture
 from lora import merge_lora
@@ -77,7 +78,9 @@ def read_options() -> argparse.Namespace:
 
     group = parser.add_argument_group("output and machine")
     add = group.add_argument
-    add("--json", action="store_true", help="print JSON lines: image, caption and, of a set, references")
+    add("--json", action="store_true",
+        help="print JSON lines: image, caption, the mean log-probability of its tokens, and references of a "
+             "set")
     add("--quiet", action="store_true", help="print captions, scores and errors alone")
     machine_options(group)
     add("--compile", action="store_true",
@@ -135,8 +138,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     size = max(1, prompt.count(IMAGE))  # pictures a caption
     if len(files) % size:
         raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
-    solved = [(prompt, caption) for _, caption in shots]
-    prompt, _ = few_shot([*solved, (prompt, "")])
+    solved = [place([(prompt, caption)], 1) for _, caption in shots]
+    [(prompt, _)] = few_shot([*solved, place([(prompt, "")], size)])
     examples = [picture for picture, _ in shots]
 
     failed, sections = False, []
@@ -147,7 +150,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             pictures = [examples + [open_picture(name) for name in names] for names in batch]
             rows, pixels = vlm.processor.ask(pictures, prompt, args.raw_prompt, args.split)
             features = vlm.features(pixels.to(vlm.device))
-            texts = vlm.answer(rows, features, **decoding)
+            texts = vlm.answer(rows, features, score=args.json, **decoding)
         except InputError as error:
             if len(batch) > 1:  # one bad picture doesn't cost the others their captions
                 batches = [[names] for names in batch] + batches
@@ -163,7 +166,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             if args.show_prompt:
                 print(as_read(vlm, ids), file=sys.stderr)
             if args.json:
-                line = dict(image=names if size > 1 else names[0], caption=text)
+                line = dict(image=names if size > 1 else names[0], caption=text,
+                            log_probability=round(text.log_probability, 4))
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 print(text if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
@@ -185,13 +189,20 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Caption sets
 
+class Shots(NamedTuple):
+    """What comes solved before each entry of a set."""
+    said: list[Conversation] = []  # a question "" is the entry's own
+    views: Views | None = None  # features of their pictures
+
+
 def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse.Namespace) -> None:
     """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
-    encoded_shots = []
-    for picture, said in shots:
-        pixels = vlm.vit.preprocess(picture)[None].to(vlm.device)
-        encoded_shots.append((vlm.features(pixels)[0], said))
+    solved = Shots()
+    if shots:
+        pixels = torch.stack([vlm.vit.preprocess(picture) for picture, _ in shots]).to(vlm.device)
+        views = Views(vlm.features(pixels), [1] * len(shots), [[(0, 0)]] * len(shots))
+        solved = Shots([[("", said)] for _, said in shots], views)
 
     for label, captions in sets.items():
         bad = {}
@@ -204,7 +215,8 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
                     if sys.stderr.isatty() and not args.quiet:
                         print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
 
-        texts = caption_set(vlm, captions, read(), encoded_shots, args.prompt, args.raw_prompt, **decoding)
+        texts = caption_set(vlm, captions, read(), solved, args.prompt, args.raw_prompt,
+                            score=bool(args.json or args.save), **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         if not args.quiet:
@@ -217,31 +229,40 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         write_text(Path(args.save), lines)
 
 
-def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str]] = (),
-                prompt: str | None = None, raw: bool = False, **decoding) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`:
-    features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str | None = None,
+                raw: bool = False, **decoding) -> dict[int, str]:
+    """Answers the last question of each entry that `batches` of a set yields, (indices, features as Views),
+    each after the same `shots`. Returns {index: answer}."""
     texts = {}
-    K = len(shots)
+    processor = vlm.processor
+    K = len(shots.said)
     for indices, features in batches:
-        # The text of each picture, after the solved examples
-        asked = []
-        for i in indices:
-            text = vlm.processor.prompt_for(captions.pairs(i)[0][0]) if prompt is None else prompt
-            solved = [(text, said) for _, said in shots]
-            asked.append(few_shot([*solved, (text, "")])[0])
+        # The features of the shots, then those of the entries
+        if K:
+            features = shots.views.join(features)
 
-        # The features in the order of the texts: the shots, then the picture
-        x = torch.cat([shot[None] for shot, _ in shots] + [features.x])
-        views = Views(x, [1] * K + features.counts, [(0, 0)] * K + features.tiles)
-        order = []
-        for i in range(len(indices)):
-            order += [*range(K), K + i]
-        views = views.pick(order)
-
-        tiles = iter(views.tiles)
-        rows = [vlm.processor.encode(text, raw=raw, tiles=tiles)[0] for text in asked]
-        texts.update(zip(indices, vlm.answer(rows, views.x, **decoding)))
+        # Each entry's conversation up to its last question, after the solved examples, and their views
+        rows, order, answered = [], [], []
+        for at, i in enumerate(indices, start=K):
+            *earlier, (question, _) = captions.conversations(i)[0]
+            text = processor.prompt_for(question) if prompt is None or earlier else prompt
+            solved = []
+            for j, ((question, said), *later) in enumerate(shots.said):
+                solved.append(place([(question or text, said), *later], len(features.tiles[j])))
+            asked = place([*earlier, (text, "")], len(features.tiles[at]))
+            *earlier, (text, _) = few_shot([*solved, asked])
+            shown = [*range(K), at]
+            tiles = (size for j in shown for size in features.tiles[j])
+            ids, _ = processor.encode(text, raw=raw, tiles=tiles, earlier=earlier)
+            if len(ids) < processor.positions:
+                rows.append(ids)
+                order += shown
+                answered.append(i)
+        processor.skipped += len(indices) - len(rows)
+        if rows:
+            texts.update(zip(answered, vlm.answer(rows, features.pick(order).x, **decoding)))
+    if not texts:
+        raise InputError(f"no text fits the language model's {processor.positions} positions")
     return texts
 
 
@@ -249,9 +270,16 @@ def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the references, one JSON object a line."""
     lines = []
     for i, text in texts.items():
-        question = captions.pairs(i)[0][0]
-        entry = dict(image=captions.name(i), **({"question": question} if question else {}), caption=text,
-                     references=references(captions, i))
+        names = [captions.name(p) for p in captions.pictures(i)]
+        *earlier, (question, _) = captions.conversations(i)[0]
+        entry = dict(image=names if len(names) > 1 else names[0])
+        if earlier:
+            entry["earlier"] = earlier
+        if question:
+            entry["question"] = question
+        entry |= dict(caption=text, references=references(captions, i))
+        if getattr(text, "log_probability", None) is not None:
+            entry["log_probability"] = round(text.log_probability, 4)
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 

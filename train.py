@@ -26,14 +26,14 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, build, take_over
-from data import (Batch, Encoded, Views, arrange, chunks, draw_caption, draw_layout, draw_shots, few_shot,
-                  layout_weights, read_pictures, shuffled)
-from formats.captions import Captions
+from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
+                  few_shot, is_caption, layout_weights, read_pictures, shuffled)
+from formats.captions import IMAGE, Captions, Conversation
 from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, warn, write_json,
                            write_tensors, write_text)
 from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
-from sample import as_lines, caption_set
+from sample import Shots, as_lines, caption_set
 from support.console import Parser, machine_options, one_of, run
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals
@@ -283,7 +283,9 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     if args.data == "shapes":
         return (Shapes(args.scenes, "train", args.seed), Shapes(args.val_size, "test"),
                 Shapes(args.val_size, "unseen"))
-    train = caption_data(args.data, args.images, args.buffer, args.split_name)
+    whole = args.train.split(",")
+    learns = "llm" in whole or bool(args.lora or args.lora_from) and "llm" in args.lora_on.split(",")
+    train = caption_data(args.data, args.images, args.buffer, args.split_name, text_only=learns)
     if args.val:
         val = caption_data(args.val, args.images, split=args.val_split)
         _, val = val.held_out(args.val_size, args.seed)
@@ -384,9 +386,10 @@ def check_tokens(vlm: VLM, captions) -> None:
     processor = vlm.processor
     if processor.no_embedding and isinstance(captions, Captions):
         for i in range(len(captions)):
-            with named(captions.name(i)):
-                for question, caption in captions.pairs(i):
-                    processor.encode(processor.prompt_for(question), caption)
+            with named(captions.name(captions.pictures(i)[0]) if captions.pictures(i) else captions.file):
+                for (question, caption), *later in captions.conversations(i):
+                    for text, answer in [(processor.prompt_for(question), caption), *later]:
+                        processor.encode(text.replace(IMAGE, ""), answer, images=0)
 
 
 def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
@@ -491,9 +494,8 @@ class Run:
             self.say(f"the warm-up of {args.warmup} steps doesn't end within {args.steps}: give a shorter "
                      "--warmup")
         if args.data != "shapes" and not args.val:
-            pictures = len(set(val.paths))  # of which one may come with several questions
-            if pictures < args.val_size:
-                self.say(f"validates on {pictures} pictures: --val-size {args.val_size} is more than a "
+            if val.count < args.val_size:
+                self.say(f"validates on {val.count} pictures: --val-size {args.val_size} is more than a "
                          "twentieth of them")
         if args.data != "shapes" and not args.origin:
             for part in ("vit", "llm"):
@@ -567,14 +569,14 @@ class Run:
         if not RANK and (not args.resume or args.data != "shapes"):  # it may have moved
             write_json(self.folder / "config.json", vlm.config)
         self.kept = Encoded(vlm, self.train, args) if cache else None
-        self.bad = self.kept.bad if self.kept else {}  # {index: reason} of what can't be read
+        self.bad = self.kept.bad if self.kept else {}  # {picture: reason} of what can't be read
 
     def keeps_features(self) -> bool:
         """Whether the features of the pictures to train on are kept: in all processes, or in none."""
         args = self.args
         if args.cache_features is not None:
             return args.cache_features
-        size = len(self.train) * self.val.features[0].nbytes
+        size = self.train.count * self.val.features[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
         cache = seen and bool(args.features or size < free_memory(self.device) / 2)
         return bool(total(torch.tensor(int(cache), device=self.device)) == WORLD)
@@ -607,36 +609,45 @@ class Run:
             if indices:
                 yield indices, views
 
-    def draw(self, indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int]]:
-        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; and
-        of the pictures of all texts, in their order, where they are in `indices`."""
+    def draw(self, indices: list[int], epoch: int) -> tuple[list[Conversation], list[list[int]]]:
+        """What is learned of each entry to train on, in a layout that is drawn, after its shots; and for
+        each, where in `indices` these and the entry itself are."""
         args = self.args
-        # Each picture's own example comes last, behind those that are shown solved
-        examples, order = [], []
+        # Each entry's own example comes last, behind those that are shown solved
+        examples, orders = [], []
         others = indices if self.streamed else None
         for at, i in enumerate(indices):
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
-            parts = [self.arrange(layout, self.train, indices[j], epoch, others) for j in shown]
-            examples.append(few_shot(parts))
-            order += shown
-        return examples, order
+            examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)
+                                      for j in shown]))
+            orders.append(shown)
+        return examples, orders
 
-    def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> tuple[str, str]:
+    def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> Conversation:
         prompt_for = self.vlm.processor.prompt_for
         return arrange(layout, captions, i, self.args.seed, epoch, prompt_for, others)
 
     def part(self, indices: list[int], views: Views, epoch: int, spell: float) -> Part:
-        """The texts of some pictures, as tensors on the device."""
+        """The texts of some entries, as tensors on the device, and the views of the pictures in them."""
         args, adapter = self.args, self.vlm.adapter
-        examples, order = self.draw(indices, epoch)
-        tiles = (views.tiles[i] for i in order)
-        spelled, queries = None, 0
+        examples, orders = self.draw(indices, epoch)
+        tiles, spelled, queries = [], None, 0
+        for shown in orders:
+            tiles.append([size for j in shown for size in views.tiles[j]])
         if spell:  # a grid of patches can't be put in a caption's order
-            spelled = [self.train.pairs(indices[i])[0][1] for i in order]
+            spelled = [[text for j in shown for text in self.spelled(indices[j])] for shown in orders]
             queries = adapter.queries if adapter.side is None else 0
         texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss, spelled, queries)
+        order = []
+        for shown, fits in zip(orders, texts.fits):
+            order += shown if fits else []
         return Part(texts.to(self.device), views, order)
+
+    def spelled(self, i: int) -> list[str]:
+        """What the embeddings of each picture of an entry should spell: its caption, of several nothing."""
+        pictures = self.train.pictures(i)
+        return [self.train.conversations(i)[0][0][1]] if len(pictures) == 1 else [""] * len(pictures)
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole batch, NaN where its
@@ -700,10 +711,12 @@ class Run:
         self.vlm.train()
         return found
 
-    def losses_of(self, examples: list[tuple[str, str]], features: Views,
+    def losses_of(self, examples: list[Conversation], features: Views,
                   max_tokens: int) -> tuple[Batch, torch.Tensor]:
-        batch = self.vlm.processor.batch(examples, max_tokens, iter(features.tiles)).to(self.device)
-        losses, _ = self.forward(batch, features.x)
+        """A batch of examples, a text for each entry of `features`, and the loss of each target."""
+        batch = self.vlm.processor.batch(examples, max_tokens, features.tiles, learn_earlier=False)
+        features = features.pick([i for i, fits in enumerate(batch.fits) if fits])
+        losses, _ = self.forward(batch.to(self.device), features.x)
         return batch, losses
 
     @torch.no_grad()
@@ -714,23 +727,26 @@ class Run:
             _, losses = self.losses_of(examples, features, self.args.max_tokens)
             loss += losses.sum().item()
             count += len(losses)
-        return loss / count
+        return loss / max(1, count)
 
     @torch.no_grad()
     def matching(self, data: Encoded) -> float:
         """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
-        right = 0
+        right = count = 0
         for indices, features in data.batches(self.size):
-            asked = [self.arrange("text-image", data.captions, i) for i in indices]
+            kept = [at for at, i in enumerate(indices) if is_caption(data.captions, i)]
+            features = features.pick(kept)
+            asked = [self.arrange("text-image", data.captions, indices[at]) for at in kept]
             sums = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
-                examples = [(text, answer) for text, _ in asked]
+                examples = [[(text, answer)] for [(text, _)] in asked]
                 batch, losses = self.losses_of(examples, features, 128)
-                row = batch.target_positions // batch.tokens.shape[1]
+                row = batch.target_positions.to(self.device) // batch.tokens.shape[1]
                 sums.append(losses.new_zeros(len(asked)).index_add(0, row, losses))
             yes = (sums[0] < sums[1]).tolist()
-            right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
-        return right / len(data.readable)
+            right += sum(said == (answer == "yes") for said, [(_, answer)] in zip(yes, asked))
+            count += len(kept)
+        return right / max(1, count)
 
     # -----------------------------------------------------------------------------------------------------
     # The loop
@@ -780,9 +796,13 @@ class Run:
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
-        if cut := self.vlm.processor.cut:
-            self.say(f"{cut} texts didn't fit the language model's {self.vlm.processor.positions} positions: "
-                     "they lost their first words")
+        processor = self.vlm.processor
+        if processor.cut:
+            self.say(f"{processor.cut} texts didn't fit the language model's {processor.positions} "
+                     "positions: they lost their first turns or words")
+        if processor.skipped:
+            self.say(f"{processor.skipped} texts didn't fit the language model's {processor.positions} "
+                     "positions even so: they were left out")
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
@@ -802,11 +822,11 @@ class Run:
             keep = self.val.features is not None
             sets = {"test": self.val, "unseen": Encoded(vlm, self.unseen, args, keep)}
 
-        # Examples for few-shot captions: the first pictures of the validation set
-        shots = []
+        # Examples for few-shot captions: the first entries of the validation set
+        shots = Shots()
         if args.shots:
             indices, views = next(self.val.batches(args.shots))
-            shots = [(x, draw_caption(val, i, args.seed, 0)[1]) for i, x in zip(indices, views.x)]
+            shots = Shots([draw_conversation(val, i, args.seed, 0) for i in indices], views)
 
         # Captions of each set, their scores, and the best and worst for samples.png
         scores, sections = {}, []
@@ -814,10 +834,10 @@ class Run:
             texts = caption_set(vlm, data.captions, data.batches(64))
             row, ratings = rate(data.captions, texts)
             scores[f"{label} ({len(texts)})"] = row
-            first = len(shots) if data is self.val else 0  # no picture comes before itself
-            if shots and first < len(data.readable):
+            first = len(shots.said) if data is self.val else 0  # no picture comes before itself
+            if shots.said and first < len(data.readable):
                 after = caption_set(vlm, data.captions, data.batches(64, first), shots)
-                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(data.captions, after)[0]
+                scores[f"{label}, {len(shots.said)} shots ({len(after)})"] = rate(data.captions, after)[0]
             if "text-image" in self.layouts:
                 row["matching"] = self.matching(data)
             if not RANK:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, find, flat, in_one_line, keep, strings
+from formats.captions import Captions, Conversation, Row, in_one_line, one_turn, read_entry, usable
 from formats.files import InputError
 from formats.pictures import open_picture
 
@@ -19,11 +19,10 @@ KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
 
 
 class Pair(str):
-    """One picture of a shard: its name, which carries (question, caption) pairs and the picture's file, or
-    what is wrong with them."""
+    """One picture of a shard: its name, which carries what is said of it and the picture's file, or what is
+    wrong with them."""
 
-    def __new__(cls, name: str, said: list[tuple[str, str]] = (), file: bytes = b"",
-                fault: str = "") -> "Pair":
+    def __new__(cls, name: str, said: list[Conversation] = (), file: bytes = b"", fault: str = "") -> "Pair":
         pair = super().__new__(cls, name)
         pair.said = said
         pair.file = file
@@ -44,11 +43,10 @@ class StrictHeader(tarfile.TarInfo):
 
 def read_shard(path: Path):
     """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
-    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with a caption
-    (a string or a list) and perhaps a question, under any of the names in COLUMNS. Nothing is extracted, and
-    a member's name is but a label. What is broken, a pair or the rest of the shard, comes as a pair with a
-    `fault`. A pair's name begins with the shard's, without its folder, so that a seed draws the same wherever
-    the shards lie."""
+    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with what
+    `read_entry` reads. Nothing is extracted, and a member's name is but a label. What is broken, a pair or
+    the rest of the shard, comes as a pair with a `fault`. A pair's name begins with the shard's, without its
+    folder, so that a seed draws the same wherever the shards lie."""
     def members():
         try:
             mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
@@ -68,24 +66,22 @@ def read_shard(path: Path):
         file = next((members_of[kind] for kind in KINDS if kind in members_of), b"")
         said = []
         try:
-            said = said_in(members_of)
-            missing = ("" if said else "no caption") or ("" if file else "no picture")
-            fault = members_of.get("fault") or missing
+            said, fault = said_in(members_of)
+            fault = members_of.get("fault") or fault or ("" if file else "without a picture")
         except Exception as error:  # whatever stands there
             fault = f"its caption can't be read ({type(error).__name__}: {error})"
         yield Pair(name, said, file, fault)
 
 
-def said_in(members: dict[str, bytes]) -> list[tuple[str, str]]:
-    """The (question, caption) pairs in a picture's .json or, where that has no caption, in its .txt."""
-    about = json.loads(members["json"]) if "json" in members else {}
-    captions = strings(find(about, "caption"))
-    if not any(map(flat, captions)) and "txt" in members:
-        captions = [members["txt"].decode()]
-    captions = [caption for caption in captions if flat(caption)]
-    questions = strings(find(about, "question"))
-    question = keep(questions[0]) if questions else ""
-    return [(question, keep(caption)) for caption in captions]
+def said_in(members: dict[str, bytes]) -> tuple[list[Conversation], str]:
+    """What is said of a picture in its .json or, where that can't be used, in its .txt; and why neither
+    can."""
+    row = read_entry("", json.loads(members.get("json", "{}")))._replace(images=[""])
+    said, fault = usable(row)
+    if fault and "txt" in members:
+        question = row.conversations[0][0][0] if row.conversations else ""
+        said, fault = usable(Row("", [""], one_turn(question, [members["txt"].decode()])))
+    return said, fault
 
 
 class Shards:
@@ -106,6 +102,10 @@ class Shards:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def count(self) -> int:
+        return self.size
+
     def name(self, pair: Pair) -> str:
         return pair
 
@@ -118,7 +118,10 @@ class Shards:
         finally:
             pair.file = b""
 
-    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
+    def pictures(self, pair: Pair) -> tuple[Pair]:
+        return (pair,)
+
+    def conversations(self, pair: Pair) -> list[Conversation]:
         return pair.said if self.keep_lines else in_one_line(pair.said)
 
     def contents(self) -> str:
@@ -131,6 +134,7 @@ class Shards:
         rest.paths = self.paths[1:]
         out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
         out.said = [pair.said for pair in out.paths]
+        out.shown = [(p,) for p in range(len(out.paths))]
         out.file, out.keep_lines = str(self.paths[0]), False
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
@@ -183,13 +187,13 @@ def braces(text: str) -> list[str]:
     return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
 
 
-def caption_data(names: str, images: str | None = None, buffer: int = 1000,
-                 split: str | None = None) -> Captions | Shards:
+def caption_data(names: str, images: str | None = None, buffer: int = 1000, split: str | None = None,
+                 text_only: bool = False) -> Captions | Shards:
     """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
     if is_shards(names):
         if split:
             raise InputError(f"--split-name {split}: shards have no splits: name them")
         return Shards(names, buffer)
-    captions = Captions(names, images, split)
+    captions = Captions(names, images, split, text_only)
     captions.check_pictures()
     return captions

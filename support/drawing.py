@@ -91,7 +91,8 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
         cells = []
         for i in chosen:
             reference = f"reference: {references(captions, i)[0]}"
-            cells.append((captions.picture(i), [(texts[i], INK), (reference, BLUE), (ratings[i][1], GREY)]))
+            shown = join([captions.picture(p) for p in captions.pictures(i)], 10)
+            cells.append((shown, [(texts[i], INK), (reference, BLUE), (ratings[i][1], GREY)]))
         if cells:
             sections.append((f"{name}: the {which} of {len(order)}", cells))
     return sections

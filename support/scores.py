@@ -111,7 +111,7 @@ def rate_texts(captions, texts: dict[int, str]):
     each = cider(candidates, wanted)
     row = {f"BLEU-{n}": value for n, value in enumerate(bleu(candidates, wanted), start=1)}
     row["CIDEr-D"] = sum(each) / len(each)
-    if all(captions.pairs(i)[0][0] for i in texts):  # a question each
+    if all(captions.conversations(i)[0][-1][0] for i in texts):  # a question each
         row |= rate_answers(texts, answers)
     return row, {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
 
@@ -161,7 +161,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def references(captions, i: int) -> list[str]:
-    """Returns the captions of picture `i` that answer its first question: references for a generated one."""
-    pairs = captions.pairs(i)
-    first_question = pairs[0][0]
-    return [caption for question, caption in pairs if question == first_question]
+    """Returns the answers to the last question of entry i's first conversation: references for a generated
+    one."""
+    first, *others = captions.conversations(i)
+    *earlier, (question, answer) = first
+    found = [answer]
+    for *turns, (asked, said) in others:
+        if turns == earlier and asked == question:
+            found.append(said)
+    return found

@@ -32,13 +32,13 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     sizes = {"qformer": dict(text=4), "twoway": dict(text=4), "pixelshuffle": dict(scale=5)}.get(adapter, {})
     vlm = small(fixtures, adapter, image_position=PLACES.get(adapter, "shared"), **sizes)
     images = 1 if vlm.processor.queries == 25 else 2  # of 25 patches each, in 40 positions
-    examples, captions = [("a<image>b" * images, "cc"), ("", "ab")], ["ab", "c", ""][:images + 1]
+    examples, captions = [[("a<image>b" * images, "cc")], [("", "ab")]], [["ab", "c"][:images], [""]]
     batch = vlm.processor.batch(examples, prefix=True, spelled=captions, queries=3)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tokens, positions, targets = map(mode.from_tensor, batch[:3])
         spelling = Spelling(*map(mode.from_tensor, batch.spelling))
-        fake = Batch(tokens, positions, targets, batch.most_images, spelling)
+        fake = Batch(tokens, positions, targets, batch.most_images, batch.fits, spelling)
         losses, spelled = vlm(fake, mode.from_tensor(features))
     assert losses.shape == targets.shape and spelled.shape == spelling.targets.shape
 

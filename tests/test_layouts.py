@@ -120,9 +120,10 @@ def prompt_for(question: str) -> str:
 
 def test_a_layout_parts_a_caption_and_places_its_picture():
     scenes = Shapes(200, "train")
-    drawn = {layout: [arrange(layout, scenes, i, 3, 1, prompt_for) for i in range(200)] for layout in LAYOUTS}
+    drawn = {layout: [arrange(layout, scenes, i, 3, 1, prompt_for)[0] for i in range(200)]
+             for layout in LAYOUTS}
     captions = [caption for _, caption in drawn["image-text"]]
-    assert all(text == "A photo of" and caption in scenes.scene(i).captions()
+    assert all(text == f"{IMAGE}A photo of" and caption in scenes.scene(i).captions()
                for i, (text, caption) in enumerate(drawn["image-text"]))
     cuts = set()
     for caption, (text, rest) in zip(captions, drawn["text-image-text"]):
@@ -134,7 +135,7 @@ def test_a_layout_parts_a_caption_and_places_its_picture():
         caption, question = text.split(IMAGE)
         assert question == " match?" and answer == ("yes" if caption in scenes.scene(i).captions() else "no")
     assert 80 < sum(answer == "no" for _, answer in drawn["text-image"]) < 120
-    again, later = ([arrange("text-image", scenes, i, 3, epoch, prompt_for) for i in range(200)]
+    again, later = ([arrange("text-image", scenes, i, 3, epoch, prompt_for)[0] for i in range(200)]
                     for epoch in (1, 2))
     assert again == drawn["text-image"] != later
 
@@ -184,9 +185,11 @@ def test_a_mix_of_layouts_is_resumed_and_reports_matching(tmp_path, monkeypatch,
 # Shots
 
 def test_shots_come_solved_before_the_last():
-    examples = [("", "a cat"), (f"It is {IMAGE}:", "a dog"), (f"of a{IMAGE}", "bird")]
-    text, answer = few_shot(examples)
-    assert text == f"{IMAGE}a cat\nIt is {IMAGE}: a dog\nof a{IMAGE}" and answer == "bird"
+    examples = [[(IMAGE, "a cat"), ("Big?", "no")], [(f"It is {IMAGE}:", "a dog")],
+                [(f"of a{IMAGE}", "bird"), ("Big?", "yes")]]
+    (text, answer), later = few_shot(examples)
+    assert text == f"{IMAGE}a cat\nBig? no\nIt is {IMAGE}: a dog\nof a{IMAGE}" and answer == "bird"
+    assert later == ("Big?", "yes")
     batch = [7, 5, 9, 5, 2]
     drawn = [draw_shots(batch, 1, 3, 0, epoch) for epoch in range(300)]
     assert {len(shots) for shots in drawn} == {0, 1, 2, 3} and {*sum(drawn, [])} == {0, 2, 4}  # never itself
@@ -201,7 +204,7 @@ def test_a_shot_has_the_ids_of_a_caption_that_is_learned():
               dict(adapter="qformer", adapter_sizes=dict(queries=3)))
     one, two = "a large red circle", "there is a small blue star"
     alone, start = [vlm.processor.encode("", caption)[0] for caption in (one, two)], len(vlm.processor.start)
-    text, answer = few_shot([("", one), ("", two)])
+    [(text, answer)] = few_shot([[(IMAGE, one)], [(IMAGE, two)]])
     ids, targets = vlm.processor.encode(text, answer)
     assert ids == alone[0] + alone[1][start:] and sum(targets) == sum(vlm.processor.encode("", two)[1])
     every = vlm.processor.encode(text, answer, prefix=True)[1]

@@ -217,7 +217,7 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
         assert vlm.caption([shown]) == [line["caption"]]
         pixels, *seen = vlm.vit.preprocess.tiles(shown)
         tiles.append(len(pixels))
-        batch = vlm.processor.batch([("", f"It is {i}")], tiles=iter([seen]))
+        batch = vlm.processor.batch([[("", f"It is {i}")]], tiles=[[seen]])
         with torch.no_grad():
             losses += vlm(batch, vlm.features(pixels))[0].tolist()
     assert len({*tiles}) > 2 and [line["val"] for line in lines if "val" in line][-1] == pytest.approx(

@@ -236,7 +236,7 @@ def test_pictures_come_as_folders_patterns_and_from_stdin(trained, tmp_path, mon
         assert command(monkeypatch, sample, "--json", *arguments, *ask) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [Path(line["image"]) for line in lines] == [Path(name) for name in expected]
-        assert all(line.keys() == {"image", "caption"} for line in lines)
+        assert all(line.keys() == {"image", "caption", "log_probability"} for line in lines)
     stdin = types.SimpleNamespace(buffer=io.BytesIO((trained / "a.png").read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert command(monkeypatch, sample, "-", *ask) == 0
@@ -355,8 +355,9 @@ def test_workers_may_be_spawned():
     """As on macOS and Windows, where a worker gets the pictures by pickle."""
     vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={}))
     captions = Shapes(3, "test")
-    loader = torch.utils.data.DataLoader(Pixels(captions, vlm.vit.preprocess), batch_size=3, num_workers=1,
-                                         collate_fn=Pixels.collate, multiprocessing_context="spawn")
+    pixels = Pixels(captions, vlm.vit.preprocess)
+    loader = torch.utils.data.DataLoader(pixels, batch_sampler=[[(i, (i,)) for i in range(3)]], num_workers=1,
+                                         collate_fn=pixels.collate, multiprocessing_context="spawn")
     (indices, views, bad), = loader
     assert indices == [0, 1, 2] and not bad
     assert torch.equal(views.x[2], vlm.vit.preprocess(captions.picture(2)))

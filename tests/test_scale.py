@@ -107,8 +107,8 @@ def test_shards_are_listed_as_in_a_shell(shards):
 
 def test_a_pair_of_a_shard(shards):
     pair, second = itertools.islice(read_shard(shards / "01.tar"), 2)
-    assert pair == "01.tar/a/020" and pair.said == SCENES.pairs(20)[:1] and not pair.fault
-    assert second.said == SCENES.pairs(21) and second.file == png(21)
+    assert pair == "01.tar/a/020" and pair.said == SCENES.conversations(20)[:1] and not pair.fault
+    assert second.said == SCENES.conversations(21) and second.file == png(21)
     source = Shards(f"{shards}/*.tar")
     assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
 
@@ -237,8 +237,8 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode = data.encode_pictures
 
-    def stopped(*arguments):
-        yield next(encode(*arguments))
+    def stopped(*arguments, **how):
+        yield next(encode(*arguments, **how))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "encode_pictures", stopped)

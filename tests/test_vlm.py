@@ -100,7 +100,7 @@ def test_forward_scores_the_targets_alone(fixtures):
 @torch.no_grad()
 def test_images_are_to_spell_captions(fixtures):
     vlm = small(fixtures)
-    examples, captions = [("a<image>b<image>", None), ("", "cc")], ["ab", "abcabcabc", "c"]
+    examples, captions = [[("a<image>b<image>", None)], [("", "cc")]], [["ab", "abcabcabc"], ["c"]]
     batch = vlm.processor.batch(examples, spelled=captions, queries=5)
     words = batch.spelling.targets
     features = vlm.features(torch.randn(3, 3, 30, 30))
@@ -131,7 +131,8 @@ def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures
     torch._dynamo.reset()
     batches = []
     for texts in (["abc", "ab", "a", "b"], ["abcabca", "c", "ab"], ["cab", "abcba", "b", "c", "a", "b"]):
-        batch = vlm.processor.batch([("", text) for text in texts], spelled=texts, queries=5)
+        examples, spelled = [[("", text)] for text in texts], [[text] for text in texts]
+        batch = vlm.processor.batch(examples, spelled=spelled, queries=5)
         batches.append((batch, torch.randn(len(texts), 3, 30, 30)))
 
     def losses():
@@ -152,7 +153,7 @@ def test_what_is_computed_again_is_the_same(fixtures):
     """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
     vlm, runs = small(fixtures).train(), []
     vlm.llm.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    batch = vlm.processor.batch([("", "abc"), ("a", "b")])
+    batch = vlm.processor.batch([[("", "abc")], [("a", "b")]])
     features = vlm.features(torch.randn(2, 3, 30, 30))
     found = []
     for vlm.llm.recomputes in (False, True):
@@ -194,10 +195,25 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     assert vlm.caption([]) == []
 
 
+@torch.no_grad()
+def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
+    vlm = small(fixtures)
+    rows = [vlm.processor.encode(text)[0] for text in ("a", "<image>bcb")]
+    features = vlm.features(torch.randn(2, 3, 30, 30))
+    answers = vlm.answer(rows, features, max_tokens=6, score=True)
+    assert answers == vlm.answer(rows, features, max_tokens=6) and len({*answers}) == 2
+    for i, answer in enumerate(answers):
+        [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), vlm.images(features[i:i + 1])),
+                                 max_tokens=6, end_tokens=vlm.processor.ends, keep_end=True)
+        tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
+        logits = vlm.logits(tokens, features[i:i + 1], where)
+        assert answer.log_probability == pytest.approx(-F.cross_entropy(logits, targets).item(), abs=1e-4)
+
+
 def test_only_the_adapter_is_trained(fixtures):
     vlm = small(fixtures).train()
     assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
-    batch = vlm.processor.batch([("", "abc")])
+    batch = vlm.processor.batch([[("", "abc")]])
     vlm(batch, vlm.features(torch.randn(1, 3, 30, 30)))[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items()
                if not name.endswith("k.bias"))
