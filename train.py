@@ -37,8 +37,8 @@ from sample import Shots, as_lines, caption_set
 from support.console import Parser, machine_options, one_of, run
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals
-from support.machine import can_compile, free_memory, pick_precision, send
-from support.processes import RANK, WORLD, start_processes, total, united
+from support.machine import can_compile, free_memory, pick_precision, send, start_processes
+from support.processes import RANK, WORLD, total, united
 from support.scores import rate, table
 from support.shapes import Shapes
 

@@ -2,16 +2,20 @@
 import argparse
 import difflib
 import gc
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Callable
 
 import torch
 
 from formats.files import InputError
+from support.processes import RANK, WORLD
 
 
 def nearest(word: str, known) -> str:
@@ -38,7 +42,7 @@ def complain(error: Exception | str) -> None:
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, with output in UTF-8. An InputError becomes a line on stderr and exit
-    code 2; so does a GPU out of memory, for which `memory` names the remedies."""
+    code 2; so do the errors of `reason`: `memory` names the remedies where a GPU has no more."""
     # Prepare the interpreter
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not gc.get_freeze_count():
@@ -51,15 +55,39 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         finally:  # here too the reader of our output may be gone
             sys.stdout.flush()
     except (InputError, RuntimeError) as error:
-        if not isinstance(error, InputError) and not out_of_memory(error):
+        line = reason(error, memory)
+        if line is None:
             raise
-        complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
+        if WORLD > 1 and (RANK or line == ALONE):
+            # It may be another process's error too: that one prints it, and the launcher ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        complain(line)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        for child in multiprocessing.active_children():  # that read pictures, and ignore SIGTERM
+            child.kill()
+
+
+ALONE = "another process of this run has ended"
+
+
+def reason(error: Exception, memory: str) -> Exception | str | None:
+    """What to say of an error that can be expected; None of others."""
+    if isinstance(error, InputError):
+        return error
+    if out_of_memory(error):
+        return f"out of GPU memory: try {memory}"
+    if str(error).startswith("DataLoader worker"):
+        return "a process that reads pictures was killed, perhaps for want of memory: try fewer --workers"
+    if WORLD > 1 and re.search("closed by peer|reset by peer|Broken pipe|NCCL|ncclUnhandled", str(error)):
+        return ALONE
+    return None
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -135,9 +135,11 @@ class Signals:
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.asked and WORLD > 1 and isinstance(error, RuntimeError):  # others have ended before it could
+            raise SystemExit(128 + self.asked)
 
 
 class Progress:

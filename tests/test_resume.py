@@ -1,5 +1,6 @@
 """Nothing is lost: runs that end at any moment, by any cause, and go on as if nothing had been."""
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -187,6 +188,37 @@ def test_signals_save_first(number, cache, tmp_path, monkeypatch):
     assert lines("parts") == []  # step 5 is the first to have a line, of the losses of five steps
     assert finish("--resume", "parts") == 0, Path("said").read_text()
     assert same("whole", "parts")
+
+
+@pytest.mark.slow
+def test_a_killed_reader_of_pictures_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    """As a system out of memory does. The other reader ignores SIGTERM, and ends all the same."""
+    monkeypatch.chdir(tmp_path)
+
+    def before():  # in the fifth step
+        count, step = iter(range(4)), torch.optim.AdamW.step
+
+        def stepped(*args, **kwargs):
+            if next(count, None) is None:
+                multiprocessing.active_children()[0].kill()
+                time.sleep(1)
+            return step(*args, **kwargs)
+        torch.optim.AdamW.step = stepped
+
+    options = [*RUN, "--no-cache-features", "--workers", "2", "--steps", "1000"]
+    pid = start(*options, "--out", "run", before=before)
+    for _ in range(300):
+        if (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("it hangs: " + Path("said").read_text())
+    assert os.waitstatus_to_exitcode(ended[1]) == 2
+    *_, last = Path("said").read_text().splitlines()
+    assert "a process that reads pictures was killed, perhaps for want of memory" in last
+    with safe_open("run/checkpoint.safetensors", "pt") as state:
+        assert state.metadata()["step"] in ("2", "4")
 
 
 @pytest.mark.slow

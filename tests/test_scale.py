@@ -2,6 +2,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -54,6 +55,42 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
     capsys.readouterr()
     assert command(monkeypatch, train, "--resume", "two") == 2
     assert "two: a run of 2 processes can't go on with 1: start as many" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_the_others_with_one_line(tmp_path):
+    """Here it is the second, in its third step; the first waits for it in a sum."""
+    (tmp_path / "fails.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from formats.files import InputError
+step = train.Run.step
+def fail(run, number, *rest):
+    if train.RANK and number == 2:
+        raise InputError("only here")
+    return step(run, number, *rest)
+train.Run.step = fail
+train.run(train.main)
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for script, more, line in ((tmp_path / "fails.py", [], "only here"),
+                               (ROOT / "train.py", ["--vit", "nowhere"], "nowhere")):
+        run = [*torchrun, script, *SMALL, *QUICK, *more, "--out", tmp_path / "run"]
+        done = subprocess.run(run, text=True, capture_output=True, timeout=100)
+        said = re.findall(r"^\w+.py: error: (.*)", done.stderr, re.M)
+        assert len(said) == 1 and line in said[0] and done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_launcher(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [*SMALL, *QUICK, "--steps", "100000", "--save-every", "100000", "--out", tmp_path / "run"]
+    launcher = subprocess.Popen([*torchrun, ROOT / "train.py", *options], stdout=subprocess.PIPE, text=True)
+    while "step 4/" not in launcher.stdout.readline():
+        pass
+    launcher.kill()
+    rest = launcher.stdout.read()  # ends when the last process has
+    assert "goes on" in rest and (tmp_path / "run" / "checkpoint.safetensors").is_file()
 
 
 def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):
