@@ -198,6 +198,10 @@ class Processor:
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
             tokenizer.add(BEGIN, self.marker, special=True)
             tokenizer.add(END, self.marker + 1, special=True)
+        self.one_end = [[id] for id in self.ends]
+        self.end = tokenizer.encode("\n", special=False) if format is OURS else []
+        if self.end not in self.one_end:
+            self.end = list(self.end_tokens[:1])
 
     def prompt_for(self, question: str) -> str:
         """What is asked of a picture: the `question` of its caption set or, without one, the run's prompt."""
@@ -222,36 +226,34 @@ class Processor:
         no format. What doesn't fit the LLM loses its first turns, then its first words; it may be too long
         all the same. Raises InputError where a token has no embedding.
         """
-        # The ids of each turn
-        turns = place([*earlier, (text, caption)], images)
-        sizes = [next(tiles) for asked, _ in turns for _ in range(asked.count(IMAGE))]
-        rows, at = [], 0
-        for n, (asked, said) in enumerate(turns):
-            own = sizes[at:at + asked.count(IMAGE)]
-            at += len(own)
-            rows.append(self.turn(asked, said, own, max_tokens, n == 0, raw))
+        # The ids of each turn. An answer that is cut ends before the next turn, which isn't learned
+        turns, rows = [], []
+        for asked, said in place([*earlier, (text, caption)], images):
+            turns.append((asked, said, [next(tiles) for _ in range(asked.count(IMAGE))]))
+            prompt, answer = self.turn(*turns[-1], max_tokens, not rows, raw)
+            if rows and rows[-1][1][-1:] not in self.one_end:
+                prompt = self.end + prompt
+            rows.append((prompt, answer))
 
-        # What is too long loses its first turns, but for their pictures; then words, unless pictures stand
-        # among them
+        # What is too long loses its first turns, but for their pictures
         room = self.positions - (min(max_tokens, self.positions // 4) if caption is None else 0)
         whole = turns
 
-        def over() -> int:
+        def excess() -> int:
             return sum(len(prompt) + len(answer) for prompt, answer in rows) - room
 
-        def begin(asked: str, said: str | None) -> tuple[list[int], list[int]]:
-            return self.turn(asked, said, sizes[:asked.count(IMAGE)], max_tokens, True, raw)
+        while len(turns) > 1 and excess() > 0:
+            (_, _, seen), (asked, said, sizes), *later = turns
+            turns = [(IMAGE * len(seen) + asked, said, seen + sizes), *later]
+            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[2:]]
 
-        while len(turns) > 1 and over() > 0:
-            (gone, _), (asked, said), *later = turns
-            turns = [(IMAGE * gone.count(IMAGE) + asked, said), *later]
-            rows = [begin(*turns[0]), *rows[2:]]
-        (asked, said), *later = turns
+        # Then it loses its first words, unless pictures stand among them
+        (asked, said, sizes), *later = turns
         head, asked = split_images(asked)
-        while asked and IMAGE not in asked and (excess := over()) > 0:
-            asked = asked[excess:].partition(" ")[2]
-            turns = [(head + asked, said), *later]
-            rows = [begin(*turns[0]), *rows[1:]]
+        while asked and IMAGE not in asked and (over := excess()) > 0:
+            asked = asked[over:].partition(" ")[2]
+            turns = [(head + asked, said, sizes), *later]
+            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[1:]]
         self.cut += turns != whole
 
         # All ids, and what is learned of them

@@ -351,6 +351,19 @@ def test_a_conversation_is_one_sequence_and_all_its_answers_are_learned(fixtures
             assert spelled.replace(picture, "<image>").removeprefix(processor.format.begin) == text
 
 
+@pytest.mark.parametrize("name", ("smolvlm", "llava", "ours"))
+def test_an_answer_that_is_cut_ends_all_the_same_before_the_next_turn(name, fixtures):
+    vlm = small(fixtures) if name == "ours" else VLM.from_pretrained(str(fixtures / name))
+    processor = vlm.processor
+    turns = [("a", "bcabcabcabcabc"), ("c", "a")]
+    whole, _ = processor.encode(*turns[1], earlier=turns[:1])
+    ids, targets = processor.encode(*turns[1], max_tokens=4, earlier=turns[:1])
+    first, _ = processor.encode(*turns[0], max_tokens=4)
+    assert ids[: len(first)] == first and first[-1] not in processor.ends
+    assert ids[len(first)] in processor.ends and not targets[len(first)]  # which isn't learned
+    assert ids[len(first) :] == whole[len(first) - len(ids) :]
+
+
 def test_what_does_not_fit_is_cut_from_the_front_but_keeps_its_pictures(fixtures):
     processor = VLM.from_pretrained(str(fixtures / "smolvlm")).processor
     Q = processor.queries
