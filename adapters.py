@@ -966,6 +966,10 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     llm = LLM.from_pretrained(config["llm"], llm_dtype)
     tokenizer = Tokenizer.from_pretrained(config["llm"])
     if checkpoint is None:
+        # Asked for at once, memory that isn't there is an error; in small pieces it is the process's end
+        with torch.device("meta"):
+            size = sum(p.nbytes for p in make_adapter(config, vit, llm).parameters())
+        torch.empty(size, dtype=torch.uint8)
         return VLM(vit, llm, tokenizer, config, dtype=dtype)
     with named(checkpoint.with_name("config.json")):
         with torch.device("meta"):

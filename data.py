@@ -24,7 +24,7 @@ from formats.captions import IMAGE, Conversation
 from formats.files import InputError, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
-from support.console import one_of
+from support.console import Number, one_of
 from support.machine import free_memory, send
 from support.processes import LOCAL, RANK, WORLD, total, united
 
@@ -32,6 +32,7 @@ from support.processes import LOCAL, RANK, WORLD, total, united
 # Layouts: how a picture and its caption become a text with an answer
 
 LAYOUTS = ("image-text", "text-image-text", "text-image")
+WEIGHT = Number(float, 1e-6, 10 ** 6)
 
 
 def layout_weights(mix: str) -> dict[str, float]:
@@ -39,9 +40,8 @@ def layout_weights(mix: str) -> dict[str, float]:
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
-        if not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
-            raise InputError(f"--layout {mix}: {entry!r} has no weight above 0 after its colon")
-        weights[one_of(LAYOUTS, "layout", name)] = float(weight or 1)
+        with named(f"--layout {mix}"):
+            weights[one_of(LAYOUTS, "layout", name)] = WEIGHT(weight or "1")
     return weights
 
 

@@ -480,8 +480,8 @@ class LLM(nn.Module):
         pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1): tokens of padding
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1): the next position
 
-        # A multiple of 64 suits the attention kernels of a GPU
-        size = -(-(T + max_tokens) // 64) * 64
+        # Room for what can be read. A multiple of 64 suits the attention kernels of a GPU
+        size = -(-min(T + max_tokens, self.config.max_positions) // 64) * 64
         cache = KVCache(self.config, B, size, x)
 
         def read(x, positions):  # embeddings (B,T,D) to logits (B,V) of the token after the last

@@ -27,7 +27,8 @@ from formats.captions import IMAGE, Captions, Conversation, flat
 from formats.files import InputError, write_text
 from formats.pictures import FORMATS, open_picture
 from lora import merge_lora
-from support.console import Parser, complain, machine_options, run
+from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
+                             run)
 from support.drawing import GREY, INK, contact_sheet, write_picture
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
@@ -38,7 +39,7 @@ from support.shapes import Shapes
 # ---------------------------------------------------------------------------------------------------------
 # Options
 
-def read_options() -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
@@ -56,7 +57,7 @@ def read_options() -> argparse.Namespace:
         help="a solved example, to come before each picture; may be given several times")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
-    add("--batch", type=int, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
+    add("--batch", type=MANY, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
     add("--split", action=argparse.BooleanOptionalAction,
         help="see a picture in tiles too, where the model can (default: as it was trained)")
     add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
@@ -66,15 +67,18 @@ def read_options() -> argparse.Namespace:
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--split-name", metavar="NAME", help="the rows of this split alone, where the file has splits")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
-    add("--workers", type=int, default=2, help="processes that read pictures")
+    add("--workers", type=PROCESSES, default=2, help="processes that read pictures")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--max-tokens", type=int, default=60, help="longest caption, tokens")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained")
-    add("--top-k", type=int, default=0, help="draw among the N likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens of this probability together")
-    add("--beams", type=int, default=1, help="search for the likeliest text with N beams; 1: off")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--max-tokens", type=MANY, default=60, help="longest caption, tokens")
+    add("--temperature", type=Number(float, 0, 100), default=0.0,
+        help="0 takes the likeliest token, 1 draws as trained")
+    add("--top-k", type=Number(int, 0, 10 ** 6), default=0, help="draw among the N likeliest tokens; 0: all")
+    add("--top-p", type=Number(float, 1e-6, 1), default=1.0,
+        help="draw among the fewest tokens of this probability together")
+    add("--beams", type=Number(int, 1, 1000), default=1,
+        help="search for the likeliest text with N beams; 1: off")
+    add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
     add = group.add_argument
@@ -85,6 +89,11 @@ def read_options() -> argparse.Namespace:
     machine_options(group)
     add("--compile", action="store_true",
         help="torch.compile the models' blocks: slower to start, and for many pictures on a GPU faster")
+    return parser
+
+
+def read_options() -> argparse.Namespace:
+    parser = make_parser()
 
     # A last argument with a space in it is the prompt
     args = parser.parse_intermixed_args()
@@ -96,14 +105,17 @@ def read_options() -> argparse.Namespace:
     # What can't be
     if bool(args.pictures) == bool(args.data):
         parser.error("give one or more pictures, or --data")
-    if (min(args.max_tokens, args.batch or 1, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
-            or not 0 < args.top_p <= 1):
-        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least "
-                     "0, --top-p within (0, 1]")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
-    if args.data and args.attention:
-        parser.error("--attention goes with pictures, not with --data")
+    check_meaning(args, parser, (  # options, whether they mean something, why not
+        ("images split_name save workers", args.data, "without --data"),
+        ("images split_name", args.data != "shapes", "with the shapes world"),
+        ("attention show_prompt", not args.data, "with --data"),
+        ("split", not args.attention, "with --attention"),
+        ("raw_prompt", args.prompt is not None, "without --prompt"),
+        ("temperature", args.beams == 1, "with --beams"),
+        ("top_k top_p seed", args.temperature, "without --temperature"),
+    ))
     return args
 
 

@@ -34,7 +34,8 @@ from formats.files import (InputError, guard, named, read_json, read_metadata, r
 from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
 from sample import Shots, as_lines, caption_set
-from support.console import Parser, machine_options, one_of, run
+from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, flag, machine_options,
+                             one_of, run)
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals
 from support.machine import can_compile, free_memory, pick_precision, send, start_processes
@@ -55,22 +56,23 @@ LONG_RUN = 1e14
 # ---------------------------------------------------------------------------------------------------------
 # Options
 
+# Ranges of several options
+COUNT = Number(int, 1, 10 ** 9)
+SIZE = Number(int, 1, 1000)
+RATE = Number(float, 0, 100)
+DROPOUT = Number(float, 0, 0.99)
 ADAPTER_SIZES = {  # option -> type, help; "adapter_NAME" or "NAME" is the adapter's argument
-    "queries": (int, "embeddings of a picture, of an adapter with queries (default: 32)"),
-    "adapter_scale": (int, "pixelshuffle: N × N patches become one embedding (default: 2)"),
-    "adapter_layers": (int, "blocks of an adapter with queries (default: 4; twoway: 2)"),
-    "adapter_width": (int, "its hidden size (default: 256)"),
-    "adapter_heads": (int, "its attention heads (default: 8)"),
-    "adapter_every": (int, "qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's "
-                           "(default: 2)"),
-    "adapter_dropout": (float, "qformer: dropout after every sublayer (default: 0)"),
-    "adapter_text": (int, "qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left "
-                          "out)"),
+    "queries": (Number(int, 1, 4096), "embeddings of a picture, of an adapter with queries (default: 32)"),
+    "adapter_scale": (SIZE, "pixelshuffle: N × N patches become one embedding (default: 2)"),
+    "adapter_layers": (SIZE, "blocks of an adapter with queries (default: 4; twoway: 2)"),
+    "adapter_width": (Number(int, 1, 65_536), "its hidden size (default: 256)"),
+    "adapter_heads": (SIZE, "its attention heads (default: 8)"),
+    "adapter_every": (SIZE, "qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's "
+                            "(default: 2)"),
+    "adapter_dropout": (DROPOUT, "qformer: dropout after every sublayer (default: 0)"),
+    "adapter_text": (Number(int, 0, 10_000),
+                     "qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)"),
 }
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,9 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
     add("--split", action="store_true",
         help="see a picture in tiles too, as the family of --from does, which takes more time and memory")
-    add("--image-size", type=int, metavar="PX",
+    add("--image-size", type=Number(int, 1, 4096), metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
-    add("--layer", type=int, metavar="I",
+    add("--layer", type=Number(int, -1000, 1000), metavar="I",
         help="encoder's layer to read: hidden_states[I] (default: its output)")
     add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
     for name, (type_, text) in ADAPTER_SIZES.items():
@@ -101,13 +103,14 @@ def make_parser() -> argparse.ArgumentParser:
              "<image>, or first (default: none)")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", type=int, metavar="R",
+    add("--lora", type=Number(int, 1, 10_000), metavar="R",
         help="train a LoRA of rank R too (default: the backbones stay frozen)")
-    add("--lora-alpha", type=float, metavar="A", help="its updates are scaled by A / R (default: 2 R)")
+    add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
+        help="its updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES",
         help="layers with it: q, k, v, out, gate, up, down; or all")
     add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
-    add("--lora-dropout", type=float, default=0.0, help="dropout of what it reads")
+    add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of what it reads")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
     add = parser.add_argument_group("data").add_argument
@@ -121,32 +124,33 @@ def make_parser() -> argparse.ArgumentParser:
              "shard)")
     add("--split-name", metavar="NAME", help="the rows of this split of --data alone, where it has splits")
     add("--val-split", metavar="NAME", help="the same of --val")
-    add("--val-size", type=int, default=500, help="pictures to validate on, at most")
-    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
-    add("--buffer", type=int, default=1000, metavar="PAIRS",
+    add("--val-size", type=MANY, default=500, help="pictures to validate on, at most")
+    add("--scenes", type=MANY, default=20_000, help="with the shapes world: scenes to train on")
+    add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
         help="with shards: pairs in memory, of which the next is drawn")
     add("--layout", default="image-text", metavar="MIX",
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
-    add("--shots", type=int, default=0, metavar="K",
+    add("--shots", type=Number(int, 0, 1000), default=0, metavar="K",
         help="0 to K other pairs of the batch come solved before each")
     add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
-    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut")
+    add("--max-tokens", type=MANY, default=128, help="longest caption, tokens; longer ones are cut")
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, default=700, help="optimizer steps")
-    add("--batch", type=int, default=64, help="pictures a step, of all processes together")
-    add("--accumulate", type=int, default=1, help="equal parts a step is computed in, to save memory")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA")
-    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole")
-    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices")
-    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm")
-    add("--spell", type=float, metavar="W",
+    add("--steps", type=COUNT, default=700, help="optimizer steps")
+    add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
+    add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
+    add("--lr", type=RATE, default=1e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr-llm", type=RATE, default=1e-4, help="that of the LLM, if trained whole")
+    add("--lr-vit", type=RATE, default=1e-4, help="that of the encoder, if trained whole")
+    add("--warmup", type=Number(int, 0, 10 ** 9), default=100,
+        help="steps of linear warm-up before the cosine to zero")
+    add("--weight-decay", type=RATE, default=0.05, help="AdamW's, of matrices")
+    add("--clip", type=Number(float, 1e-6, 10 ** 9), default=1.0, help="longest gradient, Euclidean norm")
+    add("--spell", type=Number(float, 0, 1000), metavar="W",
         help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first "
              "caption, a token each; for adapters with queries (default: 1 in the shapes world, else 0)")
-    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes")
+    add("--seed", type=SEED, default=0, help="of weights, order, captions drawn, scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
@@ -164,14 +168,14 @@ def make_parser() -> argparse.ArgumentParser:
              "(default: in memory)")
     add("--shard", action="store_true",
         help="with torchrun: each process holds a part of the frozen LLM (FSDP2; torch 2.7 or later)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=PROCESSES, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     add = parser.add_argument_group("files").add_argument
     add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
-    add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
-    add("--save-every", type=int, default=500, help="steps between validations and checkpoints")
+    add("--log-every", type=COUNT, default=50, help="steps between lines of progress and of metrics.jsonl")
+    add("--save-every", type=COUNT, default=500, help="steps between validations and checkpoints")
     add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
@@ -185,20 +189,19 @@ def read_options() -> argparse.Namespace:
     if args.resume:
         args = resumed_options(args.resume, parser)
 
-    # The model
-    if args.origin:
-        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout", "shots",
-                     "prefix_loss", *ADAPTER_SIZES):
-            if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"{flag(name)} means nothing with --from: {args.origin} has its own")
+    # What each may say
     one_of(ADAPTERS, "adapter", args.adapter)
     layout_weights(args.layout)
-    if args.spell is None:
-        args.spell = float(args.data == "shapes" and not args.origin)
-
-    # What is trained
     whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     with_lora = [one_of(("llm", "vit"), "part", part) for part in args.lora_on.split(",")]
+    if args.prompt.count(IMAGE) > 1:
+        raise InputError(f"--prompt takes one {IMAGE}: a caption has one picture")
+
+    # What they mean together
+    check_meaning(args, parser, meanings(args, whole, with_lora))
+    args.out = args.resume or args.out
+    if args.spell is None:
+        args.spell = float(args.data == "shapes" and not args.origin)
     if "adapter" not in whole and not args.origin:
         raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if args.lora or args.lora_from:
@@ -210,18 +213,51 @@ def read_options() -> argparse.Namespace:
     if args.shard and "llm" in whole:
         raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
 
-    # Numbers
-    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
-                 "save_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{flag(name)} must be at least 1, not {getattr(args, name)}")
+    # A batch
     if args.batch % (WORLD * args.accumulate):
         processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
         raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts"
                          + processes)
-    if not 0 <= args.shots < args.batch // WORLD // args.accumulate:
+    if args.shots >= args.batch // WORLD // args.accumulate:
         raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
+
+
+def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -> tuple:
+    """Rules for `check_meaning`: options, whether they mean something beside the others, why not. `whole`,
+    `with_lora`: the parts that --train and --lora-on name."""
+    sizes = ADAPTERS[args.adapter].__init__.__kwdefaults__ or {}
+    foreign = [option for option in ADAPTER_SIZES if option.removeprefix("adapter_") not in sizes]
+    own = f"with --from: {args.origin} has its own"
+    to = f"to the {args.adapter} adapter"
+    lora = args.lora or args.lora_from
+    shapes = args.data == "shapes"
+    shards = is_shards(args.data)
+    kept = "features cache_features"
+    return (
+        ("vit llm image_size layer adapter image_position layout shots prefix_loss", not args.origin, own),
+        (" ".join(ADAPTER_SIZES), not args.origin, own),
+        (" ".join(foreign), False, to),
+        ("spell", not args.spell or args.origin or "queries" in sizes, f"{to}, which has no queries"),
+        ("split", args.origin, "without --from"),
+        ("lora_alpha lora_targets lora_dropout", args.lora, "without --lora"),
+        ("lora_on", lora, "without --lora or --lora-from"),
+        ("lr", lora or "adapter" in whole, "where neither the adapter nor a LoRA is trained"),
+        ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
+        ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
+        ("scenes", shapes, "with --data"),
+        ("images val split_name", not shapes, "without --data"),
+        ("images", not shards or args.val and not is_shards(args.val), "with shards, which hold their own"),
+        ("val_split", args.val, "without --val"),
+        ("buffer", shards, "without shards"),
+        (kept, not shards, "with shards: they are more than can be kept"),
+        (kept, not args.split, "with --split: a picture has more than can be kept"),
+        (kept, "vit" not in whole and not (lora and "vit" in with_lora),
+         "where the encoder is trained: its features change"),
+        ("features", args.cache_features is not False, "with --no-cache-features"),
+        ("shard", WORLD > 1, "without torchrun"),
+        ("out", not args.resume or Path(args.out or "") == Path(args.resume), "with --resume"),
+    )
 
 
 def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -240,7 +276,6 @@ def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Na
             option = next(action for action in parser._actions if action.dest == name)
             spelled = option.option_strings[0]
             raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
-    args.out = folder
     return args
 
 
@@ -258,9 +293,14 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
         option = options.get(name)
         if option is None:
             raise InputError(f"{path}: {name} can't be {value!r}")
-        kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
-        if not (isinstance(value, kinds) or value is option.default is None):
+        if value is option.default is None:
+            continue
+        kinds = (int, float) if isinstance(option.type, Number) else bool if option.nargs == 0 else str
+        if not isinstance(value, kinds):
             raise InputError(f"{path}: {name} can't be {value!r}")
+        if option.type:
+            with named(f"{path}: {name}"):
+                option.type(str(value))
     return saved
 
 
@@ -331,14 +371,8 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
     sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
     for option in ADAPTER_SIZES:
         value, size = getattr(args, option), option.removeprefix("adapter_")
-        if value is None:
-            continue
-        if size not in sizes:
-            raise InputError(f"{flag(option)} means nothing to the {args.adapter} adapter")
-        least = 0 if size in ("dropout", "text") else 1
-        if value < least:
-            raise InputError(f"{flag(option)} must be at least {least}, not {value}")
-        sizes[size] = value
+        if value is not None and size in sizes:
+            sizes[size] = value
     return sizes
 
 
@@ -484,7 +518,7 @@ class Run:
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
         self.check_contents(val)
-        self.check_features()
+        self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
@@ -514,17 +548,6 @@ class Run:
             if begun != config["contents"]:
                 raise InputError(f"--data {args.data}: these are not the pictures and captions that "
                                  f"{args.resume} began with")
-
-    def check_features(self) -> None:
-        """Raises InputError where features can't be kept, but should."""
-        args = self.args
-        self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
-        if (args.cache_features or args.features) and (self.streamed or not self.fixed):
-            option = "--features" if args.features else "--cache-features"
-            why = ("shards are streamed, more than can be kept" if self.streamed else
-                   "with --split a picture has more than can be kept" if args.split else
-                   "the encoder is trained, so that its features change")
-            raise InputError(f"{option}: {why}")
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and what the steps run through: compiled blocks, several processes."""
@@ -871,4 +894,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "--recompute, a higher --accumulate, or a smaller --batch, --max-tokens or --precision")
+    run(main, "--recompute, a higher --accumulate, or a smaller adapter, --batch, --max-tokens or "
+              "--precision")

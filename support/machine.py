@@ -22,10 +22,12 @@ def pick_device(name: str) -> torch.device:
             name = "cuda"
     try:
         device = torch.zeros(1, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes, no values")
         if device.type == "cuda":  # for whatever asks for no device by name
             torch.cuda.set_device(device)
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 

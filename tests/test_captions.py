@@ -22,7 +22,7 @@ from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import read_shard
 from support.answers import exact_match, vqa_accuracy
-from test_vlm import QUICK, SMALL, command, interrupt, small
+from test_vlm import QUICK_SET, SMALL, command, interrupt, small
 
 KARPATHY = {
     "dataset": "flickr8k",
@@ -248,7 +248,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
     for i in range(8):
         picture(20 + i, 30).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + rows)
-    options = [*SMALL, *QUICK, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
+    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "the warm-up of 8 steps doesn't end within 8: give a shorter --warmup" in out
@@ -260,7 +260,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
 def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
-    assert command(monkeypatch, train, *SMALL, *QUICK, "--data", "c.csv") == 2
+    assert command(monkeypatch, train, *SMALL, *QUICK_SET, "--data", "c.csv") == 2
     assert (
         "a.jpg: no such picture, nor others of c.csv: --images says where they lie" in capsys.readouterr().err
     )
@@ -284,7 +284,7 @@ def test_lines_are_kept_where_a_newline_ends_nothing(fixtures, tmp_path, monkeyp
     vlm = VLM.from_pretrained(str(fixtures / "smolvlm"))
     captions.keep_lines = vlm.processor.keeps_lines
     assert captions.conversations(0) == [[(question, answer)]]
-    options = ["--from", fixtures / "smolvlm", "--data", "qa.json", "--val", "qa.json", *QUICK]
+    options = ["--from", fixtures / "smolvlm", "--data", "qa.json", "--val", "qa.json", *QUICK_SET]
     seen, encode = [], vlm.processor.__class__.encode
     monkeypatch.setattr(
         vlm.processor.__class__,
@@ -309,7 +309,7 @@ def test_a_text_that_does_not_fit_loses_its_first_words(tmp_path, monkeypatch, c
         {"image": f"{i}.png", "question": question, "answer": "A dog"} for i, question in enumerate(asked)
     ]
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     captured = capsys.readouterr()
     said = "texts didn't fit the language model's 512 positions: they lost their first turns or words"
@@ -402,8 +402,8 @@ def test_rows_of_all_kinds_train(adapter, tmp_path, monkeypatch, capsys):
     sizes = [] if adapter == "mlp" else SMALL
     if adapter == "qformer":
         sizes = [*sizes, "--adapter-text", "4"]
-    options = [*sizes, *QUICK, "--adapter", adapter, "--data", "qa.json", "--val", "val.json", "--batch", "4"]
-    options += ["--precision", "float32", "--shots", "1", "--lora", "2"]
+    options = [*sizes, *QUICK_SET, "--adapter", adapter, "--data", "qa.json", "--val", "val.json"]
+    options += ["--batch", "4", "--precision", "float32", "--shots", "1", "--lora", "2"]
     found = []
     for more in ([], ["--no-cache-features"]):
         assert command(monkeypatch, train, *options, *more, "--out", f"run{len(found)}") == 0
@@ -519,7 +519,7 @@ def test_a_run_goes_on_where_its_data_moved(tmp_path, monkeypatch, capsys):
         picture(20 + i, 30).save(f"old/{i}.png")
     text = "image,caption\n" + "".join(f"{i}.png,A dog {i}\n" for i in range(8))
     Path("old/c.csv").write_text(text)
-    options = [*SMALL, *QUICK, "--data", "old/c.csv", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "old/c.csv", "--batch", "4"]
     interrupt(monkeypatch, *options, "--out", "run")
     Path("old").rename("new")
     capsys.readouterr()
@@ -563,7 +563,7 @@ def test_every_question_of_a_picture_is_asked(tmp_path, monkeypatch, capsys):
     for i in range(6):
         picture(20 + i, 30).save(f"{i}.png")
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     assert "| exact match |" in (out := capsys.readouterr().out) and "| val (12) |" in out
     assert (

@@ -118,12 +118,14 @@ def test_a_recording_that_fails_tells_why(monkeypatch):
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you …"),
+        MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "another error while that one was dealt with",
     ),
-    ids=("torch", "driver", "cublas", "behind another"),
+    ids=("torch", "driver", "CPU", "Python", "cublas", "behind another"),
 )
-def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def main():
         if isinstance(error, str):
             try:
@@ -136,7 +138,7 @@ def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         console.run(main, "--batch")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
+    assert capsys.readouterr().err == "train.py: error: out of memory: try --batch\n"
 
 
 def test_any_other_error_of_torch_is_not_hidden():

@@ -19,7 +19,7 @@ from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
 from formats.peft import CONFIG, WEIGHTS
 from lora import lora_layers
-from test_vlm import QUICK, command
+from test_vlm import QUICK_SET, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
@@ -178,7 +178,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
         {"from": "gpt", "value": f"It is {i % 3}."}, {"from": "human", "value": "Sure?"},
         {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
     before = VLM.from_pretrained(str(fixtures / name))
-    options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
+    options = ["--from", fixtures / name, "--data", "qa.json", *QUICK_SET, "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     config = json.loads(Path("run/config.json").read_text())
     assert config["from"] == str(fixtures / name) and config["adapter"] == before.config["adapter"]
@@ -205,7 +205,7 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
     for i in range(8):
         picture(20 + 17 * i, 40).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(8)))
-    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--split",
+    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK_SET, "--split",
                "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run", "--val", "captions.csv",
                    "--val-size", "8") == 0
@@ -227,10 +227,10 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
         assert command(monkeypatch, sample, *score, "--workers", "0", *more) == 0
         assert ([json.loads(line) for line in Path("said.jsonl").read_text().splitlines()] == scored) is same
     capsys.readouterr()
-    assert command(monkeypatch, train, *QUICK, "--split") == 2
-    assert "--split: this model sees every picture as a whole alone" in capsys.readouterr().err
+    assert command(monkeypatch, train, *QUICK_SET, "--split") == 2
+    assert "--split means nothing without --from" in capsys.readouterr().err
     assert command(monkeypatch, train, *options, "--out", "other", "--cache-features") == 2
-    assert "with --split a picture has more than can be kept" in capsys.readouterr().err
+    assert "--cache-features means nothing with --split: a picture has more" in capsys.readouterr().err
 
 
 def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
     for i in range(4):
         picture(20 + i, 30).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
-    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32"]
+    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK_SET, "--precision", "float32"]
     options += ["--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     vlm = VLM.from_pretrained("run")
@@ -296,7 +296,7 @@ def test_a_run_begins_with_a_lora_of_the_whole(fixtures, tmp_path, monkeypatch, 
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
     for name in ("llava_qwen", "smolvlm"):  # with a LoRA of the tied head; with one of the connector
         folder = fixtures / "lora" / f"whole_{name}"
-        options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--precision", "float32"]
+        options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK_SET, "--precision", "float32"]
         options += ["--lora-from", folder, "--steps", "1"]
         assert command(monkeypatch, train, *options, "--out", "none") == 2
         assert "it changes llm and vit: say --lora-on llm,vit" in capsys.readouterr().err

@@ -28,7 +28,8 @@ from test_vlm import SMALL, interrupt
 
 README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-TINY = "--steps 2 --scenes 8 --val-size 4 --batch 4 --warmup 1 --workers 0 --device cpu".split()
+TINY_SET = "--steps 2 --val-size 4 --batch 4 --warmup 1 --workers 0 --device cpu".split()  # with --data
+TINY = ["--scenes", "8", *TINY_SET]
 REFERENCE = "needs transformers, peft or tokenizers"
 ELSEWHERE = {  # where a command is run instead, or why it isn't
     "pip install -r requirements.txt": ".ci/run", "pytest": "this is it",
@@ -163,7 +164,7 @@ def check_sample(words: list[str], said: str) -> None:
 def test_command(command, run):
     words = shlex.split(command)
     if "train.py" in words:
-        check_training(words, run([*words, *TINY]), run)
+        check_training(words, run([*words, *(TINY_SET if "--data" in words else TINY)]), run)
     elif command.startswith(LONG):
         assert "usage: " in run([*words, "--help"])  # which comes after the arguments before it are read
     else:

@@ -343,7 +343,9 @@ def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch,
         elif option.choices:
             given = [flag, next(choice for choice in option.choices if choice != value)]
         else:
-            given = [flag, str((value or 0) + 1) if option.type in (int, float) else f"other{value}"]
+            steps = {int: 1, float: 0.5}
+            kind = getattr(option.type, "kind", str)
+            given = [flag, str((value or 0) + steps[kind]) if kind in steps else f"other{value}"]
         assert command(monkeypatch, train, "--resume", "run", *given) == 2, given
         assert f"{flag} can't change on --resume: the run has {value}".rstrip() in capsys.readouterr().err
         refused += 1
@@ -357,10 +359,13 @@ def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name, value", (("steps", "x"), ("steps", None), ("batch", 1.5), ("lr", [1]),
                                          ("data", 7), ("seed", {}),
                                          ("prefix_loss", "no"),
-                                         ("colour", "red"), ("layer", "1")))
+                                         ("colour", "red"), ("layer", "1"), ("steps", True),
+                                         ("batch", 10 ** 12), ("lr", float("nan")), ("adapter_width", -1),
+                                         ("image_position", "z")))
 def test_options_of_a_run_are_not_trusted(name, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved = {key: value for key, value in vars(train.make_parser().parse_args([])).items()}
     Path("config.json").write_text(json.dumps({"training": saved | {name: value}}))
     assert command(monkeypatch, train, "--resume", ".") == 2
-    assert f"config.json: {name} can't be {value!r}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"config.json: {name}" in error and str(value) in error and error.count("\n") == 1

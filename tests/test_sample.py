@@ -287,7 +287,7 @@ def test_attention_is_drawn(trained, monkeypatch, capsys):
     (train, ["--train", "adapter,lm"], "did you mean llm?"),
     (train, ["--lora-on", "vitt"], "did you mean vit?"),
     (train, ["--precision", "bloat16"], "did you mean bfloat16?"),
-    (train, ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (train, ["--steps", "many"], "--steps: 'many' is not a whole number"),
     (sample, ["a.png", "--modle", "run"], "did you mean --model?"),
     (sample, ["a.png", "--zzz"], "unrecognized arguments: --zzz\n")))
 def test_errors_name_the_nearest(module, arguments, hint, monkeypatch, capsys):

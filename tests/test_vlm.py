@@ -253,9 +253,9 @@ def test_shapes_are_judged():
 # ---------------------------------------------------------------------------------------------------------
 # Command lines
 
-QUICK = ["--scenes", "48", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0",
-         "--save-every", "4", "--log-every", "2",
-         "--warmup", "2"]
+QUICK_SET = ["--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0", "--save-every", "4",
+             "--log-every", "2", "--warmup", "2"]  # with --data
+QUICK = ["--scenes", "48", *QUICK_SET]
 SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
 
 
@@ -330,7 +330,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     Path("c.csv").write_text("image,caption\n" + "".join(rows))
     Path("5.png").write_text("no picture")
     common = ["--data", "c.csv", "--workers", "0"]
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK_SET, "--val", "c.csv",
                    "--val-size", "12", "--out", "run",
                    "--no-cache-features") == 0
     assert "5.png: not a picture" in Path("run/unreadable.txt").read_text()
@@ -342,7 +342,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
     assert len(lines) == 11 and lines[1]["references"] == ["a picture 1 of many things"]
     Path("6.png").unlink()
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK_SET, "--val", "c.csv",
                    "--val-size", "12", "--out", "other") == 2
     assert "2 of 12 pictures can't be read" in capsys.readouterr().err
 
@@ -406,8 +406,8 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--adapter", "linear", "--queries", "3"),
              "--queries means nothing to the linear adapter"),
             (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut"),
-            (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every must be at least 1"),
-            (train, ("--adapter-text", "-1"), "--adapter-text must be at least 0, not -1"),
+            (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every: '0' is not"),
+            (train, ("--adapter-text", "-1"), "--adapter-text: '-1' is not"),
             (train, ("--image-position", "rope-xy"), "keeps the grid of patches, which qformer doesn't"),
             (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
             (train, ("--vit", "no/such/encoder"), "no/such/encoder: no such folder"),
@@ -417,7 +417,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--data", "none.csv"), "none.csv: No such file"),
             (train, ("--data", "one.csv", "--images", "none"), "none: no such folder of pictures"),
             (train, ("--layer", "9"), "layer 9"),
-            (train, ("--steps", "0"), "--steps must be at least 1"),
+            (train, ("--steps", "0"), "--steps: '0' is not"),
             (train, ("--batch", "10", "--accumulate", "3"), "--accumulate 3 equal parts"),
             (train, ("--out", "run"), "run: there is a run already"),
             (train, ("--resume", "nowhere/at/all"), "nowhere/at/all: no such folder"),
