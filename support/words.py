@@ -3,7 +3,7 @@
 Published BLEU and CIDEr-D count the words that coco-caption's PTBTokenizer finds: those of Stanford CoreNLP
 3.4.1, in lower case and without punctuation. `words` finds the same by a table of rules, without Java. It
 reads one caption at a time, where the original peeks at the next, and has no rule for what hardly occurs in
-captions, such as "1.jpg" or "S&P-500". `tests/fixtures/words.py` compares the two.
+captions: markup, e-mail addresses, telephone numbers, faces of signs. `tests/fixtures/words.py` compares the two.
 """
 
 import re
@@ -33,12 +33,6 @@ JOINED = rf"{PIECE}(?:[-_‐‑]{PIECE})*"  # t-shirt, dog_house, o'clock, 2nd
 HYPHENED = r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+"  # non-U.S., 1.5-inch
 CAPITALS = "[A-Z]+(?:[+&][A-Z]+)+"  # A&W
 SIDE = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"  # of a slash
-NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
-ATTRIBUTE = rf"{NAME}(?: *= *(?:'[^']*'|\"[^\"]*\"|{NAME}))?"
-SITE = r"(?i:www)\.(?:[^\s\"<>|.!?(){},]+\.)+[A-Za-z]{2,4}"
-PATH = r"[^\s\"<>|()]+[^\s\"<>|.!?(){},-]"
-ADDRESS = r"[^\s\"<>|(){}]"
-LABEL = r"[^\s\"<>|(){}.]+"  # between the full stops of an address
 
 # Abbreviations keep their full stop: some even before a letter, some only before a number
 ALWAYS = any_of(
@@ -63,8 +57,6 @@ FIRST = any_of(
 # Each rule is a word, and what has to follow it. At each place the rule wins that reaches furthest, with what
 # has to follow; of equals the first
 RULES = [
-    # Tags: <b>, </b>, <a href="b">, <!-- b -->
-    (rf"<(?:[!?][A-Za-z-][^>]*|/?{NAME}(?: +{ATTRIBUTE})* */?) *>", ""),
     # Plain words, some before a clitic: man|'s, do|n't
     (PLAIN, CLITIC),
     (r"[A-Za-z]*[A-MO-Za-mo-z]", NOT),
@@ -72,26 +64,22 @@ RULES = [
     # Apostrophes: O'Neil, Hawai'i, c'mon, 't|was, l'|amour, y'|all, 'n', 'em, '90s, '85
     (rf"[A-HJ-XZn]{INSIDE}{LETTER}{{2,}}", ""),
     (rf"{LETTER}+[aeiouyAEIOUY]{INSIDE}[aeiouA-Z]{LETTER}*", ""),
-    (r"(?i:cont'd\.?|c'mon|nor'easter|s'mores|ev'ry|li'l|nat'l|e'er)", ""),
+    (r"(?i:c'mon|s'mores)", ""),
     ("'[tT]", "(?i:is|was)"),
-    (rf"(?i:(?:[ldj]|ol|dunkin|somethin){APOSTROPHE}|cap{APOSTROPHE}n|c{APOSTROPHE}est)", ""),
+    (rf"[ldLD]{APOSTROPHE}", ""),
     (rf"[yY]{APOSTROPHE}", LETTER),
     (rf"(?i:{APOSTROPHE}(?:n{APOSTROPHE}?|em|till?|cause|[2-9]0s))", ""),
     (rf"{APOSTROPHE}\d\d", r"\s"),
-    # Addresses, names, tags: http://a.b/c, www.a.b, a.com/b, a@b.com, @name, #tag
-    (rf"(?i:https?)://{PATH}", ""),
-    (SITE, ""),
-    (rf"{SITE}/{PATH}", ""),
-    (rf"(?:[^\s\"`'|!(){{}},-_$]+\.)+(?i:com|net|org|edu)(?:/{PATH})?", ""),
-    (rf"<?[A-Za-z0-9]{ADDRESS}*@{LABEL}(?:\.{LABEL})*>?", ""),
-    (rf"@[A-Za-z_][A-Za-z0-9_]*|#{ACCENTED}+", ""),
+    # Addresses, names: http://a.b/c, www.a.b, a.com, @name, #tag
+    (r"(?i:https?://|www\.)[^\s\"()<>]*[\w/]", ""),
+    (r"(?:[\w-]+\.)+(?:com|org|net|edu)", r"\b"),
+    (rf"@[A-Za-z_]\w*|#{ACCENTED}+", ""),
     # Clitics
     (CLITIC, "[^A-Za-z]"),
     (NOT, ""),
-    # Numbers: -1,000.5, 3:30, .5, 2 1/2, (555) 123-4567, US$
+    # Numbers: -1,000.5, 3:30, .5, 2 1/2, US$
     (r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)", ""),
     (r"(?:\d{1,4}[- ])?\d{1,4}/\d{1,4}", ""),
-    (r"(?:\(\d{2,3}\) ?|\+{0,2}(?:\d{2,4}[- ])?\d{2,4}[- ])\d{3,4}[- ]?\d{3,5}", ""),
     (r"[A-Z]*\$", ""),
     # Slashes: and/or
     (rf"{SIDE}(?:/{SIDE}){{1,2}}", ""),
@@ -101,9 +89,6 @@ RULES = [
     (rf"(?i:{ALWAYS}\.)", r"[\s\S]{2}"),
     (rf"(?i:{BEFORE_OTHERS}\.)", ""),
     (rf"(?:{PLAIN}|{HYPHENED}|{JOINED}|{CAPITALS})\.", "[,;:、]"),
-    # Faces: :-), =D, ^_^, (^.^)
-    (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
-    (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][-_.]?[-^x=~<>']\)", ""),
     # Words with signs, and runs of one sign
     (r"(?i:-[lr][rcs]b-|anti-|pro-|c\+\+|[cf]#|&#\d+;)", ""),
     (r"-+|@+|_+|#+|\*+|[?!]+|[⁰¹²³⁴-⁹]+|[₀-₉]+|\.{3,5}|<<|>>|\\\*", ""),
