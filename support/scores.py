@@ -1,19 +1,13 @@
 """Scores of captions: BLEU and CIDEr-D or, for the built-in world, the share of scenes that are right."""
 import collections
 import math
-import re
 
 from support.answers import exact_match, vqa_accuracy
 from support.shapes import SKILLS, Shapes, judge
+from support.words import words
 
 SHARES = ("exact", *SKILLS, "matching", "exact match", "VQA")  # shown in percent
 SHORT = 3  # words of an answer that is right or wrong as a whole
-
-
-def words(caption: str) -> list[str]:
-    """Splits a caption as scores count it: lower case, no punctuation, clitics apart ("man 's")."""
-    text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
-    return re.findall(r"n't|[^\W_]+(?:[-.,/][^\W_]+)*|'(?:s|re|ve|ll|d|m)\b", text)
 
 
 def count_ngrams(tokens: list[str], n: int) -> collections.Counter:
