@@ -3,7 +3,8 @@
 Published BLEU and CIDEr-D count the words that coco-caption's PTBTokenizer finds: those of Stanford CoreNLP
 3.4.1, in lower case and without punctuation. `words` finds the same by a table of rules, without Java. It
 reads one caption at a time, where the original peeks at the next, and has no rule for what hardly occurs in
-captions: markup, e-mail addresses, telephone numbers, faces of signs. `tests/fixtures/words.py` compares the two.
+captions: markup, e-mail addresses, telephone numbers, faces of signs. `tests/fixtures/words.py` compares the
+two.
 """
 
 import re
