@@ -767,15 +767,17 @@ class VLM(nn.Module):
 
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
-               score: bool = False, **decoding) -> "list[Answer]":
+               score: bool = False, targets: list[list[bool]] | None = None, **decoding) -> "list[Answer]":
         """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
         (None if V is 0). A VLM of ours returns one line. With `score` each has its log-probability.
-        `decoding`: see `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
+        `targets`: which ids are of earlier answers, if any, as `Processor.encode` tells. `decoding`: see
+        `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
         processor = self.processor
-        tokens = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows], True)
+        targets = targets or [[False] * len(row) for row in rows]
+        tokens, positions = [x.to(self.device) for x in stack([*zip(rows, targets)])[:2]]
         most = max(1, *(row.count(processor.marker) for row in rows))
-        inputs = self.llm_inputs(tokens, self.images(features, self.prompt_words(tokens)), most)
+        words = self.prompt_words(tokens, None, positions)
+        inputs = self.llm_inputs(tokens, self.images(features, words), most)
         for name in ("embeddings", "positions"):  # without the padding
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]

@@ -3,6 +3,7 @@
     python sample.py photo.jpg                          # a caption, by the newest run in out/
     python sample.py photo.jpg "What is on the table?"  # an answer
     python sample.py photo.jpg --model NAME             # by another run, or a public VLM
+    python sample.py photo.jpg --chat                   # question after question, each after those before it
     python sample.py photo.jpg --shot a.jpg "a cat"     # after examples, solved
     python sample.py photo.jpg --attention seen.png     # and where each of its words looked
     python sample.py photos/ "*.png" --json             # a line of JSON for each picture
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from data import Views, chunks, encode_pictures, few_shot, place, stack
 from formats.captions import IMAGE, Captions, Conversation, flat
 from formats.files import InputError, write_text
 from formats.pictures import FORMATS, open_picture
+from llm import KVCache
 from lora import merge_lora
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
                              run)
@@ -55,6 +57,9 @@ def make_parser() -> Parser:
              "public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
         help="a solved example, to come before each picture; may be given several times")
+    add("--chat", action="store_true",
+        help="read questions about the pictures, a line each, until Ctrl-D; each is asked after those before "
+             "it. A line `/image FILE` adds a picture")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
     add("--batch", type=MANY, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
@@ -110,7 +115,8 @@ def read_options() -> argparse.Namespace:
     check_meaning(args, parser, (  # options, whether they mean something, why not
         ("images split_name save workers", args.data, "without --data"),
         ("images split_name", args.data != "shapes", "with the shapes world"),
-        ("attention show_prompt", not args.data, "with --data"),
+        ("attention show_prompt chat", not args.data, "with --data"),
+        ("attention show_prompt raw_prompt shot beams batch json", not args.chat, "with --chat"),
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
         ("temperature", args.beams == 1, "with --beams"),
@@ -154,6 +160,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     [(prompt, _)] = few_shot([*solved, place([(prompt, "")], size)])
     examples = [picture for picture, _ in shots]
 
+    as_it_comes = sys.stdout.isatty() and args.beams == 1 and not (args.json or args.quiet)
     failed, sections = False, []
     batches = chunks(chunks(files, size), args.batch)
     while batches:
@@ -162,7 +169,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             pictures = [examples + [open_picture(name) for name in names] for names in batch]
             rows, pixels = vlm.processor.ask(pictures, prompt, args.raw_prompt, args.split)
             features = vlm.features(pixels.to(vlm.device))
-            texts = vlm.answer(rows, features, score=args.json, **decoding)
+            typed = Typed(vlm.processor) if as_it_comes and len(files) == size else None
+            texts = vlm.answer(rows, features, score=args.json, on_token=typed, **decoding)
         except InputError as error:
             if len(batch) > 1:  # one bad picture doesn't cost the others their captions
                 batches = [[names] for names in batch] + batches
@@ -182,7 +190,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
                             log_probability=round(text.log_probability, 4))
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
-                print(text if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
+                text_left = text[len(typed.shown):] if typed else text
+                print(text_left if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
                 mine = slice(i * views, (i + 1) * views)
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
@@ -196,6 +205,107 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
     """A prompt as the LLM reads it, special tokens and all; an image as <image>×number of embeddings."""
     text = vlm.processor.tokenizer.decode(ids)
     return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
+
+
+class Typed:
+    """Prints an answer while its tokens come: called with each id. `shown` is what it has printed."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.ids = []
+        self.shown = ""
+
+    def __call__(self, id: int) -> None:
+        if self.ids and self.ids[-1] in self.processor.ends:  # a GPU goes on for some tokens
+            return
+        self.ids.append(id)
+        text = self.processor.text(self.ids).strip()
+        if not text.endswith("\ufffd"):  # a half of a letter
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Question after question
+
+class Chat:
+    """A conversation about pictures. What the LLM has read stays in its cache, so that it reads only what is
+    new."""
+
+    def __init__(self, vlm: VLM, split: bool, decoding: dict):
+        self.vlm = vlm
+        self.split = split
+        self.decoding = decoding
+        self.turns: Conversation = []
+        self.tiles: list[tuple[int, int]] = []  # of each picture
+        self.images: torch.Tensor | None = None  # embeddings of all their views
+        self.cache = KVCache(vlm.llm.config, 1, 0, vlm.llm.embedding.weight)
+        self.read: list[int] = []  # ids in the cache
+
+    @torch.inference_mode()
+    def ask(self, question: str, pictures: list[Image.Image], on_token: Callable | None = None) -> str:
+        """The answer to a question, which comes with these pictures, new ones. Raises InputError."""
+        vlm = self.vlm
+        processor = vlm.processor
+        views = [vlm.vit.preprocess.tiles(picture, self.split) for picture in pictures]
+        tiles = self.tiles + [(rows, columns) for _, rows, columns in views]
+        text = IMAGE * len(views) + question.replace(IMAGE, " ")
+        ids, targets = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
+        room = processor.positions - len(ids)
+        if room < 1:
+            raise InputError(f"these pictures don't fit the language model's {processor.positions} positions")
+
+        # The new pictures' embeddings, behind the others'
+        tokens, positions = [x.to(vlm.device) for x in stack([(ids, targets)])[:2]]
+        images = self.images
+        if views:
+            pixels = torch.cat([x for x, _, _ in views]).to(vlm.device)
+            words = vlm.prompt_words(tokens, None, positions)
+            new = vlm.images(vlm.features(pixels), None if words is None else words[-len(pixels):])
+            images = new if images is None else torch.cat([images, new])
+        self.tiles, self.images = tiles, images
+
+        # What comes after that which was read: all of it, where the first turns were cut
+        same = 0
+        while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
+            same += 1
+        self.cache.length = same
+        inputs = vlm.llm_inputs(tokens, images)
+        for name in ("embeddings", "positions"):
+            if inputs[name] is not None:
+                inputs[name] = inputs[name][:, same:]
+        decoding = self.decoding | dict(max_tokens=min(self.decoding["max_tokens"], room))
+        [found] = vlm.llm.generate(**inputs, **decoding, end_tokens=processor.ends, keep_end=True,
+                                   cache=self.cache, on_token=on_token)
+        self.read = ids + found[:-1]
+        answer = processor.text(found).strip()
+        self.turns.append((text, answer))
+        return answer
+
+
+def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -> None:
+    """Answers line after line of standard input about the pictures in `files`; see --chat."""
+    talk = Chat(vlm, args.split, decoding)
+    pictures = [open_picture(name) for name in files]
+    question = args.prompt
+    while True:
+        if question is None:
+            try:
+                question = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                print(end="\n" if sys.stdin.isatty() else "")
+                return
+        try:
+            if question.startswith("/image "):
+                pictures.append(open_picture(question.removeprefix("/image ").strip()))
+            elif question.strip():
+                typed = Typed(vlm.processor)
+                answer = talk.ask(question.strip(), pictures, typed if sys.stdout.isatty() else None)
+                print(answer[len(typed.shown):], flush=True)
+                pictures = []
+        except InputError as error:
+            complain(error)
+        question = None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,7 +364,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             features = shots.views.join(features)
 
         # Each entry's conversation up to its last question, after the solved examples, and their views
-        rows, order, answered = [], [], []
+        rows, targets, order, answered = [], [], [], []
         for at, i in enumerate(indices, start=K):
             *earlier, (question, _) = captions.conversations(i)[0]
             text = processor.prompt_for(question) if prompt is None or earlier else prompt
@@ -265,14 +375,16 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             *earlier, (text, _) = few_shot([*solved, asked])
             shown = [*range(K), at]
             tiles = (size for j in shown for size in features.tiles[j])
-            ids, _ = processor.encode(text, raw=raw, tiles=tiles, earlier=earlier)
+            ids, learned = processor.encode(text, raw=raw, tiles=tiles, earlier=earlier)
             if len(ids) < processor.positions:
                 rows.append(ids)
+                targets.append(learned)
                 order += shown
                 answered.append(i)
         processor.skipped += len(indices) - len(rows)
         if rows:
-            texts.update(zip(answered, vlm.answer(rows, features.pick(order).x, **decoding)))
+            x = features.pick(order).x
+            texts.update(zip(answered, vlm.answer(rows, x, targets=targets, **decoding)))
     if not texts:
         raise InputError(f"no text fits the language model's {processor.positions} positions")
     return texts
@@ -404,7 +516,9 @@ def main() -> None:
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=generator)
     shots = [(open_picture(name), flat(caption)) for name, caption in args.shot]
-    if args.data:
+    if args.chat:
+        chat(vlm, files, decoding, args)
+    elif args.data:
         score_sets(vlm, sets, shots, decoding, args)
     else:
         caption_files(vlm, files, shots, decoding, args)
