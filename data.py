@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from formats.captions import IMAGE
-from formats.files import InputError, named, read_tensors, write_file, write_rows
+from formats.files import InputError, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import one_of
@@ -481,7 +481,6 @@ class Encoded:
         device = self.vlm.device
 
         def write(file: Path) -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             rows = (rows for _, rows in self.encode())
             write_rows(file, (len(self.captions), *self.shape), self.dtype, rows,
                        lambda: [i not in self.bad for i in range(len(self.captions))])
@@ -491,6 +490,8 @@ class Encoded:
             if LOCAL:  # one process on each machine writes, the others encode their share
                 collections.deque(self.encode(), 0)
             else:
+                with guard(path, "can't be written"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, write)
             total(torch.zeros(1, device=device))  # wait until the file is there
 
