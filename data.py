@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from formats.captions import IMAGE, Conversation
-from formats.files import InputError, named, read_tensors, write_file, write_rows
+from formats.files import InputError, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import Number, one_of
@@ -562,7 +562,6 @@ class Encoded:
         device = self.vlm.device
 
         def write(file: Path) -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             rows = (rows for _, rows in self.encode())
             write_rows(file, (self.captions.count, *self.shape), self.dtype, rows,
                        lambda: [p not in self.bad for p in range(self.captions.count)])
@@ -572,6 +571,8 @@ class Encoded:
             if LOCAL:  # one process on each machine writes, the others encode their share
                 collections.deque(self.encode(), 0)
             else:
+                with guard(path, "can't be written"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, write)
             total(torch.zeros(1, device=device))  # wait until the file is there
 

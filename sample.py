@@ -3,7 +3,7 @@
     python sample.py photo.jpg                          # a caption, by the newest run in out/
     python sample.py photo.jpg "What is on the table?"  # an answer
     python sample.py photo.jpg --model NAME             # by another run, or a public VLM
-    python sample.py photo.jpg --chat                   # question after question, each after those before it
+    python sample.py photo.jpg --chat                   # question after question
     python sample.py photo.jpg --shot a.jpg "a cat"     # after examples, solved
     python sample.py photo.jpg --attention seen.png     # and where each of its words looked
     python sample.py photos/ "*.png" --json             # a line of JSON for each picture

@@ -127,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-size", type=MANY, default=500, help="pictures to validate on, at most")
     add("--scenes", type=MANY, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
-        help="with shards: pairs in memory, of which the next is drawn")
+        help="with shards: pairs in memory, of which the next is drawn; 1 GB at most")
     add("--layout", default="image-text", metavar="MIX",
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")

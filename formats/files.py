@@ -13,6 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class InputError(Exception):
     """The user's input can't be used. The message names the file and the reason in one printable line."""
@@ -61,26 +66,57 @@ def whole(text: str) -> str:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
     the process or the power ends. Raises InputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     with guard(path, "can't be written"):
         # Remove what killed processes left
-        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.*.tmp"):
+        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.{'[0-9a-f]' * 8}.tmp"):
             with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-                if time.time() - left.stat().st_mtime > 86_400:  # nobody wrote to it for a day
+                if abandoned(left):
                     left.unlink()
 
         # Write, get it on the disk, rename
         try:
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.write_bytes(b"")
+            with locked(temporary):
+                write(temporary)
+                with locked(temporary):  # again: safetensors puts a file of its own there
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(temporary, path)
             if os.name == "posix":  # here the folder's entries must be synchronised too
                 folder = os.open(path.parent, os.O_RDONLY)
                 os.fsync(folder)
                 os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Locks a file as long as this process lives and is inside. On Windows does nothing."""
+    if not fcntl:
+        yield
+        return
+    with path.open("rb+") as file:
+        with contextlib.suppress(OSError):  # we have locked it already, or this drive has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def abandoned(path: Path) -> bool:
+    """Whether no process writes a temporary file any more. It isn't locked then; where there are no locks,
+    nobody wrote to it for a day."""
+    stat = path.stat()
+    if time.time() - stat.st_mtime > 86_400:
+        return True
+    if not fcntl or not stat.st_size:  # an empty one may not be locked yet
+        return False
+    with path.open("rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
 
 
 def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:

@@ -469,6 +469,33 @@ def test_too_large_is_not_broken(tmp_path, monkeypatch):
             open_picture(tmp_path / "a.png")
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused(tmp_path):
+    """Each goes over the whole picture, and costs 30 bytes. What stands behind the picture is no scan."""
+    picture(40, 30).save(file := io.BytesIO(), "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    for content in (jpeg, jpeg[:-2] + last * 90 + jpeg[-2:], jpeg + last * 1000):
+        (tmp_path / "a.jpg").write_bytes(content)
+        assert open_picture(tmp_path / "a.jpg").size == (40, 30)
+    slow = jpeg[:-2] + last * 1000 + jpeg[-2:]
+    (tmp_path / "a.jpg").write_bytes(slow)
+    for content in (None, slow):
+        with pytest.raises(InputError, match="a.jpg: too slow to read: a JPEG of 1,010 scans, .* 100$"):
+            open_picture(tmp_path / "a.jpg", content)
+
+
+def test_a_tile_is_no_larger_than_a_picture(tmp_path):
+    """A TIFF of 10 x 10 px in one tile of 2^28: zeros that would take gigabytes, and hardly a byte here."""
+    content = zlib.compress(b"\0" * 1000)
+    fields = dict.fromkeys((256, 257), 10) | {258: 8, 259: 8, 262: 1, 277: 1, 322: 1 << 14, 323: 1 << 14}
+    fields |= {324: 8 + 2 + 12 * 10 + 4, 325: len(content)}  # where the tile lies
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + b"\0" * 4
+    (tmp_path / "a.tif").write_bytes(header + content)
+    with pytest.raises(InputError, match="a.tif: too large: 268 megapixels, the limit is 89"):
+        open_picture(tmp_path / "a.tif")
+
+
 @pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow doesn't read AVIF")
 def test_avif(tmp_path):
     picture(40, 30).save(tmp_path / "a.avif")

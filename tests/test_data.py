@@ -305,14 +305,21 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    kept = [tmp_path / name for name in (".a.pt.1.tmp", ".b.txt.2.tmp", ".c.pt", "d.pt.3.tmp")]
-    for file in (*kept, tmp_path / ".old.pt.4.tmp"):
-        file.touch()
-        if file != kept[0]:  # which another process may be writing
-            os.utime(file, (0, time.time() - 90_000))
-    write_file(tmp_path / "new.pt", Path.touch)
-    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt"}
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = tmp_path / ".old.pt.0123abcd.tmp"
+    left.write_text("half")
+    kept = [tmp_path / name for name in (".b.txt.00000002.tmp", ".c.pt", "d.pt.00000003.tmp", ".e.pt.x.tmp")]
+    for file in kept:
+        file.write_text("not ours")
+        os.utime(file, (0, time.time() - 90_000))
+
+    def write(file):
+        assert not left.exists()
+        file.write_text("new")
+        write_file(tmp_path / "other.pt", Path.touch)  # as another process may: what is written is locked
+
+    write_file(tmp_path / "new.pt", write)
+    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt", tmp_path / "other.pt"}
 
 
 @pytest.mark.parametrize("amx", (False, True))

@@ -2,6 +2,7 @@
 no network."""
 import ast
 import itertools
+import io
 import json
 import re
 import runpy
@@ -116,6 +117,7 @@ def run(here, monkeypatch, capsys):
             Path(file or "said").write_text(out)
         else:
             monkeypatch.setattr(sys, "argv", words[1:])
+            monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
             code = 0
             try:
                 runpy.run_path(words[1], run_name="__main__")

@@ -1,4 +1,5 @@
 """Many pictures, many processes: torchrun, tar shards, features kept on disk."""
+import gzip
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import formats.shards
 import train
 from conftest import ROOT
 from formats.shards import Shards, read_shard
@@ -228,6 +230,95 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert command(monkeypatch, train, *options, "--data", "in/1.tar,in/2.tar", "--out", "none") == 2
     assert "pictures can't be read; the last: in/" in capsys.readouterr().err
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pair_of(name: str, content: bytes = b"picture", caption: bytes = b"a cat") -> bytes:
+    blocks = []
+    for member, content in ((f"{name}.jpg", content), (f"{name}.txt", caption)):
+        blocks += header(member, len(content)), content, b"\0" * (-len(content) % 512)
+    return b"".join(blocks)
+
+
+def sparse(name: str, size: int) -> bytes:
+    """A GNU sparse member, all of it a hole: a header alone."""
+    block = bytearray(header(name, 0, tarfile.GNUTYPE_SPARSE))
+    block[386:410] = b"%011o\0" % 0 * 2
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:])
+    return bytes(block)
+
+
+PAX = b"100000 path=" + b"a" * 99_987 + b"\n"  # one record
+GLOBALS = header("g", 9_000, tarfile.XGLTYPE) + (b"9000 k=" + b"v" * 8_992 + b"\n").ljust(9_216, b"\0")
+
+
+@pytest.mark.parametrize("content, fault", (
+    (header("x", 100_000, tarfile.XHDTYPE) + PAX + b"\0" * (-len(PAX) % 512), "headers of more than 16,384"),
+    (header("x", 100_000, tarfile.XGLTYPE) + PAX + b"\0" * (-len(PAX) % 512), "headers of more than 16,384"),
+    (header("x", 99_840, tarfile.GNUTYPE_LONGNAME) + b"a" * 99_840, "headers of more than 16,384"),
+    (header("x", 99_840, tarfile.GNUTYPE_LONGLINK) + b"a" * 99_840, "headers of more than 16,384"),
+    (GLOBALS * 2, "headers of more than 16,384"),
+    (header("x", -512, tarfile.XHDTYPE), "headers of more than 16,384"),
+    (sparse("x.jpg", 1000), "x.jpg is a sparse file"),
+    (header("x.jpg", -1024), "x.jpg says that it has -1,024 bytes"),
+    (header("x.bin", -1024), "a member begins before the end of the last"),
+    (pair_of("x", caption=b"a" * ((1 << 24) + 1)), "x.txt says that it has 16,777,217 bytes"),
+    (pair_of("x", b" " * 5000) * 2, "the members of x say that they have 10,005 bytes")))
+def test_a_shard_is_read_up_to_what_no_honest_one_has(content, fault, tmp_path, monkeypatch):
+    """Headers that only tarfile would keep, sizes that nothing stands for, texts that nobody wrote."""
+    if "members of" in fault:
+        monkeypatch.setattr(formats.shards, "MOST_PAIR", 10_004, raising=False)
+    (tmp_path / "a.tar").write_bytes(pair_of("good") + content + pair_of("later") + b"\0" * 1024)
+    first, *rest = read_shard(tmp_path / "a.tar")
+    assert first == "a.tar/good" and first.said == [[("", "a cat")]] and not first.fault
+    assert f"a.tar: broken shard ({fault}" in rest[-1].fault and "a.tar/later" not in rest
+
+
+def test_a_compressed_shard_unpacks_to_so_much(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats.shards, "MOST_PAIR", 1 << 20, raising=False)
+    honest = (shards / "00.tar").read_bytes()
+    for name in ("00.tar.gz", "00.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress(honest[:30_000]) + gzip.compress(honest[30_000:]))
+        pairs = [*read_shard(tmp_path / name)]
+        assert [pair.file for pair in pairs] == [pair.file for pair in read_shard(shards / "00.tar")]
+        assert len(pairs) == 20 and not any(pair.fault for pair in pairs)
+    size = 20 << 20
+    bomb = pair_of("good") + header("x.bin", size) + b"\0" * size + pair_of("later")
+    (tmp_path / "bomb.tgz").write_bytes(gzip.compress(bomb))
+    (tmp_path / "plain.tar").write_bytes(bomb)  # which has its bytes
+    first, last = read_shard(tmp_path / "bomb.tgz")
+    assert not first.fault and "broken shard (it unpacks to more than 100 times its size)" in last.fault
+    assert not any(pair.fault for pair in read_shard(tmp_path / "plain.tar"))
+
+
+def test_pairs_wait_in_so_many_bytes(shards, monkeypatch, capsys):
+    """Fewer wait where they are large; all come, once an epoch, and a resumed run draws the same."""
+    every = sorted(f"{i // 20:02}.tar/a/{i:03}" for i in range(120))
+    most = 12 * len(png(0))
+    read = []
+
+    def counted(path):
+        for pair in read_shard(path):
+            read.append(pair)
+            yield pair
+
+    monkeypatch.setattr(formats.shards, "MOST_HELD", most, raising=False)
+    monkeypatch.setattr(formats.shards, "read_shard", counted)
+    source = Shards(f"{shards}/*.tar").batches(4, 7)
+    names = []
+    for _ in range(30):
+        names += next(source)
+        assert sum(len(pair.file) for pair in read if pair not in names) <= most
+    assert sorted(names) == every and names != [str(pair) for pair in read[:120]]
+    assert next(Shards(f"{shards}/*.tar").batches(4, 7, 11)) == names[44:48]
+    _, out = Shards(f"{shards}/*.tar").held_out(20, 0)
+    assert 2 < len(out) < 13 and f"{len(out)} pairs are held out, not 20" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
