@@ -17,14 +17,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import OURS, Batch, Processor, stack
+from formats.export import export
 from formats.files import InputError, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
+from formats.languages import tie
 from formats.peft import ROOT, WEIGHTS, Tensors, Update, read_folder
 from formats.tokenizer import Tokenizer
 from formats.vlms import PUBLIC, family_of
 from formats.weights import Checkpoint, Family, depth, load_weights
 from llm import LLM, token_losses
-from lora import fold_lora, load_lora, lora_layers, make_layers, replace_layers
+from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, replace_layers
 from support.console import one_of
 from support.kernels import attend, pack
 from support.layers import FeedForward
@@ -843,6 +845,22 @@ class VLM(nn.Module):
             load_lora(getattr(self, part), folder, Tensors(config, found.get(part, {})))
         if "adapter" in found:
             fold_lora(self.adapter, folder, Tensors(config, found["adapter"]))
+
+    def export(self, target: Path) -> None:
+        """Writes a run that began `from` a public VLM to the folder `target` in that one's own layout, its
+        LoRA merged. Raises InputError."""
+        if not self.prefixes:
+            raise InputError(f"{target}: only a run that began with --from has a layout to be written in")
+        merge_lora(self)
+        if self.llm.config.tied and self.llm.head.weight is not self.llm.embedding.weight:
+            raise InputError(f"{target}: the head was trained apart from the embedding, and the layout ties "
+                             "them")
+        llm_family = tie(self.llm.family) if self.llm.config.tied else self.llm.family
+        families = {"vit": self.vit.family, "llm": llm_family, "adapter": self.adapter.family}
+        parts = []
+        for part, family in families.items():
+            parts.append((family, self.prefixes[part], dict(getattr(self, part).named_parameters())))
+        export(target, self.config["from"], parts)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a run's checkpoint holds of the model: "weight.NAME" of the adapter, of what is trained, and

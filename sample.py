@@ -8,6 +8,7 @@
     python sample.py photo.jpg --attention seen.png     # and where each of its words looked
     python sample.py photos/ "*.png" --json             # a line of JSON for each picture
     python sample.py --data captions.csv --images DIR   # caption a whole set and score it
+    python sample.py --model RUN --export FOLDER        # write a run in the layout of its --from
 """
 import argparse
 import glob
@@ -49,6 +50,9 @@ def make_parser() -> Parser:
              "that is no file is the prompt: photo.jpg \"What is this?\"")
     add("--model", metavar="NAME",
         help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
+    add("--export", metavar="FOLDER",
+        help="write the run there in the layout of the public VLM that it began from, LoRA merged, so that "
+             "others open it")
     add("--merge-lora", action="store_true",
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",
@@ -108,8 +112,8 @@ def read_options() -> argparse.Namespace:
         args.prompt = args.pictures.pop()
 
     # What can't be
-    if bool(args.pictures) == bool(args.data):
-        parser.error("give one or more pictures, or --data")
+    if sum(map(bool, (args.pictures, args.data, args.export))) != 1:
+        parser.error("give one or more pictures, --data, or --export")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
     check_meaning(args, parser, (  # options, whether they mean something, why not
@@ -484,6 +488,9 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 
 def main() -> None:
     args = read_options()
+    if args.export:  # in float32: rounded once, when it is written
+        VLM.from_pretrained(args.model or newest_run()).export(Path(args.export))
+        return
     device = pick_device(args.device)
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}

@@ -18,8 +18,8 @@ from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
 from formats.peft import CONFIG, WEIGHTS
-from lora import lora_layers
-from test_vlm import QUICK_SET, command
+from lora import lora_layers, merge_lora
+from test_vlm import QUICK, QUICK_SET, SMALL, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
@@ -348,3 +348,39 @@ def test_the_built_in_backbones_as_public_models(tmp_path):
         close(features, wanted, 2e-3)
         close(vlm.llm(tokens)[..., :-1], llm(tokens))
         assert len(vlm.caption(scenes, max_tokens=3)) == 4
+
+
+@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
+def test_a_run_goes_back_to_the_layout_it_came_from(name, fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
+    options = ["--from", fixtures / name, "--data", "c.csv", "--val", "c.csv", *QUICK_SET, "--batch", "4"]
+    options += ["--lora", "2", "--lora-on", "llm,vit", "--lora-targets", "all", "--lr", "0.05"]
+    assert command(monkeypatch, train, *options, "--precision", "float32", "--out", "run") == 0
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 0
+    assert {path.name for path in Path("public").iterdir()} == {
+        path.name for path in (fixtures / name).iterdir()} - {"golden.safetensors"}
+    before, run, after = (VLM.from_pretrained(str(model)) for model in (fixtures / name, "run", "public"))
+    merge_lora(run)
+    moved = {key: p for key, p in run.named_parameters() if not torch.equal(p, before.get_parameter(key))}
+    assert {key.partition(".")[0] for key in moved} == {"llm", "vit", "adapter"}
+    for key, p in run.named_parameters():  # rounded once, as the files are
+        assert torch.equal(p.bfloat16(), after.get_parameter(key).bfloat16()), key
+    was, now = (load_file(folder / "model.safetensors") for folder in (fixtures / name, Path("public")))
+    assert was.keys() == now.keys() and 0 < sum(torch.equal(was[key], now[key]) for key in was) < len(was)
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
+    assert "public: there is something already" in capsys.readouterr().err
+    assert not [*Path().glob(".*tmp")]
+
+
+def test_what_has_no_public_layout_is_not_exported(fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--out", "run", "--quiet") == 0
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
+    assert "only a run that began with --from has a layout" in capsys.readouterr().err
+    assert command(monkeypatch, sample, "a.png", "--export", "public") == 2
+    assert "give one or more pictures, --data, or --export" in capsys.readouterr().err
+    assert not Path("public").exists()

@@ -19,13 +19,14 @@ from PIL import Image
 
 import experiments
 import sample
+import train
 from adapters import VLM
 from support.shapes import Shapes
 from fixtures import start
 from llm import LLM
 from lora import lora_layers, save_lora
 from test_scale import write_tar
-from test_vlm import SMALL, interrupt
+from test_vlm import SMALL, command, interrupt
 
 README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -86,6 +87,8 @@ def place(tmp_path_factory):
         interrupt(monkeypatch, "--adapter", "qformer", *SMALL, *TINY, "--lora", "2", "--save-every", "1",
                   "--out", "kept/my-run")
         save_lora(VLM.from_pretrained("kept/my-run").llm, "kept/my-run/lora/llm")  # as at a run's end
+        options = ["--from", ROOT / "tests/fixtures/smolvlm", "--data", "questions.json", *TINY_SET]
+        assert command(monkeypatch, train, *options, "--images", "photos", "--out", "kept/my-vlm") == 0
         start.make(Path("kept/public"))
     yield place
     shutil.rmtree(place)
@@ -148,7 +151,9 @@ def check_sample(words: list[str], said: str) -> None:
     leading = itertools.takewhile(lambda word: word[0] != "-", words[2:])
     pictures = [path for name in leading for path in sample.pictures_of(name)]
     lines = Path(options.get(">") or options.get("--save") or "/dev/null").read_text().splitlines()
-    if "--data" in words:
+    if "--export" in words:
+        assert VLM.from_pretrained(options["--export"]).config["adapter"] == "pixelshuffle"
+    elif "--data" in words:
         assert "BLEU-4" in said and "CIDEr-D" in said and len(lines) == 6
     elif "--json" in words:
         assert [json.loads(line)["image"] for line in lines] == pictures and len(pictures) == 6
