@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import train
 from adapters import VLM
 from support.shapes import Shapes
 from fixtures import start
+from formats.shards import read_shard
 from llm import LLM
 from lora import lora_layers, save_lora
 from test_scale import write_tar
@@ -204,13 +206,22 @@ def test_names_in_the_text():
 
 
 @pytest.mark.parametrize("block", [text for language, text in FENCE.findall(README) if language == "python"])
-def test_python(block, here):
+def test_python(block, here, monkeypatch):
     picture = Image.open("photo.jpg")
     names = dict(picture=picture, one=picture, two=picture,
                  llm=LLM.from_pretrained("assets/llm"), another=LLM.from_pretrained("assets/llm"))
+    if "load_dataset" in block:
+        rows = [dict(image=picture, caption=f"picture {i}") for i in range(1003)]
+        hub = types.SimpleNamespace(load_dataset=lambda *_, **how: rows)
+        monkeypatch.setitem(sys.modules, "datasets", hub)
     values = [(eval if isinstance(node, ast.Expr) else exec)(ast.unparse(node), names)
               for node in ast.parse(block).body]
-    if "vlm" in names:
+    if "load_dataset" in block:
+        found = [pair for path in sorted(Path("shards").glob("hub-*.tar")) for pair in read_shard(path)]
+        assert [pair.said for pair in found] == [[[("", row["caption"])]] for row in rows]
+        assert found[0] == "hub-00000.tar/0000" and found[-1] == "hub-00001.tar/0002"
+        assert Image.open(io.BytesIO(found[-1].file)).size == picture.size
+    elif "vlm" in names:
         assert all(len(said) == 1 and isinstance(said[0], str) for said in values[-2:])
     else:
         names["restore"]()
