@@ -35,7 +35,8 @@ COLUMNS = {  # what a column of a table, or a key in JSON, may be called
     "split": ("split",),
 }
 READ = ("a table whose header names a picture and a caption (such as image,caption), JSON lines, and the "
-        "JSON of COCO, VQAv2, Karpathy and LLaVA")
+        "JSON of COCO, VQAv2, Karpathy and LLaVA; a picture is called "
+        f"{', '.join(COLUMNS['image'])}, and a caption {', '.join(COLUMNS['caption'])}")
 ANSWERS = ("gpt", "assistant", "model")  # who answers in a conversation
 QUESTIONS = ("human", "user", "system")
 
