@@ -368,6 +368,15 @@ class Processor:
             rows.append(self.encode(prompt, images=len(group), tiles=tiles, raw=raw)[0])
         return rows, torch.cat(pixels) if pixels else None
 
+    def lost(self) -> str:
+        """Tells how many texts didn't fit the LLM; "" if all did."""
+        told = []
+        if self.cut:
+            told.append(f"{self.cut} texts lost their first turns or words")
+        if self.skipped:
+            told.append(f"{self.skipped} were left out")
+        return f"too long for the language model's {self.positions} positions: {', '.join(told)}" * bool(told)
+
     def text(self, ids: list[int]) -> str:
         """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""
         text = self.tokenizer.decode([id for id in ids if id not in self.end_tokens], special=False)

@@ -348,6 +348,8 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         if not args.quiet:
             for reason in bad.values():
                 print(f"skipped: {reason}", file=sys.stderr)
+    if (lost := vlm.processor.lost()) and not args.quiet:
+        print(lost, file=sys.stderr)
     if args.json:
         print(lines, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)

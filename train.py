@@ -819,13 +819,6 @@ class Run:
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
-        processor = self.vlm.processor
-        if processor.cut:
-            self.say(f"{processor.cut} texts didn't fit the language model's {processor.positions} "
-                     "positions: they lost their first turns or words")
-        if processor.skipped:
-            self.say(f"{processor.skipped} texts didn't fit the language model's {processor.positions} "
-                     "positions even so: they were left out")
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
@@ -870,6 +863,8 @@ class Run:
         if not RANK:
             write_picture(self.folder / "samples.png", contact_sheet(sections))
             self.export_lora()
+        if lost := vlm.processor.lost():
+            self.say(lost)
         return scores
 
     def export_lora(self) -> None:
