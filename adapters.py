@@ -777,9 +777,9 @@ class VLM(nn.Module):
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
         tokens, positions = [x.to(self.device) for x in stack([*zip(rows, targets)])[:2]]
-        most = max(1, *(row.count(processor.marker) for row in rows))
-        words = self.prompt_words(tokens, None, positions)
-        inputs = self.llm_inputs(tokens, self.images(features, words), most)
+        most = max([1] + [row.count(processor.marker) for row in rows])
+        images = self.images(features, self.prompt_words(tokens, None, positions))
+        inputs = self.llm_inputs(tokens, images, most)
         for name in ("embeddings", "positions"):  # without the padding
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
@@ -788,20 +788,22 @@ class VLM(nn.Module):
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
         if score:
-            for answer, score in zip(answers, self.log_probabilities(rows, found, features)):
+            for answer, score in zip(answers, self.log_probabilities(rows, found, images)):
                 answer.log_probability = score
         return answers
 
     def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
-                          features: torch.Tensor | None) -> list[float]:
-        """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids."""
+                          images: torch.Tensor | None) -> list[float]:
+        """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids, with
+        the embeddings (P,Q,D) of their pictures."""
         examples = []
         for row, ids in zip(rows, answers):
             examples.append((row + ids, [False] * len(row) + [True] * len(ids)))
-        most = max(1, *(row.count(self.processor.marker) for row in rows))
-        batch = Batch(*stack(examples), most, [True] * len(rows)).to(self.device)
-        losses = self(batch, features)[0].split([len(ids) for ids in answers])
-        return [-loss.mean().item() for loss in losses]
+        tokens, positions, targets = [x.to(self.device) for x in stack(examples)]
+        with self.autocast(self.llm.dtype):
+            states = self.states(tokens, images, positions)
+            losses = token_losses(states, targets, self.llm.logits, self.llm.config.vocabulary)
+        return [-loss.mean().item() for loss in losses.split([len(ids) for ids in answers])]
 
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,

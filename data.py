@@ -57,11 +57,13 @@ def draw_conversation(captions, index: int, seed: int, epoch: int) -> Conversati
 
 
 def place(turns: Conversation, pictures: int) -> Conversation:
-    """A conversation that says where its pictures stand: first, unless it says so itself."""
-    if any(IMAGE in text for text, _ in turns):
-        return turns
+    """A conversation that says where each of its pictures stands: first, unless it says so itself. Raises
+    InputError where it has room for more."""
+    places = sum(text.count(IMAGE) for text, _ in turns)
+    if places > pictures:
+        raise InputError(f"the prompt has room for {places} pictures, not {pictures}")
     (text, answer), *later = turns
-    return [(IMAGE * pictures + text, answer), *later]
+    return [(IMAGE * (pictures - places) + text, answer), *later]
 
 
 def is_caption(captions, index: int) -> bool:
@@ -176,8 +178,12 @@ class Processor:
         self.vocabulary = llm.vocabulary
         self.positions = llm.max_positions
         self.keeps_lines = format is not OURS  # of questions and answers: in a run of ours a newline ends one
-        self.cut = 0  # how many texts didn't fit, and lost their first turns or words
-        self.skipped = 0  # how many didn't fit even so
+
+        # What didn't fit, each text by its hash: it lost its first turns or words; it didn't fit even so; an
+        # answer was longer than --max-tokens
+        self.cut: set[int] = set()
+        self.skipped: set[int] = set()
+        self.shortened: set[int] = set()
 
         # Ids of ours: a tokenizer may have tokens for which the LLM has no embedding, so that they come
         # behind
@@ -227,8 +233,13 @@ class Processor:
         all the same. Raises InputError where a token has no embedding.
         """
         # The ids of each turn. An answer that is cut ends before the next turn, which isn't learned
+        said_in_all = [*earlier, (text, caption)]
+        if not any(IMAGE in asked for asked, _ in said_in_all):
+            said_in_all = place(said_in_all, images)
+        if caption is None:  # a prompt: the answers in it are given
+            most, max_tokens = max_tokens, self.positions
         turns, rows = [], []
-        for asked, said in place([*earlier, (text, caption)], images):
+        for asked, said in said_in_all:
             turns.append((asked, said, [next(tiles) for _ in range(asked.count(IMAGE))]))
             prompt, answer = self.turn(*turns[-1], max_tokens, not rows, raw)
             if rows and rows[-1][1][-1:] not in self.one_end:
@@ -236,7 +247,7 @@ class Processor:
             rows.append((prompt, answer))
 
         # What is too long loses its first turns, but for their pictures
-        room = self.positions - (min(max_tokens, self.positions // 4) if caption is None else 0)
+        room = self.positions - (min(most, self.positions // 4) if caption is None else 0)
         whole = turns
 
         def excess() -> int:
@@ -254,7 +265,8 @@ class Processor:
             asked = asked[over:].partition(" ")[2]
             turns = [(head + asked, said, sizes), *later]
             rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[1:]]
-        self.cut += turns != whole
+        if turns != whole and excess() <= 0:
+            self.cut.add(hash(str([asked for asked, *_ in whole])))
 
         # All ids, and what is learned of them
         ids, targets = [], []
@@ -308,6 +320,7 @@ class Processor:
         newline = "\n" if self.format is OURS else ""
         ids = self.tokenizer.encode(space + caption.replace(IMAGE, " ") + newline, special=False)
         if len(ids) > max_tokens:
+            self.shortened.add(hash(caption))
             return ids[:max_tokens]
         ended = newline and ids and ids[-1] in self.ends
         return ids if ended else ids + list(self.end_tokens[:1])
@@ -324,8 +337,9 @@ class Processor:
             row = self.encode(text, answer, max_tokens, images, seen, False, prefix, earlier, learn_earlier)
             fits.append(len(row[0]) <= self.positions)
             rows.append(row if fits[-1] else ([0], [False]))
-        self.skipped += fits.count(False)
-        most = max(1, *(ids.count(self.marker) for ids, _ in rows))
+            if not fits[-1]:
+                self.skipped.add(hash(str(examples[n])))
+        most = max([1] + [ids.count(self.marker) for ids, _ in rows])
         spelling = None
         if spelled is not None:
             captions = itertools.chain.from_iterable(itertools.compress(spelled, fits))
@@ -369,13 +383,16 @@ class Processor:
         return rows, torch.cat(pixels) if pixels else None
 
     def lost(self) -> str:
-        """Tells how many texts didn't fit the LLM; "" if all did."""
+        """Tells how many texts didn't fit; "" if all did."""
+        positions = f"for the language model's {self.positions} positions"
         told = []
         if self.cut:
-            told.append(f"{self.cut} texts lost their first turns or words")
+            told.append(f"{len(self.cut)} texts too long {positions} lost their first turns or words")
         if self.skipped:
-            told.append(f"{self.skipped} were left out")
-        return f"too long for the language model's {self.positions} positions: {', '.join(told)}" * bool(told)
+            told.append(f"{len(self.skipped)} texts too long {positions} were left out")
+        if self.shortened:
+            told.append(f"{len(self.shortened)} answers too long for --max-tokens lost their last words")
+        return "; ".join(told)
 
     def text(self, ids: list[int]) -> str:
         """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""

@@ -56,9 +56,9 @@ def make_parser() -> Parser:
     add("--merge-lora", action="store_true",
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",
-        help="text before the caption; the picture stands where it says <image>, or before it all; with "
-             "several <image>s, as many pictures go into each caption (default: the run's own prompt). A "
-             "public VLM gets it as a question, in its own prompt format")
+        help="text before the caption, or the first question; the picture stands where it says <image>, or "
+             "before it all; with several <image>s, as many pictures go into each caption (default: the "
+             "run's own prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
         help="a solved example, to come before each picture; may be given several times")
     add("--chat", action="store_true",
@@ -120,6 +120,8 @@ def read_options() -> argparse.Namespace:
         ("images split_name save workers", args.data, "without --data"),
         ("images split_name", args.data != "shapes", "with the shapes world"),
         ("attention show_prompt chat", not args.data, "with --data"),
+        ("chat json quiet merge_lora split batch beams max_tokens temperature shot compile", not args.export,
+         "with --export"),
         ("attention show_prompt raw_prompt shot beams batch json", not args.chat, "with --chat"),
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
@@ -267,13 +269,13 @@ class Chat:
             words = vlm.prompt_words(tokens, None, positions)
             new = vlm.images(vlm.features(pixels), None if words is None else words[-len(pixels):])
             images = new if images is None else torch.cat([images, new])
-        self.tiles, self.images = tiles, images
 
         # What comes after that which was read: all of it, where the first turns were cut
         same = 0
         while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
             same += 1
         self.cache.length = same
+        self.read = self.read[:same]
         inputs = vlm.llm_inputs(tokens, images)
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
@@ -281,6 +283,7 @@ class Chat:
         decoding = self.decoding | dict(max_tokens=min(self.decoding["max_tokens"], room))
         [found] = vlm.llm.generate(**inputs, **decoding, end_tokens=processor.ends, keep_end=True,
                                    cache=self.cache, on_token=on_token)
+        self.tiles, self.images = tiles, images
         self.read = ids + found[:-1]
         answer = processor.text(found).strip()
         self.turns.append((text, answer))
@@ -289,6 +292,10 @@ class Chat:
 
 def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -> None:
     """Answers line after line of standard input about the pictures in `files`; see --chat."""
+    if "-" in files:
+        raise InputError("-: with --chat, standard input has the questions")
+    if sys.stdin is None:
+        raise InputError("--chat: standard input is closed")
     talk = Chat(vlm, args.split, decoding)
     pictures = [open_picture(name) for name in files]
     question = args.prompt
@@ -300,15 +307,17 @@ def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -
                 print(end="\n" if sys.stdin.isatty() else "")
                 return
         try:
-            if question.startswith("/image "):
-                pictures.append(open_picture(question.removeprefix("/image ").strip()))
+            command, _, name = question.strip().partition(" ")
+            if command == "/image":
+                pictures.append(open_picture(name.strip()))
             elif question.strip():
                 typed = Typed(vlm.processor)
                 answer = talk.ask(question.strip(), pictures, typed if sys.stdout.isatty() else None)
                 print(answer[len(typed.shown):], flush=True)
                 pictures = []
-        except InputError as error:
+        except InputError as error:  # what came with the question is forgotten
             complain(error)
+            pictures = pictures if command == "/image" else []
         question = None
 
 
@@ -376,18 +385,22 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             text = processor.prompt_for(question) if prompt is None or earlier else prompt
             solved = []
             for j, ((question, said), *later) in enumerate(shots.said):
-                solved.append(place([(question or text, said), *later], len(features.tiles[j])))
+                question = question or text
+                if question.count(IMAGE) > len(features.tiles[j]):
+                    question = question.replace(IMAGE, "")
+                solved.append(place([(question, said), *later], len(features.tiles[j])))
             asked = place([*earlier, (text, "")], len(features.tiles[at]))
             *earlier, (text, _) = few_shot([*solved, asked])
             shown = [*range(K), at]
             tiles = (size for j in shown for size in features.tiles[j])
-            ids, learned = processor.encode(text, raw=raw, tiles=tiles, earlier=earlier)
+            ids, learned = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
             if len(ids) < processor.positions:
                 rows.append(ids)
                 targets.append(learned)
                 order += shown
                 answered.append(i)
-        processor.skipped += len(indices) - len(rows)
+            else:
+                processor.skipped.add(hash(str(asked)))
         if rows:
             x = features.pick(order).x
             texts.update(zip(answered, vlm.answer(rows, x, targets=targets, **decoding)))

@@ -531,6 +531,9 @@ class Run:
             if val.count < args.val_size:
                 self.say(f"validates on {val.count} pictures: --val-size {args.val_size} is more than a "
                          "twentieth of them")
+        both = {*getattr(self.train, "paths", ())} & {*getattr(val, "paths", ())}
+        if both:
+            warn(f"{len(both)} pictures are in the training and in the validation set, such as {min(both)}")
         if args.data != "shapes" and not args.origin:
             for part in ("vit", "llm"):
                 if getattr(args, part) == f"assets/{part}":
@@ -758,6 +761,8 @@ class Run:
         right = count = 0
         for indices, features in data.batches(self.size):
             kept = [at for at, i in enumerate(indices) if is_caption(data.captions, i)]
+            if not kept:
+                continue
             features = features.pick(kept)
             asked = [self.arrange("text-image", data.captions, indices[at]) for at in kept]
             sums = []  # of all tokens of an answer, (B,): not every tokenizer has one for it

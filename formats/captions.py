@@ -85,12 +85,15 @@ class Row(NamedTuple):
 
 def usable(row: Row, text_only: bool = False) -> tuple[list[Conversation], str]:
     """The conversations of a row as they are kept, and "", or why the row can't be used. Questions say IMAGE
-    where a picture stands; those of a row that say none, or all at the head, have their pictures first."""
-    kept = []
+    where a picture stands; those of a row that say none, or all at the head, or a single one at the end of
+    the first, have their pictures first."""
+    kept, shown = [], 0
     for turns in row.conversations:
-        turns = [(keep_question(question), keep(answer)) for question, answer in turns if flat(answer)]
-        if turns:
-            kept.append(turns)
+        turns = [(keep_question(question), keep(answer)) for question, answer in turns]
+        answered = [(question, answer) for question, answer in turns if flat(answer)]
+        shown += sum(question.count(IMAGE) for question, answer in turns if not flat(answer))
+        if answered:
+            kept.append(answered)
     asked = bool(kept) and bool(kept[0][0][0])
     if row.fault:
         return [], row.fault
@@ -98,6 +101,8 @@ def usable(row: Row, text_only: bool = False) -> tuple[list[Conversation], str]:
         return [], "without a picture"
     if not kept:
         return [], "without a caption"
+    if shown:
+        return [], "with a picture in a turn without an answer"
 
     # As many pictures as places for them
     for turns in kept:
@@ -107,6 +112,8 @@ def usable(row: Row, text_only: bool = False) -> tuple[list[Conversation], str]:
             return [], f"whose number of {IMAGE}s is not that of its pictures"
         if question.startswith(IMAGE * max(1, places)):
             turns[0] = question[places * len(IMAGE):], answer
+        elif places == 1 and question.endswith(IMAGE):  # as LLaVA has it, which learns it as if it came first
+            turns[0] = question.removesuffix(IMAGE).rstrip(), answer
     return kept, ""
 
 
@@ -223,16 +230,20 @@ class Captions(torch.utils.data.Dataset):
         return part
 
     def by_question(self) -> "Captions":
-        """The same set with an entry for each question: to score all of them. In a conversation it is asked
-        after the turns before it, which are answered."""
+        """The same set with an entry for each question that comes after a picture: to score all of them. In a
+        conversation it is asked after the turns before it, which are answered."""
         part = copy.copy(self)
         part.shown, part.said = [], []
         for shown, conversations in zip(self.shown, self.said):
             asked: dict[tuple, list[Conversation]] = {}
             for turns in conversations:
+                places = [question.count(IMAGE) for question, _ in turns]
                 for n, (question, _) in enumerate(turns):
-                    asked.setdefault((*turns[:n], question), []).append(turns[:n + 1])
-            part.shown += [shown] * len(asked)
+                    # Pictures that a later question shows aren't seen yet
+                    seen = shown[:sum(places[:n + 1])] if any(places) else shown
+                    if seen:
+                        asked.setdefault((seen, *turns[:n], question), []).append(turns[:n + 1])
+            part.shown += [seen for seen, *_ in asked]
             part.said += asked.values()
         return part
 
@@ -441,13 +452,13 @@ def vqa_rows(one: dict, other: dict) -> Iterator[Row]:
 def conversation_row(place: str, images: list[str], turns: list, split: str) -> Row:
     """A conversation, as one row. What is said in several turns of one speaker, or of a system before the
     first question, is joined."""
-    found, asked = [], []
+    found, asked, named_there = [], [], []
     for turn in turns:
         speaker = turn.get("from") or turn.get("role")
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):
-            text, named_there = joined_parts(text)
-            images = images + named_there
+            text, named_in_parts = joined_parts(text)
+            named_there += named_in_parts
         text = text if isinstance(text, str) else ""
         if speaker in QUESTIONS:
             asked.append(text)
@@ -459,7 +470,7 @@ def conversation_row(place: str, images: list[str], turns: list, split: str) -> 
         else:
             question, said = found[-1]
             found[-1] = question, f"{said}\n{text}"
-    return Row(place, images, [found], split)
+    return Row(place, named_there or images, [found], split)
 
 
 def joined_parts(parts: list[dict]) -> tuple[str, list[str]]:

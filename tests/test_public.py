@@ -1,6 +1,7 @@
 """Whole public VLMs equal the reference: pixels, prompts, logits, greedy answers (see fixtures/public.py)."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,8 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
     for more, same in ([], True), (["--no-split"], False):
         score = ["--model", "run", "--data", "captions.csv", "--save", "said.jsonl", "--precision", "float32"]
         assert command(monkeypatch, sample, *score, "--workers", "0", *more) == 0
-        assert ([json.loads(line) for line in Path("said.jsonl").read_text().splitlines()] == scored) is same
+        said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+        assert all(line.pop("log_probability") < 0 for line in said) and (said == scored) is same
     capsys.readouterr()
     assert command(monkeypatch, train, *QUICK_SET, "--split") == 2
     assert "--split means nothing without --from" in capsys.readouterr().err
@@ -374,6 +376,27 @@ def test_a_run_goes_back_to_the_layout_it_came_from(name, fixtures, tmp_path, mo
     assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
     assert "public: there is something already" in capsys.readouterr().err
     assert not [*Path().glob(".*tmp")]
+
+
+def test_an_export_changes_every_tensor_that_depends_on_what_was_trained(fixtures, tmp_path, capsys):
+    """A tied pair that is saved twice; a class token, which ours adds to its position."""
+    origin = tmp_path / "origin"
+    shutil.copytree(fixtures / "llava_qwen", origin)
+    state = load_file(origin / "model.safetensors")
+    [embedding] = [name for name in state if name.endswith("embed_tokens.weight")]
+    save_file(state | {"lm_head.weight": state[embedding].clone()}, origin / "model.safetensors")
+    with torch.no_grad():
+        vlm = VLM.from_pretrained(str(origin))
+        vlm.llm.embedding.weight[3] += 1
+        vlm.export(tmp_path / "qwen")
+        vlm = VLM.from_pretrained(str(fixtures / "llava"))
+        vlm.vit.prefix += 0.5
+        wanted = vlm.vit.prefix.clone()
+        vlm.export(tmp_path / "llava")
+    again = VLM.from_pretrained(str(tmp_path / "qwen"))
+    assert again.llm.head.weight is again.llm.embedding.weight and not capsys.readouterr().err
+    assert torch.equal(again.llm.embedding.weight[3].bfloat16(), (state[embedding][3] + 1).bfloat16())
+    assert torch.allclose(VLM.from_pretrained(str(tmp_path / "llava")).vit.prefix, wanted, atol=0.02)
 
 
 def test_what_has_no_public_layout_is_not_exported(fixtures, tmp_path, monkeypatch, capsys):

@@ -207,7 +207,7 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
         ("e.json", b"[7"), ("f.png", png(2)), ("f.txt", b"\xff\xfe"), ("README.md", b"read me"), *good])
     faults = {pair.removeprefix("0.tar/"): pair.fault for pair in read_shard(Path("in/0.tar"))}
     assert [name for name, fault in faults.items() if not fault] == ["../../up", "/root/up", "d", "g"]
-    assert "no picture" in faults["b"] and "can't be read (JSONDecodeError" in faults["e"]
+    assert "without a picture" in faults["b"] and "can't be read (JSONDecodeError" in faults["e"]
     assert "can't be read (UnicodeDecodeError" in faults["f"]
     whole = (shards / "01.tar").read_bytes()
     header = whole.index(b"a/030.png")

@@ -198,16 +198,19 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
 
 @torch.no_grad()
 def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
-    vlm = small(fixtures)
-    rows = [vlm.processor.encode(text)[0] for text in ("a", "<image>bcb")]
+    vlm = small(fixtures, text=4)
+    rows = [vlm.processor.encode("a"), vlm.processor.encode("bcb", earlier=[("a", "cc")])]
+    rows, learned = zip(*rows)
     features = vlm.features(torch.randn(2, 3, 30, 30))
-    answers = vlm.answer(rows, features, max_tokens=6, score=True)
-    assert answers == vlm.answer(rows, features, max_tokens=6) and len({*answers}) == 2
+    answers = vlm.answer(rows, features, max_tokens=6, score=True, targets=learned)
+    assert answers == vlm.answer(rows, features, max_tokens=6, targets=learned) and len({*answers}) == 2
     for i, answer in enumerate(answers):
-        [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), vlm.images(features[i:i + 1])),
+        words = torch.tensor([[0, 20, -1, -1]])  # what the adapter reads: the start, "a", no answer
+        images = vlm.images(features[i:i + 1], words)
+        [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), images),
                                  max_tokens=6, end_tokens=vlm.processor.ends, keep_end=True)
         tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
-        logits = vlm.logits(tokens, features[i:i + 1], where)
+        logits = vlm.llm.logits(vlm.states(tokens, images, where))
         assert answer.log_probability == pytest.approx(-F.cross_entropy(logits, targets).item(), abs=1e-4)
 
 
