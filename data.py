@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from formats.captions import IMAGE
-from formats.files import InputError, named, read_tensors, write_file, write_rows
+from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import one_of
@@ -479,11 +479,11 @@ class Encoded:
         """The features from the file in --features, which is written first where it isn't there."""
         path = Path(self.args.features, f"{self.key()}.safetensors")
         device = self.vlm.device
+        shape = (len(self.captions), *self.shape)
 
         def write(file: Path) -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             rows = (rows for _, rows in self.encode())
-            write_rows(file, (len(self.captions), *self.shape), self.dtype, rows,
+            write_rows(file, shape, self.dtype, rows,
                        lambda: [i not in self.bad for i in range(len(self.captions))])
 
         there = torch.tensor(path.is_file(), device=device, dtype=torch.int)
@@ -491,6 +491,8 @@ class Encoded:
             if LOCAL:  # one process on each machine writes, the others encode their share
                 collections.deque(self.encode(), 0)
             else:
+                with guard(path.parent, "can't be written"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, write)
             total(torch.zeros(1, device=device))  # wait until the file is there
 

@@ -23,7 +23,7 @@ from PIL import Image
 from adapters import CHECKPOINT, VLM
 from data import Views, chunks, encode_pictures, few_shot, stack
 from formats.captions import IMAGE, Captions, flat
-from formats.files import InputError, write_text
+from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
 from lora import merge_lora
 from support.console import Parser, complain, machine_options, run
@@ -332,6 +332,9 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 
 def main() -> None:
     args = read_options()
+    for file in (args.save, args.attention):
+        if file is not None:
+            check_writable(Path(file))
     device = pick_device(args.device)
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}

@@ -301,8 +301,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    kept = [tmp_path / name for name in (".a.pt.1.tmp", ".b.txt.2.tmp", ".c.pt", "d.pt.3.tmp")]
-    for file in (*kept, tmp_path / ".old.pt.4.tmp"):
+    kept = [tmp_path / name for name in (".a.pt.1.vlm-tmp", ".b.pt.2.tmp", ".c.pt", "d.pt.3.vlm-tmp")]
+    for file in (*kept, tmp_path / ".old.txt.4.vlm-tmp"):
         file.touch()
         if file != kept[0]:  # which another process may be writing
             os.utime(file, (0, time.time() - 90_000))
