@@ -497,8 +497,11 @@ class Encoded:
             total(torch.zeros(1, device=device))  # wait until the file is there
 
         found = read_tensors(path)
-        for i in (~found["marks"]).nonzero().flatten().tolist():
-            self.bad.setdefault(i, f"{self.captions.name(i)}: couldn't be read")
+        compare({"rows": torch.empty(shape, dtype=self.dtype, device="meta"),
+                 "marks": torch.empty(shape[:1], dtype=torch.bool, device="meta")}, found, path)
+        unread = (~found["marks"]).nonzero().flatten().tolist()
+        reasons = {i: f"{self.captions.name(i)}: couldn't be read" for i in unread}
+        count_bad(self.bad, reasons | self.bad, self.captions)
         rows = found["rows"]  # read from the disk when they are asked for, unless a GPU has room for all
         return rows.to(device) if rows.nbytes < free_memory(device) / 2 else rows
 

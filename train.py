@@ -16,6 +16,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,18 +26,18 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, build, take_over
+from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build, resume_state
 from data import (Batch, Encoded, Views, arrange, chunks, draw_caption, draw_layout, draw_shots, few_shot,
                   layout_weights, read_pictures, shuffled)
 from formats.captions import Captions
-from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, warn, write_json,
-                           write_tensors, write_text)
+from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
+                           warn, write_json, write_tensors, write_text)
 from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
 from sample import as_lines, caption_set
 from support.console import Parser, machine_options, one_of, run
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
-from support.journal import Log, Progress, Signals
+from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, send
 from support.processes import RANK, WORLD, start_processes, total, united
 from support.scores import rate, table
@@ -168,10 +169,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     add = parser.add_argument_group("files").add_argument
-    add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
+    add("--out", metavar="FOLDER",
+        help="where the run goes (default: out/<time>-<adapter>); other files may be there, if none has the "
+             "name of one that a run writes")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
     add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
-    add("--save-every", type=int, default=500, help="steps between validations and checkpoints")
+    add("--save-every", type=int, default=500,
+        help="steps between validations and checkpoints; these come every ten minutes too")
     add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
@@ -259,7 +263,8 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
         if option is None:
             raise InputError(f"{path}: {name} can't be {value!r}")
         kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
-        if not (isinstance(value, kinds) or value is option.default is None):
+        right = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+        if not (right or value is option.default is None):
             raise InputError(f"{path}: {name} can't be {value!r}")
     return saved
 
@@ -422,36 +427,43 @@ def schedule(step: int, args: argparse.Namespace) -> float:
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
     """Writes the one file of a run: what `VLM.from_pretrained` reads, and what --resume needs, with the
     `losses` since the last line of metrics.jsonl."""
-    state = vlm.state()
-    for name, p in vlm.trained.items():
-        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
-    state["losses"] = torch.tensor([loss.item() for loss in losses])
+    losses = torch.tensor([loss.item() for loss in losses])
+    state = checkpoint_state(vlm, optimizer, scaler, losses)
     write_tensors(folder / CHECKPOINT, state, {"step": str(step)})
 
 
-def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
-    """Takes up what `save_checkpoint` left. Returns the number of steps done, and the losses since the last
-    line. A run that came to no checkpoint starts anew."""
+def checkpoint_state(vlm: VLM, optimizer, scaler, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    moments = {name: optimizer.state[p] for name, p in vlm.trained.items()}
+    return vlm.state() | resume_state(moments, scaler, losses)
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
+                    steps: int) -> tuple[int, list[torch.Tensor]]:
+    """Takes up what `save_checkpoint` left. Returns the number of steps done, of the run's `steps`, and the
+    losses since the last line. A run that came to no checkpoint starts anew. Raises InputError where a tensor
+    there isn't one that `save_checkpoint` would write now."""
     path = folder / CHECKPOINT
     if not path.is_file():
         if (folder / "adapter.safetensors").is_file():
             raise InputError(f"{folder}: a run of an older version of train.py, which can't go on")
         return 0, []
-    with guard(path, "not a whole checkpoint"):
-        # The weights
-        step, state = int(read_metadata(path)["step"]), read_tensors(path)
-        weights = {name: state[f"weight.{name}"] for name in vlm.trained if f"weight.{name}" in state}
-        take_over(vlm.trained, weights, path)
+    found = read_tensors(path)
+    said = read_metadata(path).get("step", "none")
+    if not re.fullmatch("[0-9]{1,18}", said) or int(said) > steps:
+        raise InputError(f"{path}: its step is {said}, not a number up to {steps}")
+    step = int(said)
+    losses = found.get("losses", torch.zeros(0))
+    expected = torch.zeros(min(losses.numel(), step))  # so many at most come since the last line
+    compare(checkpoint_state(vlm, optimizer, scaler, expected), found, path)
 
-        # What AdamW keeps of each, and what the scaler keeps
-        for name, p in vlm.trained.items():
-            moments = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-            if not optimizer.defaults["fused"]:  # then the CPU counts steps, and would wait for each
-                moments["step"] = moments["step"].cpu()
-            optimizer.state[p] = moments
-        scaler.load_state_dict({key: state[f"scaler.{key}"].item() for key in scaler.state_dict()})
-        return step, list(state["losses"])
+    # The weights, what AdamW keeps of each, and what the scaler keeps
+    for name, p in vlm.trained.items():
+        p.copy_(found[f"weight.{name}"])
+        for key, value in optimizer.state[p].items():
+            value.copy_(found[f"{key}.{name}"])
+    scaler.load_state_dict({key: found[f"scaler.{key}"].item() for key in scaler.state_dict()})
+    return step, list(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -469,6 +481,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        if args.out and not args.resume and not RANK:
+            check_new(Path(args.out))
         self.train, val, self.unseen = caption_sets(args)
         self.streamed = isinstance(self.train, Shards)
         self.layouts = layout_weights(args.layout)
@@ -532,6 +546,11 @@ class Run:
         self.fused = self.device.type != "mps"
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
+        for p in vlm.trained.values():  # what a checkpoint holds is known before the first step
+            state = adamw_state(p)
+            if not self.fused:  # then the CPU counts steps, and would wait for each
+                state["step"] = state["step"].cpu()
+            self.optimizer.state[p] = state
         compiles = compiling_pays(vlm, args) if args.compile is None else args.compile
         if compiles and can_compile(self.device):
             vlm.compile_blocks()
@@ -548,9 +567,10 @@ class Run:
         self.log = Log(self.folder, args.tensorboard)
         self.first, self.losses = 0, []
         if args.resume:
-            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler)
-        elif not RANK and (self.folder / "config.json").exists():
-            raise InputError(f"{self.folder}: there is a run already: --resume it, or give another --out")
+            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler,
+                                                      args.steps)
+        elif not RANK:
+            check_new(self.folder)  # again: it is this process's alone only now
         self.log.begin(self.first)
         count = sum(p.numel() for p in self.trained)
         self.say(f"{self.folder}: {adapter} adapter, {count:,} trained parameters, "

@@ -1,18 +1,53 @@
 """A run's log, its progress on the terminal, and the signals that stop it."""
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Iterable, Iterator, TextIO
 
 import torch
 import torch.distributed as dist
 
-from formats.files import InputError, guard
+from formats.files import InputError, guard, remove_leftovers
 from support.processes import RANK, WORLD
+
+# What a run writes to its folder, beside TensorBoard's files, which get a new name each time
+WRITTEN = ("config.json", "checkpoint.safetensors", "metrics.jsonl", "curves.png", "samples.png",
+           "captions-*.jsonl", "unreadable.txt", "lora")
+MOST_LOST = 600  # seconds of steps, when a run is killed
+
+
+def check_new(folder: Path) -> None:
+    """Raises InputError where a new run in `folder` would write over what is there. An empty metrics.jsonl,
+    which a run leaves that was killed at its start, is nothing."""
+    there = []
+    with guard(folder), contextlib.suppress(FileNotFoundError):
+        there = sorted(os.listdir(folder))
+        if {"config.json", "metrics.jsonl"} <= {*there}:
+            raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
+        if not (folder / "metrics.jsonl").stat().st_size:
+            there.remove("metrics.jsonl")
+    for name in there:
+        if any(fnmatch(name, pattern) for pattern in WRITTEN):
+            raise InputError(f"{folder}: there is a {name} already, which a run writes: give another --out")
+
+
+def is_line(entry) -> bool:
+    """Whether a JSON value is a line of metrics.jsonl: a whole step, other numbers, and scores by row."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or entry["step"] < 0:
+        return False
+    values = [value for name, value in entry.items() if name != "scores"]
+    rows = entry.get("scores", {})
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        return False
+    for row in rows.values():
+        values += row.values()
+    return all(value is None or type(value) in (int, float) for value in values)
 
 
 class Log:
@@ -32,26 +67,31 @@ class Log:
             self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
             if not lock(self.file):
                 raise InputError(f"{folder}: another process is training in it")
-            for left in folder.rglob(".*tmp*"):  # left by a process that was killed
-                left.unlink()
 
     def begin(self, step: int) -> None:
-        """Removes the lines after `step`, and the scores."""
+        """Removes the lines after `step`, the scores, and what a killed process left. Raises InputError where
+        a line isn't a run's."""
         if RANK:
             return
+        for place in (self.folder, self.folder / "lora" / "llm", self.folder / "lora" / "vit"):
+            remove_leftovers(place)
 
-        def stays(line: bytes) -> bool:
-            try:
-                entry = json.loads(line)
-                return entry["step"] <= step and "scores" not in entry
-            except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
-                return False
-
-        # Keep the lines up to the first that doesn't stay
+        # Keep the lines up to the first that doesn't stay. What has no end was cut short
         with guard(self.file.name):
             self.file.seek(0)
-            lines = self.file.read().splitlines(keepends=True)
-            self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
+            *lines, _ = self.file.read().split(b"\n")
+            entries = []
+            for number, line in enumerate(lines, 1):
+                with guard(f"{self.file.name}: line {number}", "not a line of a run"):
+                    entries.append(json.loads(line))
+                    if not is_line(entries[-1]):
+                        raise ValueError("a step and other numbers belong there")
+            kept = 0  # bytes
+            for line, entry in zip(lines, entries):
+                if entry["step"] > step or "scores" in entry:
+                    break
+                kept += len(line) + 1
+            self.file.truncate(kept)
         if self.tensorboard:
             self.board = board_writer()(self.folder, purge_step=step)
 

@@ -240,9 +240,10 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch, capsys)
     pid = start(*RUN, "--out", "run", before=lambda: setattr(
         torch.optim.AdamW, "step", lambda *_: os.kill(os.getpid(), signal.SIGSTOP)))
     os.waitpid(pid, os.WUNTRACED)
-    for options in (["--resume", "run"], [*RUN, "--out", "run"]):
+    for options, said in ((["--resume", "run"], "run: another process is training in it"),
+                          ([*RUN, "--out", "run"], "run: there is a run already")):
         assert command(monkeypatch, train, *options) == 2
-        assert "run: another process is training in it" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     os.kill(pid, signal.SIGKILL)
     end(pid)
     assert finish("--resume", "run") == 0  # what it held went with it

@@ -54,6 +54,133 @@ def refusal(monkeypatch, capsys, module, *arguments) -> str:
     return line
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Other people's files
+
+def test_other_files_in_a_runs_folder_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [Path(name) for name in ("run/notes.txt", "run/.draft.tmp", "run/deep/.vim.tmp.swp",
+                                      "run/lora.txt", "run/.checkpoint.safetensors.7.tmp")]
+    Path("run/deep").mkdir(parents=True)
+    for path in others:
+        path.write_text("mine")
+        os.utime(path, (0, 0))
+    assert command(monkeypatch, train, *TINY, "--out", "run") == 0
+    Path("run/.curves.png.7.vlm-tmp").write_text("a killed process left it")
+    assert command(monkeypatch, train, "--resume", "run") == 0
+    assert all(path.read_text() == "mine" for path in others)
+    assert not any(Path("run").glob(".*.vlm-tmp"))
+
+
+@pytest.mark.parametrize("name", ("metrics.jsonl", "config.json", "samples.png", "captions-me.jsonl", "lora"))
+def test_a_folder_with_a_file_that_a_run_writes_is_refused_first(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "build", lambda *_: 1 / 0)
+    Path("mine").mkdir()
+    Path("mine", name).write_text("{}")
+    Path("mine/.a.tmp").touch()
+    line = refusal(monkeypatch, capsys, train, *TINY, "--out", "mine")
+    assert f"mine: there is a {name} already" in line
+    assert {path.name for path in Path("mine").iterdir()} == {name, ".a.tmp"}
+    assert Path("mine", name).read_text() == "{}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is read again
+
+def changed(state: dict):
+    """A checkpoint's tensors, of which one isn't as the run wrote it, behind what the error says."""
+    weight = next(name for name in state if name.startswith("weight.adapter.") and state[name].dim() == 2)
+    name = weight.removeprefix("weight.")
+    lora = next(name for name in state if name.startswith("weight.llm.") and name.endswith(".A"))
+    for key in (weight, lora, f"exp_avg.{name}", f"exp_avg_sq.{name}", f"step.{name}"):
+        tensor = state[key]
+        yield f"'{key}' is missing", {k: v for k, v in state.items() if k != key}
+        yield f"'{key}' is {tuple(tensor.shape)} float64", state | {key: tensor.double()}
+        other = tensor[..., :1].clone() if tensor.dim() else torch.ones(3)
+        yield key.removeprefix("weight.").removesuffix(".A"), state | {key: other}
+    yield "'losses' is (1, 1) float32", state | {"losses": torch.ones(1, 1)}
+    for key in ("weight.llm.norm.weight", f"exp_avg.x{name}", "scaler.scale", "other"):
+        yield f"'{key}' is ", state | {key: torch.ones(64)}
+    scale = lora.replace("weight.", "scale.").removesuffix(".A")
+    yield f"'{scale}' is () int64", state | {scale: torch.tensor(2)}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_the_run_would_not_write_is_refused(run, monkeypatch, capsys):
+    path = run / "checkpoint.safetensors"
+    state = load_file(path)
+    for said, tensors in changed(state):
+        write_tensors(path, tensors, {"step": "2"})
+        line = refusal(monkeypatch, capsys, train, "--resume", "run")
+        assert "run/checkpoint.safetensors: " in line and said in line, (said, line)
+        with pytest.raises(InputError, match="run/checkpoint.safetensors: "):
+            VLM.from_pretrained("run")
+    for step in ("-1", "5", "1.5", "x", "", "9" * 5000):
+        write_tensors(path, state, {"step": step})
+        line = refusal(monkeypatch, capsys, train, "--resume", "run")
+        assert "run/checkpoint.safetensors: its step is " in line
+    write_tensors(path, state, {"step": "2"})
+    assert command(monkeypatch, train, "--resume", "run") == 0
+
+
+@pytest.mark.parametrize("line", ("[]", "7", "no", '{"loss": 1}', '{"step": 1.5}', '{"step": true}',
+                                  '{"step": -1}', '{"step": 1, "loss": "low"}',
+                                  '{"step": 1, "scores": [1]}', '{"step": 1, "scores": {"val": {"x": "y"}}}'))
+def test_a_line_that_is_not_a_runs_is_named_and_kept(line, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    content = f'{{"step": 1, "loss": 2.5}}\n{line}\n{{"step": 2}}\n{{"st'
+    file.write_text(content)
+    log = journal.Log(tmp_path)
+    with pytest.raises(InputError, match="metrics.jsonl: line 2: not a line of a run"):
+        log.begin(1)
+    assert file.read_text() == content
+    file.write_text(content.replace(line, '{"step": 1, "val": null}'))
+    log.begin(1)
+    log.close()
+    assert file.read_text().count("\n") == 2  # neither the second step nor what was cut short
+
+
+def test_kept_features_are_compared_with_what_the_run_would_keep(begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vlm = VLM.from_pretrained(str(begun))
+    args = train.make_parser().parse_args([*TINY, "--features", "kept", "--quiet"])
+    captions = train.Shapes(12)
+    whole = Encoded(vlm, captions, args).features
+    file, = Path("kept").iterdir()
+    state = load_file(file)
+    for key, value in (("rows", state["rows"][:5].clone()), ("rows", state["rows"].double()),
+                       ("rows", state["rows"][..., :9].clone()), ("marks", state["marks"][:3].clone()),
+                       ("marks", state["marks"].float()), ("other", torch.ones(3))):
+        save_file(state | {key: value}, file)
+        with pytest.raises(InputError, match=f"kept/.*: tensor '{key}' is "):
+            Encoded(vlm, captions, args)
+    save_file({"rows": state["rows"], "marks": torch.zeros(12, dtype=torch.bool)}, file)
+    with pytest.raises(InputError, match="12 of 12 pictures can't be read"):
+        Encoded(vlm, captions, args)
+    save_file(state, file)
+    assert torch.equal(Encoded(vlm, captions, args).features, whole)
+
+
+def test_a_lora_in_parts_or_without_measure_is_refused(fixtures, tmp_path):
+    llm = LLM.from_pretrained(str(fixtures / "llama"))
+    add_lora(llm, 2, 4)
+    save_lora(llm, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / WEIGHTS
+    options, state = json.loads(config.read_text()), load_file(weights)
+    part = next(iter(state)).removesuffix("lora_A.weight")
+    for changed, tensors, said in (
+            ({"lora_alpha": float("inf")}, state, "lora_alpha is inf"),
+            ({}, {k: v for k, v in state.items() if not k.startswith(part)},
+             "5 layers have an update, target_modules names 6"),
+            ({}, state | {f"{part}lora_A.weight": state[f"{part}lora_A.weight"].to(torch.float8_e4m3fn)},
+             "is not the low-rank update")):
+        config.write_text(json.dumps(options | changed))
+        save_file(tensors, weights)
+        with pytest.raises(InputError, match=said):
+            load_lora(LLM.from_pretrained(str(fixtures / "llama")), tmp_path)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="no modes")
 def test_files_of_a_run_have_the_modes_that_the_user_asks_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
