@@ -784,32 +784,36 @@ class Run:
                     bad = [united(self.bad), self.val.bad]
                 progress.show(line)
                 self.log.add(line)
-                if save and not RANK:
-                    self.report(bad)
                 progress.begin()
 
             # A checkpoint
-            asked = signals.agreed(step, self.device)
-            if asked or save:
+            asked, due = signals.agreed(step, self.device)
+            if asked or save or due:
                 if not RANK:
                     save_checkpoint(self.folder, step + 1, self.vlm, self.optimizer, self.scaler,
                                     progress.losses)
-                signals.unsaved = False
+                signals.saved()
+            if save and not RANK:
+                self.report(bad)
             if asked:
                 print(f"stopped after step {step + 1}: python train.py --resume {self.folder} goes on",
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
+        if self.first == args.steps and not RANK:  # it was killed before it could
+            self.report([])
         if cut := self.vlm.processor.cut:
             self.say(f"{cut} texts didn't fit the language model's {self.vlm.processor.positions} positions: "
                      "they lost their first words")
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
-        write_picture(self.folder / "curves.png", curves(self.log.entries(), self.folder.name))
+        with only_warn(self.folder / "curves.png"):
+            write_picture(self.folder / "curves.png", curves(self.log.entries(), self.folder.name))
         reasons = [f"{reason}\n" for found in bad for reason in found.values()]
         if reasons:
-            write_text(self.folder / "unreadable.txt", "".join(reasons))
+            with only_warn(self.folder / "unreadable.txt", "can't be written"):
+                write_text(self.folder / "unreadable.txt", "".join(reasons))
 
     def score(self) -> dict[str, dict[str, float]]:
         """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""
@@ -845,7 +849,8 @@ class Run:
                 sections += best_and_worst(label, data.captions, texts, ratings)
         self.log.add({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
         if not RANK:
-            write_picture(self.folder / "samples.png", contact_sheet(sections))
+            with only_warn(self.folder / "samples.png"):
+                write_picture(self.folder / "samples.png", contact_sheet(sections))
             self.export_lora()
         return scores
 

@@ -149,27 +149,38 @@ def lock(file) -> bool:
 
 class Signals:
     """Handles Ctrl-C and a cluster's SIGTERM. Ends the process at once if no step would be lost, or the
-    second time. Otherwise stores the signal in `asked`: the loop sees it after the step."""
+    second time. Otherwise stores the signal in `asked`: the loop sees it after the step. Tells, too, when a
+    checkpoint is due."""
 
     def __init__(self):
-        self.unsaved = False
         self.asked = 0
+        self.saved()
+
+    def saved(self) -> None:
+        """Takes note that no step would be lost now."""
+        self.unsaved = False
+        self.last_saved = self.last_looked = time.monotonic()
 
     def __call__(self, number: int, frame) -> None:
         if self.asked or not self.unsaved:
             raise SystemExit(128 + number)
         self.asked = number
 
-    def agreed(self, step: int, device: torch.device) -> int:
-        """Returns the signal that any of torchrun's processes got, or 0. Several processes look only in every
-        tenth step, so that they don't wait for each other in each."""
+    def agreed(self, step: int, device: torch.device) -> tuple[int, bool]:
+        """Returns the signal that any of torchrun's processes got, or 0; and whether more than MOST_LOST
+        seconds of steps would be unsaved when it looks again. Several processes look only in every tenth
+        step, so that they don't wait for each other in each."""
+        if WORLD > 1 and step % 10 < 9:
+            return 0, False
+        now = time.monotonic()
+        due = now - self.last_saved + now - self.last_looked > MOST_LOST
+        self.last_looked = now
         if WORLD == 1:
-            return self.asked
-        if step % 10 < 9:
-            return 0
-        asked = torch.tensor(self.asked, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked.item()
+            return self.asked, due
+        found = torch.tensor([self.asked, due], device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        asked, due = found.tolist()
+        return asked, bool(due)
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}

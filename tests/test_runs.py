@@ -181,6 +181,95 @@ def test_a_lora_in_parts_or_without_measure_is_refused(fixtures, tmp_path):
             load_lora(LLM.from_pretrained(str(fixtures / "llama")), tmp_path)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# What can be missed stops nothing
+
+def test_a_run_whose_name_has_two_lines_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, *TINY, "--out", "two\nlines") == 0
+    assert {"curves.png", "samples.png", "checkpoint.safetensors"} <= {*os.listdir("two\nlines")}
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_drawn_costs_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("curves", "contact_sheet"):
+        monkeypatch.setattr(train, name, lambda *_: {}["no such font"])
+    assert command(monkeypatch, train, *TINY, "--out", "run") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: run/curves.png: can't be drawn (KeyError: 'no such font')") == 2
+    assert captured.err.count("warning: run/samples.png: can't be drawn") == 1
+    assert "| test (4) " in captured.out and Path("run/checkpoint.safetensors").exists()
+
+
+def caption_file(count: int = 24) -> None:
+    Path("photos").mkdir()
+    for i in range(count):
+        picture(20 + i, 30).save(f"photos/{i}.png")
+    rows = [f"{i}.png,a picture {i} of many\n" for i in range(count)]
+    Path("c.csv").write_text("image,caption\n" + "".join(rows))
+
+
+def test_a_picture_that_is_gone_costs_its_sample_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    caption_file()
+    learn = train.Run.learn
+
+    def learned(self, signals):
+        learn(self, signals)
+        self.val.captions.paths[0].unlink()
+
+    monkeypatch.setattr(train.Run, "learn", learned)
+    assert command(monkeypatch, train, *TINY, "--data", "c.csv", "--images", "photos", "--val", "c.csv",
+                   "--out", "run") == 0
+    captured = capsys.readouterr()
+    assert "| val (4) " in captured.out and Path("run/samples.png").exists()
+    assert captured.err.count("warning: not drawn among the samples: ") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# When a run is saved, and how
+
+class Clock:
+    """In place of the module `time`: four minutes pass between two looks of Signals."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += 240
+        return self.seconds
+
+    def time(self) -> float:
+        self.seconds += 0.1
+        return self.seconds
+
+
+def test_ten_minutes_of_work_are_lost_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--steps", "8", "--save-every", "100", "--log-every", "3", "--lr", "1e-2"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    steps, save = [], train.save_checkpoint
+
+    def saved(folder, step, *rest):
+        save(folder, step, *rest)
+        steps.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    monkeypatch.setattr(journal, "time", Clock())
+    assert command(monkeypatch, train, *options, "--out", "parts") == 130
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    assert steps == [2, 4, 6, 8]
+    whole, parts = (load_file(f"{run}/checkpoint.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = ([json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+                    for run in ("whole", "parts"))
+    assert [(line["step"], line.get("loss")) for line in whole] == [
+        (line["step"], line.get("loss")) for line in parts]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="no modes")
 def test_files_of_a_run_have_the_modes_that_the_user_asks_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
