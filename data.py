@@ -1,9 +1,9 @@
 """From pictures and captions to what the model reads: layouts, the processor, batches, kept features.
 
 A *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which are (question,
-caption), "" for no question. i is a number below its length or, in `Shards`, a `Pair`. There are three kinds:
-`Captions` in formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the built-in world, in
-support/shapes.py.
+caption), "" for no question. i is a number below its length or, in `Shards`, a `Pair`; `s.label` is what
+progress calls the set, which `Shards` needn't have. There are three kinds: `Captions` in formats/captions.py,
+`Shards` in formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
 """
 import collections
 import hashlib
@@ -23,6 +23,7 @@ from formats.files import InputError, compare, guard, named, read_tensors, write
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import one_of
+from support.journal import counted
 from support.machine import free_memory, send
 from support.processes import LOCAL, RANK, WORLD, total, united
 
@@ -463,7 +464,9 @@ class Encoded:
         parts = chunks(range(len(self.captions)), 64 * WORLD)
         shares = [chunk[RANK::WORLD] for chunk in parts]
         encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers)
-        for chunk, (indices, features) in zip(parts, encoded):
+        shown = counted(zip(parts, encoded), "encoded", len(self.captions), self.captions.label,
+                        self.args.quiet)
+        for chunk, (indices, features) in shown:
             # This process's rows, zeros of the others'; their sum has all
             rows = self.zeros(len(chunk))
             if indices:
@@ -473,7 +476,8 @@ class Encoded:
         self.bad.update(united(self.bad))
         if not self.args.quiet:
             count = len(self.captions) - len(self.bad)
-            print(f"encoded {count} pictures in {time.time() - start:.0f} s", flush=True)
+            print(f"encoded {count} pictures of {self.captions.label} in {time.time() - start:.0f} s",
+                  flush=True)
 
     def encode_to_file(self) -> torch.Tensor:
         """The features from the file in --features, which is written first where it isn't there."""
@@ -526,12 +530,11 @@ class Encoded:
 
     def batches(self, size: int, first: int = 0):
         """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
-        batches = chunks(self.readable[first:], size)
+        places = self.readable[first:]
+        batches = chunks(places, size)
         if self.features is not None:
-            for indices in batches:
-                yield indices, self.of(indices)
-            return
-        encoded = encode_pictures(self.vlm, self.captions, batches, self.bad, self.args.workers)
-        for indices, features in encoded:
-            if indices:
-                yield indices, features
+            encoded = ((indices, self.of(indices)) for indices in batches)
+        else:
+            encoded = encode_pictures(self.vlm, self.captions, batches, self.bad, self.args.workers)
+        readable = ((indices, features) for indices, features in encoded if indices)
+        yield from counted(readable, "", len(places), self.captions.label, self.args.quiet)

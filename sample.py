@@ -28,6 +28,7 @@ from formats.pictures import FORMATS, open_picture
 from lora import merge_lora
 from support.console import Parser, complain, machine_options, run
 from support.drawing import GREY, INK, contact_sheet, write_picture
+from support.journal import counted
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
 from support.scores import rate, references, table
@@ -195,16 +196,11 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
 
     for label, captions in sets.items():
         bad = {}
-
-        def read():
-            batches = chunks(range(len(captions)), args.batch)
-            for indices, features in encode_pictures(vlm, captions, batches, bad, args.workers, args.split):
-                if indices:
-                    yield indices, features
-                    if sys.stderr.isatty() and not args.quiet:
-                        print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
-
-        texts = caption_set(vlm, captions, read(), encoded_shots, args.prompt, args.raw_prompt, **decoding)
+        batches = chunks(range(len(captions)), args.batch)
+        encoded = encode_pictures(vlm, captions, batches, bad, args.workers, args.split)
+        readable = ((indices, features) for indices, features in encoded if indices)
+        shown = counted(readable, "captioned", len(captions), label, args.quiet, sys.stderr)
+        texts = caption_set(vlm, captions, shown, encoded_shots, args.prompt, args.raw_prompt, **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         if not args.quiet:

@@ -294,6 +294,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
         _, val = val.held_out(args.val_size, args.seed)
         return train, val.by_question(), None
     train, val = train.held_out(args.val_size, args.seed, 20)
+    val.note = " (held out)"
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
         raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")

@@ -191,14 +191,59 @@ class Signals:
             signal.signal(number, handler)
 
 
+class Line:
+    """A line on a terminal, cut to its width, that is drawn over twice a second at most. Shows nothing
+    elsewhere."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None):
+        self.stream = stream or sys.stdout
+        self.shown = self.stream.isatty() and not quiet
+        self.width = 0
+        self.drawn = time.time()
+
+    def due(self) -> bool:
+        return self.shown and time.time() - self.drawn > 0.5
+
+    def draw(self, text: str) -> None:
+        """Draws over what stands there; "" removes it."""
+        if self.shown:
+            with contextlib.suppress(OSError, ValueError):  # a terminal that doesn't tell
+                self.width = os.get_terminal_size(self.stream.fileno()).columns
+            width = (self.width or 80) - 1
+            print("\r" + text[:width].ljust(width), end="\r", file=self.stream, flush=True)
+            self.drawn = time.time()
+
+
+def time_left(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} left"
+
+
+def counted(batches: Iterable[tuple], doing: str, size: int, label: str, quiet: bool = False,
+            stream: TextIO | None = None) -> Iterator[tuple]:
+    """Yields the batches, which begin with the indices of pictures; tells on a terminal how many of the
+    `size` pictures of the set `label` are done, as "encoded", and the time left."""
+    line = Line(quiet, stream)
+    start = time.time()
+    done = 0
+    try:
+        for batch in batches:
+            yield batch
+            done += len(batch[0])
+            if done and line.due():
+                left = (size - done) * (time.time() - start) / done
+                line.draw(f"{doing} {done}/{size} pictures  {time_left(left)}  {label}".lstrip())
+    finally:
+        line.draw("")
+
+
 class Progress:
     """Mean loss, speed and time left since the last line; on a terminal, shown twice a second."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps = args.steps
         self.quiet = args.quiet
-        self.terminal = sys.stdout.isatty()
-        self.drawn = 0.0
+        self.bar = Line(args.quiet)
         self.begin()
 
     def begin(self, losses: list[torch.Tensor] = ()) -> None:
@@ -211,8 +256,8 @@ class Progress:
         self.losses.append(loss)
         self.images += images
         self.tokens += tokens
-        if self.terminal and time.time() - self.drawn > 0.5:
-            self.show(self.line(step), "\r")
+        if self.bar.due():
+            self.bar.draw(self.text(self.line(step)))
 
     def line(self, step: int) -> dict:
         seconds = time.time() - self.start
@@ -226,15 +271,16 @@ class Progress:
         line["s_left"] = (self.steps - step - 1) * seconds / len(self.losses)
         return line
 
-    def show(self, line: dict, end: str = "\n") -> None:
-        if self.quiet:
-            return
-        self.drawn = time.time()
-        minutes, seconds = divmod(round(line["s_left"]), 60)
+    def show(self, line: dict) -> None:
+        if not self.quiet:
+            self.bar.draw("")
+            print(self.text(line), flush=True)
+
+    def text(self, line: dict) -> str:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}"]
         parts += [f"{name} {line[name]:.4f}" for name in ("val", "matching") if name in line]
         if "skipped" in line:
             parts.append(f"{line['skipped']} steps skipped: not finite")
         parts += [f"{line['images_per_s']:.0f} images/s", f"{line['tokens_per_s']:.0f} tokens/s",
-                  f"{minutes}:{seconds:02d} left"]
-        print("  ".join(parts) + (" " * 8 if self.terminal else ""), end=end, flush=True)
+                  time_left(line["s_left"])]
+        return "  ".join(parts)

@@ -294,3 +294,40 @@ def test_where_captions_go_is_tried_first(run, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):
         command(monkeypatch, sample, "a.png", "--attention", "new.png", "--model", "run")
     assert {path.name for path in Path().iterdir()} == {"a.png", "folder", "run"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Progress
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_fits_the_terminal_and_leaves_nothing(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(journal.os, "get_terminal_size", lambda *_: os.terminal_size((24, 9)))
+    monkeypatch.setattr(terminal, "fileno", lambda: 1)
+    now = iter(range(100))
+    monkeypatch.setattr(journal.time, "time", lambda: next(now))
+    batches = [(range(4), None), (range(4), None), (range(2), None)]
+    assert [*journal.counted(batches, "encoded", 10, "captions.val.txt", stream=terminal)] == batches
+    drawn = [line for line in terminal.getvalue().split("\r") if line]
+    assert drawn == ["encoded 4/10 pictures  ", "encoded 8/10 pictures  ", "encoded 10/10 pictures ",
+                     " " * 23]
+    quiet = Terminal()
+    [*journal.counted(batches, "encoded", 10, "c", True, quiet)]
+    assert quiet.getvalue() == ""
+
+
+def test_long_work_tells_how_long_and_of_what(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal.Line, "due", lambda line: line.shown)
+    terminal = Terminal()
+    terminal.reconfigure = lambda **_: None
+    monkeypatch.setattr(train.sys, "stdout", terminal)
+    assert command(monkeypatch, train, *TINY, "--out", "run") == 0
+    said = terminal.getvalue()
+    assert "\rencoded 4/4 pictures  0:00 left  shapes (test) " in said
+    assert re.search(r"\rencoded 4 pictures of shapes \(test\) in \d+ s\n", said)  # where that line was
+    assert "\r4/4 pictures  0:00 left  shapes (unseen) " in said  # while it is scored
