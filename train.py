@@ -271,12 +271,19 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
 
 def make_absolute(args: argparse.Namespace) -> None:
     """Has the run's files found again from any working directory."""
-    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
+    for name in ("origin", "vit", "llm", "lora_from"):
         value = getattr(args, name)
         if value and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
-        elif value and is_shards(value):
-            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+
+    # Pictures lie beside the captions' file, not beside what a link to it means
+    for name in ("data", "images", "val"):
+        value = getattr(args, name)
+        if not value or name == "data" and value == "shapes":
+            continue
+        several = listed(value) if is_shards(value) else value.split(",")
+        files = [value] if Path(value).exists() else several
+        setattr(args, name, ",".join(map(os.path.abspath, files)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -493,6 +500,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.vlm = make_vlm(args, self.device)
         for captions in (self.train, val):
+            if isinstance(captions, Captions):
+                captions.make_absolute()  # as they are named when the run is resumed
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
         self.check_contents(val)

@@ -13,6 +13,7 @@ import copy
 import csv
 import hashlib
 import json
+import os
 import random
 import re
 import zlib

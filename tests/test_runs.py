@@ -296,6 +296,26 @@ def test_where_captions_go_is_tried_first(run, monkeypatch, capsys):
     assert {path.name for path in Path().iterdir()} == {"a.png", "folder", "run"}
 
 
+def test_a_resumed_run_names_its_pictures_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caption_file()
+    Path("link").mkdir()
+    Path("link/c.csv").symlink_to(tmp_path / "c.csv")
+    for i in range(24):
+        Path(f"link/{i}.png").symlink_to(tmp_path / f"photos/{i}.png")
+    Path("shapes").mkdir()  # is not the data of a run of the shapes world
+    options = [*TINY, "--data", "link/c.csv", "--val", "link/c.csv"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    interrupt(monkeypatch, *options, "--out", "parts")
+    interrupt(monkeypatch, *TINY, "--out", "world")
+    monkeypatch.chdir("photos")
+    assert command(monkeypatch, train, "--resume", "../parts") == 0
+    whole, parts = (Path(f"../{run}/captions-val.jsonl").read_text() for run in ("whole", "parts"))
+    assert whole == parts and str(tmp_path / "link") in whole
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, "--resume", "world") == 0
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Progress
 
