@@ -16,15 +16,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OURS, Batch, Processor
+from data import OURS, Batch, Processor, stack
+from formats.export import export
 from formats.files import InputError, compare, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
+from formats.languages import tie
 from formats.peft import ROOT, WEIGHTS, Tensors, Update, read_folder
 from formats.tokenizer import Tokenizer
 from formats.vlms import PUBLIC, family_of
 from formats.weights import Checkpoint, Family, depth, load_weights
 from llm import LLM, token_losses
-from lora import fold_lora, load_lora, lora_layers, make_layers, replace_layers
+from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, replace_layers
 from support.console import one_of
 from support.kernels import attend, pack
 from support.layers import FeedForward
@@ -509,6 +511,11 @@ def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
 IMAGE_POSITIONS = ("sequence", "shared", "xy", "sequence+xy", "rope-xy")
 
 
+class Answer(str):
+    """What a VLM says, and the mean natural logarithm of its tokens' probabilities, its end's too."""
+    log_probability: float | None = None
+
+
 class VLM(nn.Module):
     """A frozen ViT and a frozen LLM joined by an adapter. It takes tensors and returns tensors; its
     `processor` turns text and pictures into ids and pixels.
@@ -643,6 +650,8 @@ class VLM(nn.Module):
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]
         words = tokens.masked_fill(~seen, -1).gather(1, order)
         repeats = image.sum(1) // self.adapter.queries
+        if pictures is not None:  # a blank picture, of a batch without any, reads the first text's
+            repeats[0] += pictures - repeats.sum()
         return words.repeat_interleave(repeats, 0, output_size=pictures)
 
     def images(self, features: torch.Tensor | None, words: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -713,13 +722,15 @@ class VLM(nn.Module):
         asked for it, which waits for it."""
         positions = self.positions(tokens)
         inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
-        if self.in_text or images is None:
+        if self.in_text:
             return inputs
 
-        # From which position on a text sees each of its images
+        # From which position on a text sees each of its images; without any there is one that none sees
+        if images is None:
+            images = self.markers.new_zeros(1, self.adapter.queries, self.llm.config.hidden)
         begin = tokens == self.processor.marker
         if most_images is None:
-            most_images = begin.sum(1).max()
+            most_images = begin.sum(1).max().clamp(min=1)
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :most_images]  # (B,I)
         return inputs | dict(cross_attention=self.adapter.cross_attention(images, begins))
@@ -758,21 +769,39 @@ class VLM(nn.Module):
 
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
-               **decoding) -> list[str]:
+               score: bool = False, targets: list[list[bool]] | None = None, **decoding) -> "list[Answer]":
         """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
-        (None if V is 0). A VLM of ours returns one line. `decoding`: see `LLM.generate`. Raises InputError
-        where a prompt has neither a token nor a picture."""
+        (None if V is 0). A VLM of ours returns one line. With `score` each has its log-probability.
+        `targets`: which ids are of earlier answers, if any, as `Processor.encode` tells. `decoding`: see
+        `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
         processor = self.processor
-        tokens = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row, dtype=torch.long, device=self.device) for row in rows], True)
-        most = max(row.count(processor.marker) for row in rows)
-        inputs = self.llm_inputs(tokens, self.images(features, self.prompt_words(tokens)), most)
+        targets = targets or [[False] * len(row) for row in rows]
+        tokens, positions = [x.to(self.device) for x in stack([*zip(rows, targets)])[:2]]
+        most = max(1, *(row.count(processor.marker) for row in rows))
+        words = self.prompt_words(tokens, None, positions)
+        inputs = self.llm_inputs(tokens, self.images(features, words), most)
         for name in ("embeddings", "positions"):  # without the padding
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        answers = self.llm.generate(**inputs, max_tokens=max_tokens, end_tokens=processor.ends, keep_end=True,
-                                    **decoding)
-        return [processor.text(ids).strip() for ids in answers]
+        room = processor.positions - max(map(len, rows))
+        found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
+                                  end_tokens=processor.ends, keep_end=True, **decoding)
+        answers = [Answer(processor.text(ids).strip()) for ids in found]
+        if score:
+            for answer, score in zip(answers, self.log_probabilities(rows, found, features)):
+                answer.log_probability = score
+        return answers
+
+    def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
+                          features: torch.Tensor | None) -> list[float]:
+        """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids."""
+        examples = []
+        for row, ids in zip(rows, answers):
+            examples.append((row + ids, [False] * len(row) + [True] * len(ids)))
+        most = max(1, *(row.count(self.processor.marker) for row in rows))
+        batch = Batch(*stack(examples), most, [True] * len(rows)).to(self.device)
+        losses = self(batch, features)[0].split([len(ids) for ids in answers])
+        return [-loss.mean().item() for loss in losses]
 
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,
@@ -816,6 +845,22 @@ class VLM(nn.Module):
             load_lora(getattr(self, part), folder, Tensors(config, found.get(part, {})))
         if "adapter" in found:
             fold_lora(self.adapter, folder, Tensors(config, found["adapter"]))
+
+    def export(self, target: Path) -> None:
+        """Writes a run that began `from` a public VLM to the folder `target` in that one's own layout, its
+        LoRA merged. Raises InputError."""
+        if not self.prefixes:
+            raise InputError(f"{target}: only a run that began with --from has a layout to be written in")
+        merge_lora(self)
+        if self.llm.config.tied and self.llm.head.weight is not self.llm.embedding.weight:
+            raise InputError(f"{target}: the head was trained apart from the embedding, and the layout ties "
+                             "them")
+        llm_family = tie(self.llm.family) if self.llm.config.tied else self.llm.family
+        families = {"vit": self.vit.family, "llm": llm_family, "adapter": self.adapter.family}
+        parts = []
+        for part, family in families.items():
+            parts.append((family, self.prefixes[part], dict(getattr(self, part).named_parameters())))
+        export(target, self.config["from"], parts)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a run's checkpoint holds of the model: "weight.NAME" of the adapter, of what is trained, and
@@ -967,6 +1012,10 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     llm = LLM.from_pretrained(config["llm"], llm_dtype)
     tokenizer = Tokenizer.from_pretrained(config["llm"])
     if checkpoint is None:
+        # Asked for at once, memory that isn't there is an error; in small pieces it is the process's end
+        with torch.device("meta"):
+            size = sum(p.nbytes for p in make_adapter(config, vit, llm).parameters())
+        torch.empty(size, dtype=torch.uint8)
         return VLM(vit, llm, tokenizer, config, dtype=dtype)
     with named(checkpoint.with_name("config.json")):
         with torch.device("meta"):

@@ -1,9 +1,11 @@
 """From pictures and captions to what the model reads: layouts, the processor, batches, kept features.
 
-A *caption set* is anything with `len(s)`, `s.name(i)`, `s.picture(i)` and `s.pairs(i)`, which are (question,
-caption), "" for no question. i is a number below its length or, in `Shards`, a `Pair`; `s.label` is what
-progress calls the set, which `Shards` needn't have. There are three kinds: `Captions` in formats/captions.py,
-`Shards` in formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
+A *caption set* has `len(s)` entries. Entry i has pictures, `s.pictures(i)`, one as a rule, and conversations
+about them, `s.conversations(i)`, of which one is learned at a time. A conversation is a list of turns
+(question, answer); a caption is one turn without a question. Picture p, of `s.count`, is `s.picture(p)`, and
+`s.name(p)` its name. i and p are numbers or, in `Shards`, a `Pair`. `s.label` is what progress calls the set,
+which `Shards` needn't have. There are three kinds: `Captions` in formats/captions.py, `Shards` in
+formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
 """
 import collections
 import hashlib
@@ -13,16 +15,17 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from formats.captions import IMAGE
+from formats.captions import IMAGE, Conversation
 from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
-from support.console import one_of
+from support.console import Number, one_of
 from support.journal import counted
 from support.machine import free_memory, send
 from support.processes import LOCAL, RANK, WORLD, total, united
@@ -31,6 +34,7 @@ from support.processes import LOCAL, RANK, WORLD, total, united
 # Layouts: how a picture and its caption become a text with an answer
 
 LAYOUTS = ("image-text", "text-image-text", "text-image")
+WEIGHT = Number(float, 1e-6, 10 ** 6)
 
 
 def layout_weights(mix: str) -> dict[str, float]:
@@ -38,9 +42,8 @@ def layout_weights(mix: str) -> dict[str, float]:
     weights = {}
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
-        if not re.fullmatch(r"\d*\.?\d+", weight or "1") or not float(weight or 1):
-            raise InputError(f"--layout {mix}: {entry!r} has no weight above 0 after its colon")
-        weights[one_of(LAYOUTS, "layout", name)] = float(weight or 1)
+        with named(f"--layout {mix}"):
+            weights[one_of(LAYOUTS, "layout", name)] = WEIGHT(weight or "1")
     return weights
 
 
@@ -50,39 +53,52 @@ def draw_layout(weights: dict[str, float], seed: int, epoch: int, index: int) ->
     return rng.choices(list(weights), weights.values())[0]
 
 
-def draw_caption(captions, index: int, seed: int, epoch: int) -> tuple[str, str]:
-    """The (question, caption) that picture `index` of a set shows in `epoch`: a pure function of its
-    arguments."""
-    return random.Random(f"{seed} {epoch} {index}").choice(captions.pairs(index))
+def draw_conversation(captions, index: int, seed: int, epoch: int) -> Conversation:
+    """What entry `index` of a set says in `epoch`: a pure function of its arguments."""
+    return random.Random(f"{seed} {epoch} {index}").choice(captions.conversations(index))
+
+
+def place(turns: Conversation, pictures: int) -> Conversation:
+    """A conversation that says where its pictures stand: first, unless it says so itself."""
+    if any(IMAGE in text for text, _ in turns):
+        return turns
+    (text, answer), *later = turns
+    return [(IMAGE * pictures + text, answer), *later]
+
+
+def is_caption(captions, index: int) -> bool:
+    """Whether an entry is one picture and its captions: only these can be learned in other layouts."""
+    return (len(captions.pictures(index)) == 1
+            and all(len(turns) == 1 and IMAGE not in turns[0][0] for turns in captions.conversations(index)))
 
 
 def arrange(layout: str, captions, index: int, seed: int, epoch: int,
-            prompt_for: Callable[[str], str], others: list | None = None) -> tuple[str, str]:
-    """Returns a text, with IMAGE where picture `index` stands (before it all, if nowhere), and the answer to
-    learn: a pure function of its arguments.
+            prompt_for: Callable[[str], str], others: list | None = None) -> Conversation:
+    """Returns what is learned of entry `index`: turns of a text, with IMAGE where a picture stands, and the
+    answer. A pure function of its arguments.
 
-    image-text: `prompt_for(question)`; the caption.
+    image-text: `prompt_for(question)`; the caption. So are all conversations, whatever the layout.
     text-image-text: the caption up to a word that is drawn, then the picture; the rest of the caption.
     text-image: a caption, half the time that of any picture (of `others` or, by default, of the whole set),
         the picture, and "match?", which tells this layout from the last; "yes" or "no". It is the image-text
         matching of BLIP (Li et al., 2022, arXiv:2201.12086), but by next token.
     """
     # Every draw has a generator of its own: a resumed run draws what an unbroken one draws
-    question, caption = draw_caption(captions, index, seed, epoch)
+    (question, caption), *later = draw_conversation(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
-    if layout == "image-text":
-        return prompt_for(question), caption
+    if layout == "image-text" or not is_caption(captions, index):
+        return place([(prompt_for(question), caption), *later], len(captions.pictures(index)))
     if layout == "text-image-text":
         words = caption.split(" ")
         at = rng.randrange(len(words))
-        return " ".join(words[:at]) + IMAGE, " ".join(words[at:])
+        return [(" ".join(words[:at]) + IMAGE, " ".join(words[at:]))]
 
     # text-image: half the time another picture's caption, which may be right all the same
     if rng.random() < 0.5:
         other = rng.choice(others or range(len(captions)))
-        _, caption = rng.choice(captions.pairs(other))
-    own = [said for _, said in captions.pairs(index)]
-    return f"{caption}{IMAGE} match?", "yes" if caption in own else "no"
+        _, caption = rng.choice(captions.conversations(other))[-1]
+    own = [said for [(_, said)] in captions.conversations(index)]
+    return [(f"{caption}{IMAGE} match?", "yes" if caption in own else "no")]
 
 
 def gap(text: str) -> str:
@@ -91,16 +107,19 @@ def gap(text: str) -> str:
     return " " if last and not last[-1].isspace() else ""
 
 
-def few_shot(examples: list[tuple[str, str]]) -> tuple[str, str]:
-    """Joins (text, answer) pairs in one: the last comes after the others, which are solved, a line each."""
-    examples = [(text if IMAGE in text else IMAGE + text, answer) for text, answer in examples]
-    last, answer = examples.pop()
-    solved = [f"{text}{gap(text)}{said}\n" for text, said in examples]
-    return "".join(solved) + last, answer
+def few_shot(examples: list[Conversation]) -> Conversation:
+    """Joins conversations that say where their pictures stand in one: the last comes after the others, which
+    are solved, a line for each turn."""
+    *solved, ((text, answer), *later) = examples
+    lines = ""
+    for turns in solved:
+        for asked, said in turns:
+            lines += f"{asked}{gap(asked)}{said}\n"
+    return [(lines + text, answer), *later]
 
 
 def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) -> list[int]:
-    """Places in a batch of pictures, at most `most`, whose pairs are shown solved before the one `at`: a pure
+    """Places in a batch of entries, at most `most`, that are shown solved before the one `at`: a pure
     function of its arguments. They are of the batch, so that no more pictures need be read."""
     rng = random.Random(f"{seed} {epoch} {indices[at]} shots")
     others = [j for j, index in enumerate(indices) if index != indices[at]]
@@ -127,13 +146,14 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # ids (B,T), padded on the right
     target_positions: torch.Tensor  # (M,): where, in the flattened ids, the next token is a target
     targets: torch.Tensor  # (M,): these targets
-    most_images: int  # of one text
+    most_images: int  # of one text, at least 1
+    fits: list[bool]  # of each text: whether it fits the LLM; else nothing stands in its place, no picture
     spelling: Spelling | None = None
 
     def to(self, device: torch.device) -> "Batch":
         tensors = [send(x, device) for x in self[:3]]
         spelling = self.spelling and Spelling(*(send(x, device) for x in self.spelling))
-        return Batch(*tensors, self.most_images, spelling)
+        return Batch(*tensors, self.most_images, self.fits, spelling)
 
 
 class Processor:
@@ -158,7 +178,8 @@ class Processor:
         self.vocabulary = llm.vocabulary
         self.positions = llm.max_positions
         self.keeps_lines = format is not OURS  # of questions and answers: in a run of ours a newline ends one
-        self.cut = 0  # how many texts didn't fit, and lost their first words
+        self.cut = 0  # how many texts didn't fit, and lost their first turns or words
+        self.skipped = 0  # how many didn't fit even so
 
         # Ids of ours: a tokenizer may have tokens for which the LLM has no embedding, so that they come
         # behind
@@ -179,6 +200,10 @@ class Processor:
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
             tokenizer.add(BEGIN, self.marker, special=True)
             tokenizer.add(END, self.marker + 1, special=True)
+        self.one_end = [[id] for id in self.ends]
+        self.end = tokenizer.encode("\n", special=False) if format is OURS else []
+        if self.end not in self.one_end:
+            self.end = list(self.end_tokens[:1])
 
     def prompt_for(self, question: str) -> str:
         """What is asked of a picture: the `question` of its caption set or, without one, the run's prompt."""
@@ -189,53 +214,75 @@ class Processor:
         return self.tokenizer.encode(self.format.image(self.queries, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128, images: int = 1,
-               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False,
-               prefix: bool = False) -> tuple[list[int], list[bool]]:
+               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False, prefix: bool = False,
+               earlier: Conversation = (), learn_earlier: bool = True) -> tuple[list[int], list[bool]]:
         """Returns one example's ids, and which of them are targets: start token, `text` in the model's
         format, caption, end. `<image>` marks a picture's place; without one, `images` pictures come first.
+        Before it come the `earlier` turns of a conversation, each with its answer and its end.
 
         The caption has at most `max_tokens`. Its end is a newline in a run of ours (it may be one token with
         the sign before it); in a public VLM, or where the vocabulary has no newline, the end token. Targets
-        are the caption's ids, with `prefix` those of the text's words too. `tiles` yields rows and columns of
-        each picture. Text is data: a special token that it spells is read as plain text. With `raw` it is the
-        whole prompt: special tokens are read, and there is no format. Raises InputError where a token has no
-        embedding.
+        are the ids of all answers (without `learn_earlier` of the last), with `prefix` those of the text's
+        words too. `tiles` yields rows and columns of each picture. Text is data: a special token that it
+        spells is read as plain text. With `raw` it is the whole prompt: special tokens are read, and there is
+        no format. What doesn't fit the LLM loses its first turns, then its first words; it may be too long
+        all the same. Raises InputError where a token has no embedding.
         """
-        # The prompt in the model's format, then the caption
-        head, text, tail = self.fill_format(text, images, raw)
-        sizes = [next(tiles) for _ in range((head + text + tail).count(IMAGE))]
-        target = [] if caption is None else self.caption_ids(head + text + tail, caption, max_tokens)
-        ids = self.prompt_ids(head, text, tail, sizes, raw)
+        # The ids of each turn. An answer that is cut ends before the next turn, which isn't learned
+        turns, rows = [], []
+        for asked, said in place([*earlier, (text, caption)], images):
+            turns.append((asked, said, [next(tiles) for _ in range(asked.count(IMAGE))]))
+            prompt, answer = self.turn(*turns[-1], max_tokens, not rows, raw)
+            if rows and rows[-1][1][-1:] not in self.one_end:
+                prompt = self.end + prompt
+            rows.append((prompt, answer))
 
-        # A text that is too long loses its first words, unless pictures stand among them
-        answer = min(max_tokens, self.positions // 4) if caption is None else len(target)
-        whole = text
-        while text and IMAGE not in text and (over := len(ids) + answer - self.positions) > 0:
-            text = text[over:].partition(" ")[2]
-            ids = self.prompt_ids(head, text, tail, sizes, raw)
-        self.cut += text != whole
+        # What is too long loses its first turns, but for their pictures
+        room = self.positions - (min(max_tokens, self.positions // 4) if caption is None else 0)
+        whole = turns
+
+        def excess() -> int:
+            return sum(len(prompt) + len(answer) for prompt, answer in rows) - room
+
+        while len(turns) > 1 and excess() > 0:
+            (_, _, seen), (asked, said, sizes), *later = turns
+            turns = [(IMAGE * len(seen) + asked, said, seen + sizes), *later]
+            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[2:]]
+
+        # Then it loses its first words, unless pictures stand among them
+        (asked, said, sizes), *later = turns
+        head, asked = split_images(asked)
+        while asked and IMAGE not in asked and (over := excess()) > 0:
+            asked = asked[over:].partition(" ")[2]
+            turns = [(head + asked, said, sizes), *later]
+            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[1:]]
+        self.cut += turns != whole
+
+        # All ids, and what is learned of them
+        ids, targets = [], []
+        for n, (prompt, answer) in enumerate(rows, start=1):
+            ids += prompt + answer
+            targets += [prefix and id < self.vocabulary and id != self.placeholder for id in prompt]
+            targets += [learn_earlier or n == len(rows)] * len(answer)
 
         # An extended tokenizer may have tokens that the LLM doesn't know
-        for id in self.no_embedding.intersection(ids + target):
+        for id in self.no_embedding.intersection(ids):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
                              f"language model wasn't (it has {self.vocabulary})")
-        words = [prefix and id < self.vocabulary and id != self.placeholder for id in ids]
-        return ids + target, words + [True] * len(target)
+        return ids, targets
 
-    def fill_format(self, text: str, images: int, raw: bool) -> tuple[str, str, str]:
-        """What the model's format puts before a text, the text, and what it puts behind; see `encode`."""
+    def turn(self, text: str, answer: str | None, sizes: list[tuple[int, int]], max_tokens: int, first: bool,
+             raw: bool) -> tuple[list[int], list[int]]:
+        """The ids of a turn's prompt and of its answer. `sizes`: rows and columns of each of its pictures.
+        `first`: whether it begins the conversation. See `encode`."""
+        # What the format puts before the text and behind it
         format = OURS if raw else self.format
-        if IMAGE in text:
-            images = re.match(f"(?:{IMAGE})*", text).end() // len(IMAGE)
-            text = text[images * len(IMAGE):]
+        images, text = split_images(text)
         text = text or format.question
-        head, _, tail = format.chat(images, "\0" if text else "").partition("\0")
-        return head, text, tail
+        head, _, tail = format.chat(len(images) // len(IMAGE), "\0" if text else "").partition("\0")
+        head = (format.begin if first else format.between) + head
 
-    def prompt_ids(self, head: str, text: str, tail: str, sizes: list[tuple[int, int]],
-                   raw: bool) -> list[int]:
-        """The ids before the caption, with rows and columns of each picture; see `encode`."""
         # What the format spells may be special tokens, what the text spells is plain
         prompt = head + text + tail
         plain = range(0) if raw else range(len(head), len(head + text))
@@ -245,17 +292,17 @@ class Processor:
                              "too")
 
         # The start token comes first, in some families behind the pictures at the head
-        first = 0
-        if self.format.images_first:
-            while first < len(ids) and ids[first] == self.placeholder:
-                first += 1
-        ids = ids[:first] + self.start + ids[first:]
+        if first:
+            at = 0
+            while self.format.images_first and at < len(ids) and ids[at] == self.placeholder:
+                at += 1
+            ids = ids[:at] + self.start + ids[at:]
 
         # Each picture takes as many ids as it has embeddings
         found, tiles = [], iter(sizes)
         for id in ids:
             found += self.image_tokens(*next(tiles)) if id == self.placeholder else [id]
-        return found
+        return found, [] if answer is None else self.caption_ids(prompt, answer, max_tokens)
 
     def caption_ids(self, prompt: str, caption: str, max_tokens: int) -> list[int]:
         """The ids of a caption behind a `prompt`, and of its end; see `encode`."""
@@ -267,17 +314,27 @@ class Processor:
         ended = newline and ids and ids[-1] in self.ends
         return ids if ended else ids + list(self.end_tokens[:1])
 
-    def batch(self, examples: list[tuple[str, str]], max_tokens: int = 128,
-              tiles: Iterator[tuple[int, int]] = WHOLE, prefix: bool = False,
-              spelled: list[str] | None = None, queries: int = 0) -> Batch:
-        """(text, answer) pairs, with pictures of these `tiles`, to a Batch on the CPU: see `encode`.
-        `spelled`: the captions, one a picture, that its `queries` embeddings should spell."""
-        rows = [self.encode(*pair, max_tokens, tiles=tiles, prefix=prefix) for pair in examples]
-        most = max(ids.count(self.marker) for ids, _ in rows)
-        spelling = None if spelled is None else self.spelling(spelled, queries)
-        return Batch(*stack(rows), most, spelling)
+    def batch(self, examples: list[Conversation], max_tokens: int = 128,
+              tiles: list[list[tuple[int, int]]] | None = None, prefix: bool = False,
+              spelled: list[list[str]] | None = None, queries: int = 0, learn_earlier: bool = True) -> Batch:
+        """Conversations, with pictures of these `tiles` (by default one each, seen as a whole), to a Batch on
+        the CPU: see `encode`. `spelled`: the caption of each picture, which its `queries` embeddings should
+        spell."""
+        rows, fits = [], []
+        for n, (*earlier, (text, answer)) in enumerate(examples):
+            images, seen = (1, WHOLE) if tiles is None else (len(tiles[n]), iter(tiles[n]))
+            row = self.encode(text, answer, max_tokens, images, seen, False, prefix, earlier, learn_earlier)
+            fits.append(len(row[0]) <= self.positions)
+            rows.append(row if fits[-1] else ([0], [False]))
+        self.skipped += fits.count(False)
+        most = max(1, *(ids.count(self.marker) for ids, _ in rows))
+        spelling = None
+        if spelled is not None:
+            captions = itertools.chain.from_iterable(itertools.compress(spelled, fits))
+            spelling = self.spelling(captions, queries)
+        return Batch(*stack(rows), most, fits, spelling)
 
-    def spelling(self, captions: list[str], queries: int) -> Spelling:
+    def spelling(self, captions: Iterable[str], queries: int) -> Spelling:
         """Targets of the --spell loss, for pictures of `queries` embeddings each."""
         # The i-th picture's embeddings stand at i · queries and behind
         positions, targets = [], []
@@ -313,10 +370,25 @@ class Processor:
             rows.append(self.encode(prompt, images=len(group), tiles=tiles, raw=raw)[0])
         return rows, torch.cat(pixels) if pixels else None
 
+    def lost(self) -> str:
+        """Tells how many texts didn't fit the LLM; "" if all did."""
+        told = []
+        if self.cut:
+            told.append(f"{self.cut} texts lost their first turns or words")
+        if self.skipped:
+            told.append(f"{self.skipped} were left out")
+        return f"too long for the language model's {self.positions} positions: {', '.join(told)}" * bool(told)
+
     def text(self, ids: list[int]) -> str:
         """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""
         text = self.tokenizer.decode([id for id in ids if id not in self.end_tokens], special=False)
         return text.partition("\n")[0] if self.format is OURS else text
+
+
+def split_images(text: str) -> tuple[str, str]:
+    """The IMAGEs that a text begins with, and the rest of it."""
+    at = re.match(f"(?:{IMAGE})*", text).end()
+    return text[:at], text[at:]
 
 
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -334,49 +406,64 @@ def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, 
 # Batches of pictures
 
 class Views(NamedTuple):
-    """What is seen of P pictures, V views in all, one picture's after the other's."""
+    """What is seen of the pictures of B entries, V views in all, one entry's after the other's."""
     x: torch.Tensor  # pixels (V,3,S,S) or features (V,N,Dv)
-    counts: list[int]  # how many views each picture has
-    tiles: list[tuple[int, int]]  # rows and columns of tiles among them; 0 and 0: seen as a whole alone
+    counts: list[int]  # how many views each entry has
+    tiles: list[list[tuple[int, int]]]  # of each picture, rows and columns of tiles; 0 and 0: seen as a whole
+
+    def join(self, other: "Views") -> "Views":
+        """The views of these entries, then those of the others."""
+        return Views(torch.cat([self.x, other.x]), self.counts + other.counts, self.tiles + other.tiles)
 
     def pick(self, order: list[int]) -> "Views":
-        """The views of these of the pictures, of which one may come twice."""
-        views = self.x.split(self.counts)
-        return Views(torch.cat([views[p] for p in order]), [self.counts[p] for p in order],
-                     [self.tiles[p] for p in order])
+        """The views of these of the entries, of which one may come twice. Where they have none, there is a
+        blank one that no entry has: the encoder and the adapter take part in every step."""
+        views = self.x[:sum(self.counts)].split(self.counts)
+        x = torch.cat([self.x[:0]] + [views[i] for i in order])
+        if not len(x):
+            x = self.x.new_zeros(1, *self.x.shape[1:])
+        return Views(x, [self.counts[i] for i in order], [self.tiles[i] for i in order])
 
 
 class Pixels(torch.utils.data.Dataset):
-    """The pictures of a caption set, preprocessed: item i is (i, what `preprocess.tiles` makes of it), or
-    (i, the reason why it can't be read)."""
+    """The pictures of a caption set, preprocessed: item (i, pictures) is i, what `preprocess.tiles` makes of
+    each of these pictures, and {picture: why it can't be read}."""
 
     def __init__(self, captions, preprocess, split: bool = False):
         self.captions = captions
         self.preprocess = preprocess
         self.split = split
 
-    def __len__(self) -> int:
-        return len(self.captions)
+    def __getitem__(self, item: tuple) -> tuple[int, list[tuple[torch.Tensor, int, int]], dict[int, str]]:
+        i, pictures = item
+        seen, bad = [], {}
+        for p in pictures:
+            try:
+                picture = self.captions.picture(p)
+                with named(self.captions.name(p)):
+                    seen.append(self.preprocess.tiles(picture, self.split))
+            except InputError as error:
+                bad[p] = str(error)
+        return i, seen, bad
 
-    def __getitem__(self, i: int) -> tuple[int, tuple[torch.Tensor, int, int] | str]:
-        try:
-            picture = self.captions.picture(i)
-            with named(self.captions.name(i)):
-                return i, self.preprocess.tiles(picture, self.split)
-        except InputError as error:
-            return i, str(error)
-
-    @staticmethod
-    def collate(items: list) -> tuple[list[int], Views | None, dict[int, str]]:
-        """Indices of the readable pictures, their pixels (None of none), and what's wrong with the others."""
-        bad = {i: seen for i, seen in items if isinstance(seen, str)}
-        good = [(i, *seen) for i, seen in items if i not in bad]
-        if not good:
+    def collate(self, items: list) -> tuple[list[int], Views | None, dict[int, str]]:
+        """The i of items whose pictures can all be read, their pixels (None of none), and what's wrong with
+        the pictures that can't."""
+        indices, bad = [], {}
+        pixels, counts, tiles = [], [], []
+        for i, seen, found in items:
+            bad |= found
+            if not found:
+                indices.append(i)
+                pixels += [x for x, _, _ in seen]
+                counts.append(sum(len(x) for x, _, _ in seen))
+                tiles.append([(rows, columns) for _, rows, columns in seen])
+        if not indices:
             return [], None, bad
-        indices = [i for i, _, _, _ in good]
-        pixels = [x for _, x, _, _ in good]
-        tiles = [(rows, columns) for _, _, rows, columns in good]
-        return indices, Views(torch.cat(pixels), [len(x) for x in pixels], tiles), bad
+        if not pixels:
+            blank = self.preprocess(Image.new("RGB", (1, 1)))
+            pixels = [blank[None][:0]]
+        return indices, Views(torch.cat(pixels), counts, tiles), bad
 
 
 def ignore_signals(worker: int) -> None:
@@ -386,30 +473,34 @@ def ignore_signals(worker: int) -> None:
 
 
 def count_bad(bad: dict[int, str], found: dict[int, str], captions) -> None:
-    """Counts unreadable pictures {index: reason} in `bad`. InputError above a tenth of the set."""
+    """Counts unreadable pictures {picture: reason} in `bad`. InputError above a tenth of the set."""
     bad.update(found)
-    if len(bad) > len(captions) / 10:
+    if len(bad) > captions.count / 10:
         *_, last = bad.values()
-        raise InputError(f"{len(bad)} of {len(captions)} pictures can't be read; the last: {last}")
+        raise InputError(f"{len(bad)} of {captions.count} pictures can't be read; the last: {last}")
 
 
-def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
-    """Reads the pictures of a caption set, batch by batch of indices. Yields the indices of those that can be
-    read, and their pixels on the VLM's device (None if there are none). Counts the others in `bad`, {index:
-    reason}. split: in tiles, where the family does so (by default as the run was trained). Raises InputError
-    as `count_bad` does."""
+def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
+                  alone: bool = False):
+    """Reads the pictures of a caption set, batch by batch of entries (`alone`: of pictures). Yields the
+    entries whose pictures can be read, and their pixels on the VLM's device (None if there are none). Counts
+    the other pictures in `bad`, {picture: reason}. split: in tiles, where the family does so (by default as
+    the run was trained). Raises InputError as `count_bad` does."""
     split = vlm.processor.split if split is None else split
+    pixels = Pixels(captions, vlm.vit.preprocess, split)
+    items = ([(i, (i,) if alone else captions.pictures(i)) for i in batch] for batch in batches)
     loader = torch.utils.data.DataLoader(
-        Pixels(captions, vlm.vit.preprocess, split), batch_sampler=batches, collate_fn=Pixels.collate,
-        num_workers=workers, pin_memory=vlm.device.type == "cuda", worker_init_fn=ignore_signals)
+        pixels, batch_sampler=items, collate_fn=pixels.collate, num_workers=workers,
+        pin_memory=vlm.device.type == "cuda", worker_init_fn=ignore_signals)
     for indices, views, found in loader:
         count_bad(bad, found, captions)
         yield indices, views and views._replace(x=send(views.x, vlm.device))
 
 
-def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None):
+def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
+                    alone: bool = False):
     """As `read_pictures`, but yields features, without gradients, in place of the pixels."""
-    for indices, views in read_pictures(vlm, captions, batches, bad, workers, split):
+    for indices, views in read_pictures(vlm, captions, batches, bad, workers, split, alone):
         with torch.no_grad():
             views = views and views._replace(x=vlm.features(views.x))
         yield indices, views
@@ -434,7 +525,7 @@ def shuffled(size: int, batch: int, seed: int, step: int = 0):
 # Kept features
 
 class Encoded:
-    """A caption set whose pictures are encoded. Those in `bad` {index: reason} can't be read.
+    """A caption set whose pictures are encoded. Those in `bad` {picture: reason} can't be read.
 
     With `keep` it is done once, each process its share, and `features` (P,N,Dv) are those of all pictures,
     zeros of the bad ones. Without, it is done whenever they are asked for.
@@ -451,7 +542,7 @@ class Encoded:
         if keep and args.features:
             self.features = self.encode_to_file()
         elif keep:
-            self.features = self.zeros(len(captions))
+            self.features = self.zeros(captions.count)
             for chunk, rows in self.encode():
                 self.features[chunk[0]:chunk[-1] + 1] = rows
 
@@ -459,12 +550,12 @@ class Encoded:
         return torch.zeros(pictures, *self.shape, dtype=self.dtype, device=self.vlm.device)
 
     def encode(self):
-        """Yields indices and their features, chunk by chunk. Each process encodes its share of a chunk."""
+        """Yields pictures and their features, chunk by chunk. Each process encodes its share of a chunk."""
         start = time.time()
-        parts = chunks(range(len(self.captions)), 64 * WORLD)
+        parts = chunks(range(self.captions.count), 64 * WORLD)
         shares = [chunk[RANK::WORLD] for chunk in parts]
-        encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers)
-        shown = counted(zip(parts, encoded), "encoded", len(self.captions), self.captions.label,
+        encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers, alone=True)
+        shown = counted(zip(parts, encoded), "encoded", self.captions.count, self.captions.label,
                         self.args.quiet)
         for chunk, (indices, features) in shown:
             # This process's rows, zeros of the others'; their sum has all
@@ -475,7 +566,7 @@ class Encoded:
             yield chunk, rows
         self.bad.update(united(self.bad))
         if not self.args.quiet:
-            count = len(self.captions) - len(self.bad)
+            count = self.captions.count - len(self.bad)
             print(f"encoded {count} pictures of {self.captions.label} in {time.time() - start:.0f} s",
                   flush=True)
 
@@ -483,12 +574,12 @@ class Encoded:
         """The features from the file in --features, which is written first where it isn't there."""
         path = Path(self.args.features, f"{self.key()}.safetensors")
         device = self.vlm.device
-        shape = (len(self.captions), *self.shape)
+        shape = (self.captions.count, *self.shape)
 
         def write(file: Path) -> None:
             rows = (rows for _, rows in self.encode())
             write_rows(file, shape, self.dtype, rows,
-                       lambda: [i not in self.bad for i in range(len(self.captions))])
+                       lambda: [p not in self.bad for p in range(self.captions.count)])
 
         there = torch.tensor(path.is_file(), device=device, dtype=torch.int)
         if total(there) < WORLD:
@@ -521,15 +612,19 @@ class Encoded:
 
     @property
     def readable(self) -> list[int]:
-        return [i for i in range(len(self.captions)) if i not in self.bad]
+        """The entries all of whose pictures can be read."""
+        return [i for i in range(len(self.captions)) if self.bad.keys().isdisjoint(self.captions.pictures(i))]
 
     def of(self, indices: list[int]) -> Views:
-        """The kept features of these pictures, which are seen as a whole."""
-        rows = self.features[send(torch.tensor(indices), self.features.device)]
-        return Views(send(rows, self.vlm.device), [1] * len(indices), [(0, 0)] * len(indices))
+        """The kept features of these entries, whose pictures are seen as a whole."""
+        shown = [self.captions.pictures(i) for i in indices]
+        pictures = torch.tensor([p for pictures in shown for p in pictures], dtype=torch.long)
+        rows = self.features[send(pictures, self.features.device)]
+        counts = [len(pictures) for pictures in shown]
+        return Views(send(rows, self.vlm.device), counts, [[(0, 0)] * n for n in counts])
 
     def batches(self, size: int, first: int = 0):
-        """Yields the indices of the pictures that can be read, from the `first` on, and their features."""
+        """Yields entries that can be read, from the `first` on, and the features of their pictures."""
         places = self.readable[first:]
         batches = chunks(places, size)
         if self.features is not None:

@@ -183,6 +183,12 @@ class KVCache:
         self.length = 0
         self.next = None  # see LayerCache
 
+    def make_room(self, size: int) -> None:
+        """Makes room for at least `size` tokens, which may come several at a time."""
+        more = max(0, size - self.buffer.shape[-2])
+        self.buffer = F.pad(self.buffer, (0, 0, 0, more))
+        self.next = None
+
     def make_static(self) -> None:
         """From now on every step has the same shapes; tokens come one at a time."""
         self.next = torch.full((1,), self.length, device=self.buffer.device)
@@ -441,7 +447,8 @@ class LLM(nn.Module):
                  cross_attention: Callable | None = None, max_tokens: int = 50, temperature: float = 0.0,
                  top_k: int = 0, top_p: float = 1.0, beams: int = 1,
                  end_tokens: tuple[int, ...] | None = None, keep_end: bool = False,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
+                 generator: torch.Generator | None = None, cache: KVCache | None = None,
+                 on_token: Callable[[int], None] | None = None) -> list[list[int]]:
         """Continues each of B texts. Returns a list of the new ids of each.
 
         tokens, embeddings: one of the two. Ids (B,T), embeddings (B,T,D), or a list of B rows (T,) or (T,D)
@@ -457,6 +464,9 @@ class LLM(nn.Module):
         beams: above 1, beam search for the likeliest text, with this many beams.
         end_tokens: ids that end a text; by default the checkpoint's own. keep_end: returns them too.
         generator: what tokens are drawn with.
+        cache: of one text, what was read of it before; the embeddings are those that follow. Afterwards it
+            holds them too, and new ids but the last.
+        on_token: called with each new id of one text as it comes.
         Raises InputError for an empty row, an id without an embedding, beam search with a temperature, a text
         longer than `max_positions`, or logits that aren't finite.
         """
@@ -471,18 +481,22 @@ class LLM(nn.Module):
         lengths = [len(row) for row in embeddings]
         B = len(lengths)
         T = max(lengths)
+        past = cache.length if cache else 0
         if not min(lengths):
             raise InputError("there is nothing to continue: a row is empty")
         if positions is None:
-            positions = [torch.arange(n, device=device) for n in lengths]
+            positions = [torch.arange(past, past + n, device=device) for n in lengths]
         x = pad_left(embeddings, T).to(self.dtype)  # (B,T,D)
         positions = pad_left(positions, T)
         pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1): tokens of padding
         after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1): the next position
 
-        # A multiple of 64 suits the attention kernels of a GPU
-        size = -(-(T + max_tokens) // 64) * 64
-        cache = KVCache(self.config, B, size, x)
+        # Room for what can be read. A multiple of 64 suits the attention kernels of a GPU
+        size = -(-min(past + T + max_tokens, self.config.max_positions) // 64) * 64
+        if cache is None:
+            cache = KVCache(self.config, B, size, x)
+        else:
+            cache.make_room(size)
 
         def read(x, positions):  # embeddings (B,T,D) to logits (B,V) of the token after the last
             mask = None
@@ -517,6 +531,8 @@ class LLM(nn.Module):
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
                 ids.append(chosen)
+                if on_token:
+                    on_token(chosen.item())
                 done |= (chosen[:, None] == ends).any(1)
             else:
                 chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
@@ -525,13 +541,13 @@ class LLM(nn.Module):
                 after = after[rows]
 
             # Stop if all are done. Reading `done` waits for a GPU, so there it is read every eighth token
-            full = T + n > self.config.max_positions
+            full = past + T + n > self.config.max_positions
             look = done.is_cpu or n < 3 or n % 8 == 0 or full
             if n == max_tokens or look and done.all():
                 break
 
             # Read the chosen tokens
-            self.check_length(T + n)
+            self.check_length(past + T + n)
             logits = step(chosen, after)
             after = after + 1
 

@@ -3,10 +3,12 @@
     python sample.py photo.jpg                          # a caption, by the newest run in out/
     python sample.py photo.jpg "What is on the table?"  # an answer
     python sample.py photo.jpg --model NAME             # by another run, or a public VLM
+    python sample.py photo.jpg --chat                   # question after question
     python sample.py photo.jpg --shot a.jpg "a cat"     # after examples, solved
     python sample.py photo.jpg --attention seen.png     # and where each of its words looked
     python sample.py photos/ "*.png" --json             # a line of JSON for each picture
     python sample.py --data captions.csv --images DIR   # caption a whole set and score it
+    python sample.py --model RUN --export FOLDER        # write a run in the layout of its --from
 """
 import argparse
 import glob
@@ -15,18 +17,21 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from adapters import CHECKPOINT, VLM
-from data import Views, chunks, encode_pictures, few_shot, stack
-from formats.captions import IMAGE, Captions, flat
+from data import Views, chunks, encode_pictures, few_shot, place, stack
+from formats.captions import IMAGE, Captions, Conversation, flat
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
+from llm import KVCache
 from lora import merge_lora
-from support.console import Parser, complain, machine_options, run
+from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
+                             run)
 from support.drawing import GREY, INK, contact_sheet, write_picture
 from support.journal import counted
 from support.kernels import watch
@@ -38,7 +43,7 @@ from support.shapes import Shapes
 # ---------------------------------------------------------------------------------------------------------
 # Options
 
-def read_options() -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE",
@@ -46,6 +51,9 @@ def read_options() -> argparse.Namespace:
              "that is no file is the prompt: photo.jpg \"What is this?\"")
     add("--model", metavar="NAME",
         help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
+    add("--export", metavar="FOLDER",
+        help="write the run there in the layout of the public VLM that it began from, LoRA merged, so that "
+             "others open it")
     add("--merge-lora", action="store_true",
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",
@@ -54,9 +62,12 @@ def read_options() -> argparse.Namespace:
              "public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
         help="a solved example, to come before each picture; may be given several times")
+    add("--chat", action="store_true",
+        help="read questions about the pictures, a line each, until Ctrl-D; each is asked after those before "
+             "it. A line `/image FILE` adds a picture")
     add("--raw-prompt", action="store_true", help="take the prompt as it is, special tokens and all")
     add("--show-prompt", action="store_true", help="print each prompt as the LLM reads it, on stderr")
-    add("--batch", type=int, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
+    add("--batch", type=MANY, metavar="N", help="pictures at a time (default: 16, of a set 64; in tiles 4)")
     add("--split", action=argparse.BooleanOptionalAction,
         help="see a picture in tiles too, where the model can (default: as it was trained)")
     add("--attention", metavar="FILE", help="draw where each word looked, as a PNG; implies --no-split")
@@ -66,23 +77,33 @@ def read_options() -> argparse.Namespace:
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--split-name", metavar="NAME", help="the rows of this split alone, where the file has splits")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
-    add("--workers", type=int, default=2, help="processes that read pictures")
+    add("--workers", type=PROCESSES, default=2, help="processes that read pictures")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--max-tokens", type=int, default=60, help="longest caption, tokens")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as trained")
-    add("--top-k", type=int, default=0, help="draw among the N likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens of this probability together")
-    add("--beams", type=int, default=1, help="search for the likeliest text with N beams; 1: off")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--max-tokens", type=MANY, default=60, help="longest caption, tokens")
+    add("--temperature", type=Number(float, 0, 100), default=0.0,
+        help="0 takes the likeliest token, 1 draws as trained")
+    add("--top-k", type=Number(int, 0, 10 ** 6), default=0, help="draw among the N likeliest tokens; 0: all")
+    add("--top-p", type=Number(float, 1e-6, 1), default=1.0,
+        help="draw among the fewest tokens of this probability together")
+    add("--beams", type=Number(int, 1, 1000), default=1,
+        help="search for the likeliest text with N beams; 1: off")
+    add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
     add = group.add_argument
-    add("--json", action="store_true", help="print JSON lines: image, caption and, of a set, references")
+    add("--json", action="store_true",
+        help="print JSON lines: image, caption, the mean log-probability of its tokens, and references of a "
+             "set")
     add("--quiet", action="store_true", help="print captions, scores and errors alone")
     machine_options(group)
     add("--compile", action="store_true",
         help="torch.compile the models' blocks: slower to start, and for many pictures on a GPU faster")
+    return parser
+
+
+def read_options() -> argparse.Namespace:
+    parser = make_parser()
 
     # A last argument with a space in it is the prompt
     args = parser.parse_intermixed_args()
@@ -92,16 +113,20 @@ def read_options() -> argparse.Namespace:
         args.prompt = args.pictures.pop()
 
     # What can't be
-    if bool(args.pictures) == bool(args.data):
-        parser.error("give one or more pictures, or --data")
-    if (min(args.max_tokens, args.batch or 1, args.beams) < 1 or args.temperature < 0 or args.top_k < 0
-            or not 0 < args.top_p <= 1):
-        parser.error("--max-tokens, --batch and --beams are at least 1, --temperature and --top-k at least "
-                     "0, --top-p within (0, 1]")
+    if sum(map(bool, (args.pictures, args.data, args.export))) != 1:
+        parser.error("give one or more pictures, --data, or --export")
     if (args.data or args.shot) and (args.prompt or "").count(IMAGE) > 1:
         parser.error("with --data or --shot, --prompt takes one <image>")
-    if args.data and args.attention:
-        parser.error("--attention goes with pictures, not with --data")
+    check_meaning(args, parser, (  # options, whether they mean something, why not
+        ("images split_name save workers", args.data, "without --data"),
+        ("images split_name", args.data != "shapes", "with the shapes world"),
+        ("attention show_prompt chat", not args.data, "with --data"),
+        ("attention show_prompt raw_prompt shot beams batch json", not args.chat, "with --chat"),
+        ("split", not args.attention, "with --attention"),
+        ("raw_prompt", args.prompt is not None, "without --prompt"),
+        ("temperature", args.beams == 1, "with --beams"),
+        ("top_k top_p seed", args.temperature, "without --temperature"),
+    ))
     return args
 
 
@@ -136,10 +161,11 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     size = max(1, prompt.count(IMAGE))  # pictures a caption
     if len(files) % size:
         raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
-    solved = [(prompt, caption) for _, caption in shots]
-    prompt, _ = few_shot([*solved, (prompt, "")])
+    solved = [place([(prompt, caption)], 1) for _, caption in shots]
+    [(prompt, _)] = few_shot([*solved, place([(prompt, "")], size)])
     examples = [picture for picture, _ in shots]
 
+    as_it_comes = sys.stdout.isatty() and args.beams == 1 and not (args.json or args.quiet)
     failed, sections = False, []
     batches = chunks(chunks(files, size), args.batch)
     while batches:
@@ -148,7 +174,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             pictures = [examples + [open_picture(name) for name in names] for names in batch]
             rows, pixels = vlm.processor.ask(pictures, prompt, args.raw_prompt, args.split)
             features = vlm.features(pixels.to(vlm.device))
-            texts = vlm.answer(rows, features, **decoding)
+            typed = Typed(vlm.processor) if as_it_comes and len(files) == size else None
+            texts = vlm.answer(rows, features, score=args.json, on_token=typed, **decoding)
         except InputError as error:
             if len(batch) > 1:  # one bad picture doesn't cost the others their captions
                 batches = [[names] for names in batch] + batches
@@ -164,10 +191,12 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             if args.show_prompt:
                 print(as_read(vlm, ids), file=sys.stderr)
             if args.json:
-                line = dict(image=names if size > 1 else names[0], caption=text)
+                line = dict(image=names if size > 1 else names[0], caption=text,
+                            log_probability=round(text.log_probability, 4))
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
-                print(text if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
+                text_left = text[len(typed.shown):] if typed else text
+                print(text_left if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
             if args.attention:
                 mine = slice(i * views, (i + 1) * views)
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
@@ -183,16 +212,124 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
     return re.sub(f"(?:{IMAGE})+", lambda run: f"{IMAGE}×{len(run[0]) // len(IMAGE)}", text)
 
 
+class Typed:
+    """Prints an answer while its tokens come: called with each id. `shown` is what it has printed."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.ids = []
+        self.shown = ""
+
+    def __call__(self, id: int) -> None:
+        if self.ids and self.ids[-1] in self.processor.ends:  # a GPU goes on for some tokens
+            return
+        self.ids.append(id)
+        text = self.processor.text(self.ids).strip()
+        if not text.endswith("\ufffd"):  # a half of a letter
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Question after question
+
+class Chat:
+    """A conversation about pictures. What the LLM has read stays in its cache, so that it reads only what is
+    new."""
+
+    def __init__(self, vlm: VLM, split: bool, decoding: dict):
+        self.vlm = vlm
+        self.split = split
+        self.decoding = decoding
+        self.turns: Conversation = []
+        self.tiles: list[tuple[int, int]] = []  # of each picture
+        self.images: torch.Tensor | None = None  # embeddings of all their views
+        self.cache = KVCache(vlm.llm.config, 1, 0, vlm.llm.embedding.weight)
+        self.read: list[int] = []  # ids in the cache
+
+    @torch.inference_mode()
+    def ask(self, question: str, pictures: list[Image.Image], on_token: Callable | None = None) -> str:
+        """The answer to a question, which comes with these pictures, new ones. Raises InputError."""
+        vlm = self.vlm
+        processor = vlm.processor
+        views = [vlm.vit.preprocess.tiles(picture, self.split) for picture in pictures]
+        tiles = self.tiles + [(rows, columns) for _, rows, columns in views]
+        text = IMAGE * len(views) + question.replace(IMAGE, " ")
+        ids, targets = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
+        room = processor.positions - len(ids)
+        if room < 1:
+            raise InputError(f"these pictures don't fit the language model's {processor.positions} positions")
+
+        # The new pictures' embeddings, behind the others'
+        tokens, positions = [x.to(vlm.device) for x in stack([(ids, targets)])[:2]]
+        images = self.images
+        if views:
+            pixels = torch.cat([x for x, _, _ in views]).to(vlm.device)
+            words = vlm.prompt_words(tokens, None, positions)
+            new = vlm.images(vlm.features(pixels), None if words is None else words[-len(pixels):])
+            images = new if images is None else torch.cat([images, new])
+        self.tiles, self.images = tiles, images
+
+        # What comes after that which was read: all of it, where the first turns were cut
+        same = 0
+        while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
+            same += 1
+        self.cache.length = same
+        inputs = vlm.llm_inputs(tokens, images)
+        for name in ("embeddings", "positions"):
+            if inputs[name] is not None:
+                inputs[name] = inputs[name][:, same:]
+        decoding = self.decoding | dict(max_tokens=min(self.decoding["max_tokens"], room))
+        [found] = vlm.llm.generate(**inputs, **decoding, end_tokens=processor.ends, keep_end=True,
+                                   cache=self.cache, on_token=on_token)
+        self.read = ids + found[:-1]
+        answer = processor.text(found).strip()
+        self.turns.append((text, answer))
+        return answer
+
+
+def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -> None:
+    """Answers line after line of standard input about the pictures in `files`; see --chat."""
+    talk = Chat(vlm, args.split, decoding)
+    pictures = [open_picture(name) for name in files]
+    question = args.prompt
+    while True:
+        if question is None:
+            try:
+                question = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                print(end="\n" if sys.stdin.isatty() else "")
+                return
+        try:
+            if question.startswith("/image "):
+                pictures.append(open_picture(question.removeprefix("/image ").strip()))
+            elif question.strip():
+                typed = Typed(vlm.processor)
+                answer = talk.ask(question.strip(), pictures, typed if sys.stdout.isatty() else None)
+                print(answer[len(typed.shown):], flush=True)
+                pictures = []
+        except InputError as error:
+            complain(error)
+        question = None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Caption sets
+
+class Shots(NamedTuple):
+    """What comes solved before each entry of a set."""
+    said: list[Conversation] = []  # a question "" is the entry's own
+    views: Views | None = None  # features of their pictures
+
 
 def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse.Namespace) -> None:
     """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
-    encoded_shots = []
-    for picture, said in shots:
-        pixels = vlm.vit.preprocess(picture)[None].to(vlm.device)
-        encoded_shots.append((vlm.features(pixels)[0], said))
+    solved = Shots()
+    if shots:
+        pixels = torch.stack([vlm.vit.preprocess(picture) for picture, _ in shots]).to(vlm.device)
+        views = Views(vlm.features(pixels), [1] * len(shots), [[(0, 0)]] * len(shots))
+        solved = Shots([[("", said)] for _, said in shots], views)
 
     for label, captions in sets.items():
         bad = {}
@@ -200,12 +337,15 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         encoded = encode_pictures(vlm, captions, batches, bad, args.workers, args.split)
         readable = ((indices, features) for indices, features in encoded if indices)
         shown = counted(readable, "captioned", len(captions), label, args.quiet, sys.stderr)
-        texts = caption_set(vlm, captions, shown, encoded_shots, args.prompt, args.raw_prompt, **decoding)
+        texts = caption_set(vlm, captions, shown, solved, args.prompt, args.raw_prompt,
+                            score=bool(args.json or args.save), **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
         if not args.quiet:
             for reason in bad.values():
                 print(f"skipped: {reason}", file=sys.stderr)
+    if (lost := vlm.processor.lost()) and not args.quiet:
+        print(lost, file=sys.stderr)
     if args.json:
         print(lines, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)
@@ -213,31 +353,42 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         write_text(Path(args.save), lines)
 
 
-def caption_set(vlm: VLM, captions, batches, shots: list[tuple[torch.Tensor, str]] = (),
-                prompt: str | None = None, raw: bool = False, **decoding) -> dict[int, str]:
-    """Captions what `batches` of a set yields, (indices, features as Views), each after the same `shots`:
-    features (N,Dv) of a picture, seen as a whole, and its caption. Returns {index: caption}."""
+def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str | None = None,
+                raw: bool = False, **decoding) -> dict[int, str]:
+    """Answers the last question of each entry that `batches` of a set yields, (indices, features as Views),
+    each after the same `shots`. Returns {index: answer}."""
     texts = {}
-    K = len(shots)
+    processor = vlm.processor
+    K = len(shots.said)
     for indices, features in batches:
-        # The text of each picture, after the solved examples
-        asked = []
-        for i in indices:
-            text = vlm.processor.prompt_for(captions.pairs(i)[0][0]) if prompt is None else prompt
-            solved = [(text, said) for _, said in shots]
-            asked.append(few_shot([*solved, (text, "")])[0])
+        # The features of the shots, then those of the entries
+        if K:
+            features = shots.views.join(features)
 
-        # The features in the order of the texts: the shots, then the picture
-        x = torch.cat([shot[None] for shot, _ in shots] + [features.x])
-        views = Views(x, [1] * K + features.counts, [(0, 0)] * K + features.tiles)
-        order = []
-        for i in range(len(indices)):
-            order += [*range(K), K + i]
-        views = views.pick(order)
-
-        tiles = iter(views.tiles)
-        rows = [vlm.processor.encode(text, raw=raw, tiles=tiles)[0] for text in asked]
-        texts.update(zip(indices, vlm.answer(rows, views.x, **decoding)))
+        # Each entry's conversation up to its last question, after the solved examples, and their views
+        rows, targets, order, answered = [], [], [], []
+        for at, i in enumerate(indices, start=K):
+            *earlier, (question, _) = captions.conversations(i)[0]
+            text = processor.prompt_for(question) if prompt is None or earlier else prompt
+            solved = []
+            for j, ((question, said), *later) in enumerate(shots.said):
+                solved.append(place([(question or text, said), *later], len(features.tiles[j])))
+            asked = place([*earlier, (text, "")], len(features.tiles[at]))
+            *earlier, (text, _) = few_shot([*solved, asked])
+            shown = [*range(K), at]
+            tiles = (size for j in shown for size in features.tiles[j])
+            ids, learned = processor.encode(text, raw=raw, tiles=tiles, earlier=earlier)
+            if len(ids) < processor.positions:
+                rows.append(ids)
+                targets.append(learned)
+                order += shown
+                answered.append(i)
+        processor.skipped += len(indices) - len(rows)
+        if rows:
+            x = features.pick(order).x
+            texts.update(zip(answered, vlm.answer(rows, x, targets=targets, **decoding)))
+    if not texts:
+        raise InputError(f"no text fits the language model's {processor.positions} positions")
     return texts
 
 
@@ -245,9 +396,16 @@ def as_lines(captions, texts: dict[int, str]) -> str:
     """Generated captions and the references, one JSON object a line."""
     lines = []
     for i, text in texts.items():
-        question = captions.pairs(i)[0][0]
-        entry = dict(image=captions.name(i), **({"question": question} if question else {}), caption=text,
-                     references=references(captions, i))
+        names = [captions.name(p) for p in captions.pictures(i)]
+        *earlier, (question, _) = captions.conversations(i)[0]
+        entry = dict(image=names if len(names) > 1 else names[0])
+        if earlier:
+            entry["earlier"] = earlier
+        if question:
+            entry["question"] = question
+        entry |= dict(caption=text, references=references(captions, i))
+        if getattr(text, "log_probability", None) is not None:
+            entry["log_probability"] = round(text.log_probability, 4)
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 
@@ -331,6 +489,9 @@ def main() -> None:
     for file in (args.save, args.attention):
         if file is not None:
             check_writable(Path(file))
+    if args.export:  # in float32: rounded once, when it is written
+        VLM.from_pretrained(args.model or newest_run()).export(Path(args.export))
+        return
     device = pick_device(args.device)
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
@@ -363,7 +524,9 @@ def main() -> None:
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=generator)
     shots = [(open_picture(name), flat(caption)) for name, caption in args.shot]
-    if args.data:
+    if args.chat:
+        chat(vlm, files, decoding, args)
+    elif args.data:
         score_sets(vlm, sets, shots, decoding, args)
     else:
         caption_files(vlm, files, shots, decoding, args)

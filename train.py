@@ -27,19 +27,20 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build, resume_state
-from data import (Batch, Encoded, Views, arrange, chunks, draw_caption, draw_layout, draw_shots, few_shot,
-                  layout_weights, read_pictures, shuffled)
-from formats.captions import Captions
+from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
+                  few_shot, is_caption, layout_weights, read_pictures, shuffled)
+from formats.captions import IMAGE, Captions, Conversation
 from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
                            warn, write_json, write_tensors, write_text)
 from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
-from sample import as_lines, caption_set
-from support.console import Parser, machine_options, one_of, run
+from sample import Shots, as_lines, caption_set
+from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, flag, machine_options,
+                             one_of, run)
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
-from support.machine import can_compile, free_memory, pick_precision, send
-from support.processes import RANK, WORLD, start_processes, total, united
+from support.machine import can_compile, free_memory, pick_precision, send, start_processes
+from support.processes import RANK, WORLD, total, united
 from support.scores import rate, table
 from support.shapes import Shapes
 
@@ -56,22 +57,23 @@ LONG_RUN = 1e14
 # ---------------------------------------------------------------------------------------------------------
 # Options
 
+# Ranges of several options
+COUNT = Number(int, 1, 10 ** 9)
+SIZE = Number(int, 1, 1000)
+RATE = Number(float, 0, 100)
+DROPOUT = Number(float, 0, 0.99)
 ADAPTER_SIZES = {  # option -> type, help; "adapter_NAME" or "NAME" is the adapter's argument
-    "queries": (int, "embeddings of a picture, of an adapter with queries (default: 32)"),
-    "adapter_scale": (int, "pixelshuffle: N × N patches become one embedding (default: 2)"),
-    "adapter_layers": (int, "blocks of an adapter with queries (default: 4; twoway: 2)"),
-    "adapter_width": (int, "its hidden size (default: 256)"),
-    "adapter_heads": (int, "its attention heads (default: 8)"),
-    "adapter_every": (int, "qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's "
-                           "(default: 2)"),
-    "adapter_dropout": (float, "qformer: dropout after every sublayer (default: 0)"),
-    "adapter_text": (int, "qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left "
-                          "out)"),
+    "queries": (Number(int, 1, 4096), "embeddings of a picture, of an adapter with queries (default: 32)"),
+    "adapter_scale": (SIZE, "pixelshuffle: N × N patches become one embedding (default: 2)"),
+    "adapter_layers": (SIZE, "blocks of an adapter with queries (default: 4; twoway: 2)"),
+    "adapter_width": (Number(int, 1, 65_536), "its hidden size (default: 256)"),
+    "adapter_heads": (SIZE, "its attention heads (default: 8)"),
+    "adapter_every": (SIZE, "qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's "
+                            "(default: 2)"),
+    "adapter_dropout": (DROPOUT, "qformer: dropout after every sublayer (default: 0)"),
+    "adapter_text": (Number(int, 0, 10_000),
+                     "qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)"),
 }
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,9 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
     add("--split", action="store_true",
         help="see a picture in tiles too, as the family of --from does, which takes more time and memory")
-    add("--image-size", type=int, metavar="PX",
+    add("--image-size", type=Number(int, 1, 4096), metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
-    add("--layer", type=int, metavar="I",
+    add("--layer", type=Number(int, -1000, 1000), metavar="I",
         help="encoder's layer to read: hidden_states[I] (default: its output)")
     add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
     for name, (type_, text) in ADAPTER_SIZES.items():
@@ -102,13 +104,14 @@ def make_parser() -> argparse.ArgumentParser:
              "<image>, or first (default: none)")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", type=int, metavar="R",
+    add("--lora", type=Number(int, 1, 10_000), metavar="R",
         help="train a LoRA of rank R too (default: the backbones stay frozen)")
-    add("--lora-alpha", type=float, metavar="A", help="its updates are scaled by A / R (default: 2 R)")
+    add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
+        help="its updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES",
         help="layers with it: q, k, v, out, gate, up, down; or all")
     add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
-    add("--lora-dropout", type=float, default=0.0, help="dropout of what it reads")
+    add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of what it reads")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
     add = parser.add_argument_group("data").add_argument
@@ -122,32 +125,33 @@ def make_parser() -> argparse.ArgumentParser:
              "shard)")
     add("--split-name", metavar="NAME", help="the rows of this split of --data alone, where it has splits")
     add("--val-split", metavar="NAME", help="the same of --val")
-    add("--val-size", type=int, default=500, help="pictures to validate on, at most")
-    add("--scenes", type=int, default=20_000, help="with the shapes world: scenes to train on")
-    add("--buffer", type=int, default=1000, metavar="PAIRS",
-        help="with shards: pairs in memory, of which the next is drawn")
+    add("--val-size", type=MANY, default=500, help="pictures to validate on, at most")
+    add("--scenes", type=MANY, default=20_000, help="with the shapes world: scenes to train on")
+    add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
+        help="with shards: pairs in memory, of which the next is drawn; 1 GB at most")
     add("--layout", default="image-text", metavar="MIX",
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
-    add("--shots", type=int, default=0, metavar="K",
+    add("--shots", type=Number(int, 0, 1000), default=0, metavar="K",
         help="0 to K other pairs of the batch come solved before each")
     add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
-    add("--max-tokens", type=int, default=128, help="longest caption, tokens; longer ones are cut")
+    add("--max-tokens", type=MANY, default=128, help="longest caption, tokens; longer ones are cut")
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, default=700, help="optimizer steps")
-    add("--batch", type=int, default=64, help="pictures a step, of all processes together")
-    add("--accumulate", type=int, default=1, help="equal parts a step is computed in, to save memory")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of adapter and LoRA")
-    add("--lr-llm", type=float, default=1e-4, help="that of the LLM, if trained whole")
-    add("--lr-vit", type=float, default=1e-4, help="that of the encoder, if trained whole")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up before the cosine to zero")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, of matrices")
-    add("--clip", type=float, default=1.0, help="longest gradient, Euclidean norm")
-    add("--spell", type=float, metavar="W",
+    add("--steps", type=COUNT, default=700, help="optimizer steps")
+    add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
+    add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
+    add("--lr", type=RATE, default=1e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr-llm", type=RATE, default=1e-4, help="that of the LLM, if trained whole")
+    add("--lr-vit", type=RATE, default=1e-4, help="that of the encoder, if trained whole")
+    add("--warmup", type=Number(int, 0, 10 ** 9), default=100,
+        help="steps of linear warm-up before the cosine to zero")
+    add("--weight-decay", type=RATE, default=0.05, help="AdamW's, of matrices")
+    add("--clip", type=Number(float, 1e-6, 10 ** 9), default=1.0, help="longest gradient, Euclidean norm")
+    add("--spell", type=Number(float, 0, 1000), metavar="W",
         help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first "
              "caption, a token each; for adapters with queries (default: 1 in the shapes world, else 0)")
-    add("--seed", type=int, default=0, help="of weights, order, captions drawn, scenes")
+    add("--seed", type=SEED, default=0, help="of weights, order, captions drawn, scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
@@ -165,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
              "(default: in memory)")
     add("--shard", action="store_true",
         help="with torchrun: each process holds a part of the frozen LLM (FSDP2; torch 2.7 or later)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=PROCESSES, default=min(8, os.cpu_count() or 1),
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     add = parser.add_argument_group("files").add_argument
@@ -173,8 +177,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="where the run goes (default: out/<time>-<adapter>); other files may be there, if none has the "
              "name of one that a run writes")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
-    add("--log-every", type=int, default=50, help="steps between lines of progress and of metrics.jsonl")
-    add("--save-every", type=int, default=500,
+    add("--log-every", type=COUNT, default=50, help="steps between lines of progress and of metrics.jsonl")
+    add("--save-every", type=COUNT, default=500,
         help="steps between validations and checkpoints; these come every ten minutes too")
     add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
@@ -189,20 +193,19 @@ def read_options() -> argparse.Namespace:
     if args.resume:
         args = resumed_options(args.resume, parser)
 
-    # The model
-    if args.origin:
-        for name in ("vit", "llm", "image_size", "layer", "adapter", "image_position", "layout", "shots",
-                     "prefix_loss", *ADAPTER_SIZES):
-            if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"{flag(name)} means nothing with --from: {args.origin} has its own")
+    # What each may say
     one_of(ADAPTERS, "adapter", args.adapter)
     layout_weights(args.layout)
-    if args.spell is None:
-        args.spell = float(args.data == "shapes" and not args.origin)
-
-    # What is trained
     whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     with_lora = [one_of(("llm", "vit"), "part", part) for part in args.lora_on.split(",")]
+    if args.prompt.count(IMAGE) > 1:
+        raise InputError(f"--prompt takes one {IMAGE}: a caption has one picture")
+
+    # What they mean together
+    check_meaning(args, parser, meanings(args, whole, with_lora))
+    args.out = args.resume or args.out
+    if args.spell is None:
+        args.spell = float(args.data == "shapes" and not args.origin)
     if "adapter" not in whole and not args.origin:
         raise InputError(f"--train {args.train}: a new adapter must be trained too")
     if args.lora or args.lora_from:
@@ -214,18 +217,51 @@ def read_options() -> argparse.Namespace:
     if args.shard and "llm" in whole:
         raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
 
-    # Numbers
-    for name in ("steps", "batch", "accumulate", "scenes", "val_size", "buffer", "max_tokens", "log_every",
-                 "save_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{flag(name)} must be at least 1, not {getattr(args, name)}")
+    # A batch
     if args.batch % (WORLD * args.accumulate):
         processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
         raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts"
                          + processes)
-    if not 0 <= args.shots < args.batch // WORLD // args.accumulate:
+    if args.shots >= args.batch // WORLD // args.accumulate:
         raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
     return args
+
+
+def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -> tuple:
+    """Rules for `check_meaning`: options, whether they mean something beside the others, why not. `whole`,
+    `with_lora`: the parts that --train and --lora-on name."""
+    sizes = ADAPTERS[args.adapter].__init__.__kwdefaults__ or {}
+    foreign = [option for option in ADAPTER_SIZES if option.removeprefix("adapter_") not in sizes]
+    own = f"with --from: {args.origin} has its own"
+    to = f"to the {args.adapter} adapter"
+    lora = args.lora or args.lora_from
+    shapes = args.data == "shapes"
+    shards = is_shards(args.data)
+    kept = "features cache_features"
+    return (
+        ("vit llm image_size layer adapter image_position layout shots prefix_loss", not args.origin, own),
+        (" ".join(ADAPTER_SIZES), not args.origin, own),
+        (" ".join(foreign), False, to),
+        ("spell", not args.spell or args.origin or "queries" in sizes, f"{to}, which has no queries"),
+        ("split", args.origin, "without --from"),
+        ("lora_alpha lora_targets lora_dropout", args.lora, "without --lora"),
+        ("lora_on", lora, "without --lora or --lora-from"),
+        ("lr", lora or "adapter" in whole, "where neither the adapter nor a LoRA is trained"),
+        ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
+        ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
+        ("scenes", shapes, "with --data"),
+        ("images val split_name", not shapes, "without --data"),
+        ("images", not shards or args.val and not is_shards(args.val), "with shards, which hold their own"),
+        ("val_split", args.val, "without --val"),
+        ("buffer", shards, "without shards"),
+        (kept, not shards, "with shards: they are more than can be kept"),
+        (kept, not args.split, "with --split: a picture has more than can be kept"),
+        (kept, "vit" not in whole and not (lora and "vit" in with_lora),
+         "where the encoder is trained: its features change"),
+        ("features", args.cache_features is not False, "with --no-cache-features"),
+        ("shard", WORLD > 1, "without torchrun"),
+        ("out", not args.resume or Path(args.out or "") == Path(args.resume), "with --resume"),
+    )
 
 
 def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -244,7 +280,6 @@ def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Na
             option = next(action for action in parser._actions if action.dest == name)
             spelled = option.option_strings[0]
             raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
-    args.out = folder
     return args
 
 
@@ -262,10 +297,14 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
         option = options.get(name)
         if option is None:
             raise InputError(f"{path}: {name} can't be {value!r}")
-        kinds = {int: int, float: (int, float)}.get(option.type, bool if option.nargs == 0 else str)
-        right = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
-        if not (right or value is option.default is None):
+        if value is option.default is None:
+            continue
+        kinds = (int, float) if isinstance(option.type, Number) else bool if option.nargs == 0 else str
+        if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
             raise InputError(f"{path}: {name} can't be {value!r}")
+        if option.type:
+            with named(f"{path}: {name}"):
+                option.type(str(value))
     return saved
 
 
@@ -295,7 +334,9 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     if args.data == "shapes":
         return (Shapes(args.scenes, "train", args.seed), Shapes(args.val_size, "test"),
                 Shapes(args.val_size, "unseen"))
-    train = caption_data(args.data, args.images, args.buffer, args.split_name)
+    whole = args.train.split(",")
+    learns = "llm" in whole or bool(args.lora or args.lora_from) and "llm" in args.lora_on.split(",")
+    train = caption_data(args.data, args.images, args.buffer, args.split_name, text_only=learns)
     if args.val:
         val = caption_data(args.val, args.images, split=args.val_split)
         _, val = val.held_out(args.val_size, args.seed)
@@ -342,14 +383,8 @@ def adapter_sizes(args: argparse.Namespace) -> dict:
     sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
     for option in ADAPTER_SIZES:
         value, size = getattr(args, option), option.removeprefix("adapter_")
-        if value is None:
-            continue
-        if size not in sizes:
-            raise InputError(f"{flag(option)} means nothing to the {args.adapter} adapter")
-        least = 0 if size in ("dropout", "text") else 1
-        if value < least:
-            raise InputError(f"{flag(option)} must be at least {least}, not {value}")
-        sizes[size] = value
+        if value is not None and size in sizes:
+            sizes[size] = value
     return sizes
 
 
@@ -397,9 +432,10 @@ def check_tokens(vlm: VLM, captions) -> None:
     processor = vlm.processor
     if processor.no_embedding and isinstance(captions, Captions):
         for i in range(len(captions)):
-            with named(captions.name(i)):
-                for question, caption in captions.pairs(i):
-                    processor.encode(processor.prompt_for(question), caption)
+            with named(captions.name(captions.pictures(i)[0]) if captions.pictures(i) else captions.file):
+                for (question, caption), *later in captions.conversations(i):
+                    for text, answer in [(processor.prompt_for(question), caption), *later]:
+                        processor.encode(text.replace(IMAGE, ""), answer, images=0)
 
 
 def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
@@ -505,7 +541,7 @@ class Run:
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
         self.check_contents(val)
-        self.check_features()
+        self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
@@ -515,9 +551,8 @@ class Run:
             self.say(f"the warm-up of {args.warmup} steps doesn't end within {args.steps}: give a shorter "
                      "--warmup")
         if args.data != "shapes" and not args.val:
-            pictures = len(set(val.paths))  # of which one may come with several questions
-            if pictures < args.val_size:
-                self.say(f"validates on {pictures} pictures: --val-size {args.val_size} is more than a "
+            if val.count < args.val_size:
+                self.say(f"validates on {val.count} pictures: --val-size {args.val_size} is more than a "
                          "twentieth of them")
         if args.data != "shapes" and not args.origin:
             for part in ("vit", "llm"):
@@ -536,17 +571,6 @@ class Run:
             if begun != config["contents"]:
                 raise InputError(f"--data {args.data}: these are not the pictures and captions that "
                                  f"{args.resume} began with")
-
-    def check_features(self) -> None:
-        """Raises InputError where features can't be kept, but should."""
-        args = self.args
-        self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
-        if (args.cache_features or args.features) and (self.streamed or not self.fixed):
-            option = "--features" if args.features else "--cache-features"
-            why = ("shards are streamed, more than can be kept" if self.streamed else
-                   "with --split a picture has more than can be kept" if args.split else
-                   "the encoder is trained, so that its features change")
-            raise InputError(f"{option}: {why}")
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and what the steps run through: compiled blocks, several processes."""
@@ -597,14 +621,14 @@ class Run:
         if not RANK and (not args.resume or args.data != "shapes"):  # it may have moved
             write_json(self.folder / "config.json", vlm.config)
         self.kept = Encoded(vlm, self.train, args) if cache else None
-        self.bad = self.kept.bad if self.kept else {}  # {index: reason} of what can't be read
+        self.bad = self.kept.bad if self.kept else {}  # {picture: reason} of what can't be read
 
     def keeps_features(self) -> bool:
         """Whether the features of the pictures to train on are kept: in all processes, or in none."""
         args = self.args
         if args.cache_features is not None:
             return args.cache_features
-        size = len(self.train) * self.val.features[0].nbytes
+        size = self.train.count * self.val.features[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
         cache = seen and bool(args.features or size < free_memory(self.device) / 2)
         return bool(total(torch.tensor(int(cache), device=self.device)) == WORLD)
@@ -637,36 +661,45 @@ class Run:
             if indices:
                 yield indices, views
 
-    def draw(self, indices: list[int], epoch: int) -> tuple[list[tuple[str, str]], list[int]]:
-        """A text and its answer for each picture to train on, in a layout that is drawn, after its shots; and
-        of the pictures of all texts, in their order, where they are in `indices`."""
+    def draw(self, indices: list[int], epoch: int) -> tuple[list[Conversation], list[list[int]]]:
+        """What is learned of each entry to train on, in a layout that is drawn, after its shots; and for
+        each, where in `indices` these and the entry itself are."""
         args = self.args
-        # Each picture's own example comes last, behind those that are shown solved
-        examples, order = [], []
+        # Each entry's own example comes last, behind those that are shown solved
+        examples, orders = [], []
         others = indices if self.streamed else None
         for at, i in enumerate(indices):
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
-            parts = [self.arrange(layout, self.train, indices[j], epoch, others) for j in shown]
-            examples.append(few_shot(parts))
-            order += shown
-        return examples, order
+            examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)
+                                      for j in shown]))
+            orders.append(shown)
+        return examples, orders
 
-    def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> tuple[str, str]:
+    def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> Conversation:
         prompt_for = self.vlm.processor.prompt_for
         return arrange(layout, captions, i, self.args.seed, epoch, prompt_for, others)
 
     def part(self, indices: list[int], views: Views, epoch: int, spell: float) -> Part:
-        """The texts of some pictures, as tensors on the device."""
+        """The texts of some entries, as tensors on the device, and the views of the pictures in them."""
         args, adapter = self.args, self.vlm.adapter
-        examples, order = self.draw(indices, epoch)
-        tiles = (views.tiles[i] for i in order)
-        spelled, queries = None, 0
+        examples, orders = self.draw(indices, epoch)
+        tiles, spelled, queries = [], None, 0
+        for shown in orders:
+            tiles.append([size for j in shown for size in views.tiles[j]])
         if spell:  # a grid of patches can't be put in a caption's order
-            spelled = [self.train.pairs(indices[i])[0][1] for i in order]
+            spelled = [[text for j in shown for text in self.spelled(indices[j])] for shown in orders]
             queries = adapter.queries if adapter.side is None else 0
         texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss, spelled, queries)
+        order = []
+        for shown, fits in zip(orders, texts.fits):
+            order += shown if fits else []
         return Part(texts.to(self.device), views, order)
+
+    def spelled(self, i: int) -> list[str]:
+        """What the embeddings of each picture of an entry should spell: its caption, of several nothing."""
+        pictures = self.train.pictures(i)
+        return [self.train.conversations(i)[0][0][1]] if len(pictures) == 1 else [""] * len(pictures)
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
         """Trains on this process's share of a batch. Returns the loss of the whole batch, NaN where its
@@ -730,10 +763,12 @@ class Run:
         self.vlm.train()
         return found
 
-    def losses_of(self, examples: list[tuple[str, str]], features: Views,
+    def losses_of(self, examples: list[Conversation], features: Views,
                   max_tokens: int) -> tuple[Batch, torch.Tensor]:
-        batch = self.vlm.processor.batch(examples, max_tokens, iter(features.tiles)).to(self.device)
-        losses, _ = self.forward(batch, features.x)
+        """A batch of examples, a text for each entry of `features`, and the loss of each target."""
+        batch = self.vlm.processor.batch(examples, max_tokens, features.tiles, learn_earlier=False)
+        features = features.pick([i for i, fits in enumerate(batch.fits) if fits])
+        losses, _ = self.forward(batch.to(self.device), features.x)
         return batch, losses
 
     @torch.no_grad()
@@ -744,23 +779,26 @@ class Run:
             _, losses = self.losses_of(examples, features, self.args.max_tokens)
             loss += losses.sum().item()
             count += len(losses)
-        return loss / count
+        return loss / max(1, count)
 
     @torch.no_grad()
     def matching(self, data: Encoded) -> float:
         """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
-        right = 0
+        right = count = 0
         for indices, features in data.batches(self.size):
-            asked = [self.arrange("text-image", data.captions, i) for i in indices]
+            kept = [at for at, i in enumerate(indices) if is_caption(data.captions, i)]
+            features = features.pick(kept)
+            asked = [self.arrange("text-image", data.captions, indices[at]) for at in kept]
             sums = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
             for answer in ("yes", "no"):
-                examples = [(text, answer) for text, _ in asked]
+                examples = [[(text, answer)] for [(text, _)] in asked]
                 batch, losses = self.losses_of(examples, features, 128)
-                row = batch.target_positions // batch.tokens.shape[1]
+                row = batch.target_positions.to(self.device) // batch.tokens.shape[1]
                 sums.append(losses.new_zeros(len(asked)).index_add(0, row, losses))
             yes = (sums[0] < sums[1]).tolist()
-            right += sum(said == (answer == "yes") for said, (_, answer) in zip(yes, asked))
-        return right / len(data.readable)
+            right += sum(said == (answer == "yes") for said, [(_, answer)] in zip(yes, asked))
+            count += len(kept)
+        return right / max(1, count)
 
     # -----------------------------------------------------------------------------------------------------
     # The loop
@@ -812,9 +850,6 @@ class Run:
         source.close()
         if self.first == args.steps and not RANK:  # it was killed before it could
             self.report([])
-        if cut := self.vlm.processor.cut:
-            self.say(f"{cut} texts didn't fit the language model's {self.vlm.processor.positions} positions: "
-                     "they lost their first words")
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
@@ -836,11 +871,11 @@ class Run:
             keep = self.val.features is not None
             sets = {"test": self.val, "unseen": Encoded(vlm, self.unseen, args, keep)}
 
-        # Examples for few-shot captions: the first pictures of the validation set
-        shots = []
+        # Examples for few-shot captions: the first entries of the validation set
+        shots = Shots()
         if args.shots:
             indices, views = next(self.val.batches(args.shots))
-            shots = [(x, draw_caption(val, i, args.seed, 0)[1]) for i, x in zip(indices, views.x)]
+            shots = Shots([draw_conversation(val, i, args.seed, 0) for i in indices], views)
 
         # Captions of each set, their scores, and the best and worst for samples.png
         scores, sections = {}, []
@@ -848,10 +883,10 @@ class Run:
             texts = caption_set(vlm, data.captions, data.batches(64))
             row, ratings = rate(data.captions, texts)
             scores[f"{label} ({len(texts)})"] = row
-            first = len(shots) if data is self.val else 0  # no picture comes before itself
-            if shots and first < len(data.readable):
+            first = len(shots.said) if data is self.val else 0  # no picture comes before itself
+            if shots.said and first < len(data.readable):
                 after = caption_set(vlm, data.captions, data.batches(64, first), shots)
-                scores[f"{label}, {len(shots)} shots ({len(after)})"] = rate(data.captions, after)[0]
+                scores[f"{label}, {len(shots.said)} shots ({len(after)})"] = rate(data.captions, after)[0]
             if "text-image" in self.layouts:
                 row["matching"] = self.matching(data)
             if not RANK:
@@ -862,6 +897,8 @@ class Run:
             with only_warn(self.folder / "samples.png"):
                 write_picture(self.folder / "samples.png", contact_sheet(sections))
             self.export_lora()
+        if lost := vlm.processor.lost():
+            self.say(lost)
         return scores
 
     def export_lora(self) -> None:
@@ -886,4 +923,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "--recompute, a higher --accumulate, or a smaller --batch, --max-tokens or --precision")
+    run(main, "--recompute, a higher --accumulate, or a smaller adapter, --batch, --max-tokens or "
+              "--precision")

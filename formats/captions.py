@@ -36,13 +36,17 @@ COLUMNS = {  # what a column of a table, or a key in JSON, may be called
     "split": ("split",),
 }
 READ = ("a table whose header names a picture and a caption (such as image,caption), JSON lines, and the "
-        "JSON of COCO, VQAv2, Karpathy and LLaVA")
+        "JSON of COCO, VQAv2, Karpathy and LLaVA; a picture is called "
+        f"{', '.join(COLUMNS['image'])}, and a caption {', '.join(COLUMNS['caption'])}")
 ANSWERS = ("gpt", "assistant", "model")  # who answers in a conversation
-QUESTIONS = ("human", "user")
+QUESTIONS = ("human", "user", "system")
+
+# What is asked and answered in turns: (question, answer), "" for no question. A caption is one turn
+Conversation = list[tuple[str, str]]
 
 
 def keep(text: str) -> str:
-    """A text with its lines, without IMAGE: data places no picture."""
+    """An answer with its lines, without IMAGE, which it can't show."""
     return whole(text).replace(IMAGE, " ").strip()  # not nothing: what stood around it could make another
 
 
@@ -56,30 +60,70 @@ def join_lines(kept: str) -> str:
     return (" " + " ".join(kept.split())).removesuffix(" .").lstrip()
 
 
-def in_one_line(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(question, caption) pairs that were kept, in one line each. Each step of a training asks for some."""
-    return [(join_lines(question), join_lines(caption)) for question, caption in said]
+def in_one_line(said: list[Conversation]) -> list[Conversation]:
+    """Conversations that were kept, each text in one line. Each step of a training asks for some."""
+    found = []
+    for turns in said:
+        found.append([(join_lines(question), join_lines(answer)) for question, answer in turns])
+    return found
+
+
+def keep_question(text: str) -> str:
+    """A question with its lines, and with IMAGE where it shows a picture: nothing stands around the first."""
+    text = whole(text).strip()
+    first = re.match(rf"(?:{IMAGE}\s*)*", text)[0]
+    return IMAGE * first.count(IMAGE) + text[len(first):]
 
 
 class Row(NamedTuple):
     """A row of a caption file."""
     place: str  # such as "line 3" or "entry 2"
     images: list[str]
-    question: str
-    captions: list[str]
+    conversations: list[Conversation]  # of which one is learned at a time, such as five captions
     split: str = ""
+    fault: str = ""  # why it can't be used
+
+
+def usable(row: Row, text_only: bool = False) -> tuple[list[Conversation], str]:
+    """The conversations of a row as they are kept, and "", or why the row can't be used. Questions say IMAGE
+    where a picture stands; those of a row that say none, or all at the head, have their pictures first."""
+    kept = []
+    for turns in row.conversations:
+        turns = [(keep_question(question), keep(answer)) for question, answer in turns if flat(answer)]
+        if turns:
+            kept.append(turns)
+    asked = bool(kept) and bool(kept[0][0][0])
+    if row.fault:
+        return [], row.fault
+    if not row.images and not (text_only and asked):
+        return [], "without a picture"
+    if not kept:
+        return [], "without a caption"
+
+    # As many pictures as places for them
+    for turns in kept:
+        question, answer = turns[0]
+        places = sum(question.count(IMAGE) for question, _ in turns)
+        if places not in (0, len(row.images)):
+            return [], f"whose number of {IMAGE}s is not that of its pictures"
+        if question.startswith(IMAGE * max(1, places)):
+            turns[0] = question[places * len(IMAGE):], answer
+    return kept, ""
 
 
 class Captions(torch.utils.data.Dataset):
-    """Pictures with one or more captions each, from a file as above, or VQAv2's two, parted by a comma.
+    """Pictures with what is said of them, from a file as above, or VQAv2's two, parted by a comma.
 
-    Relative names of pictures are looked up in `images`, or beside the file. `split`: only the rows of that
-    split. Rows that can't be used are counted by reason, and told in a line. Raises InputError.
+    An entry of the set has the same pictures, one as a rule, in all of its conversations. Relative names of
+    pictures are looked up in `images`, or beside the file. `split`: only the rows of that split. `text_only`:
+    with the rows that have a question and no picture. Rows that can't be used are counted by reason, and told
+    in a line. Raises InputError.
     """
 
     note = ""  # which part of its file it is
 
-    def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None):
+    def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None,
+                 text_only: bool = False):
         self.keep_lines = False  # whether texts keep their lines
         self.file = str(file)
         first = Path(self.file.split(",")[0])
@@ -93,7 +137,7 @@ class Captions(torch.utils.data.Dataset):
                 raise InputError(f"{self.file}: no row of split {split!r}: there are "
                                  f"{', '.join(sorted(splits - {''})) or 'no splits'}")
             rows = [row for row in rows if row.split == split]
-        self.collect(rows, folder)
+        self.collect(rows, folder, text_only)
 
     @property
     def label(self) -> str:
@@ -110,48 +154,63 @@ class Captions(torch.utils.data.Dataset):
             raise InputError(f"{self.paths[0]}: no such picture, nor others of {self.file}: --images says "
                              "where they lie")
 
-    def collect(self, rows: list[Row], folder: Path) -> None:
-        """Sorts rows by picture. Tells how many are left out, and why."""
-        found: dict[str, list[tuple[str, str]]] = {}
+    def collect(self, rows: list[Row], folder: Path, text_only: bool) -> None:
+        """Makes entries of rows: those with the same pictures are one. Tells how many are left out, and
+        why."""
+        self.shown: list[tuple[int, ...]] = []  # of each entry, its pictures' places in `paths`
+        self.said: list[list[Conversation]] = []
+        pictures: dict[str, int] = {}
+        entries: dict[tuple[int, ...], int] = {}
         left_out: dict[str, list[str]] = {}  # reason -> places
         for row in rows:
-            captions = [caption for caption in row.captions if flat(caption)]
-            if not row.images:
-                left_out.setdefault("without a picture", []).append(row.place)
-            elif len(row.images) > 1:
-                left_out.setdefault("with several pictures", []).append(row.place)
-            elif not captions:
-                left_out.setdefault("without a caption", []).append(row.place)
-            else:
-                pairs = found.setdefault(whole(row.images[0]), [])
-                pairs += [(keep(row.question), keep(caption)) for caption in captions]
+            conversations, fault = usable(row, text_only)
+            if fault:
+                left_out.setdefault(fault, []).append(row.place)
+                continue
+            shown = tuple(pictures.setdefault(whole(image), len(pictures)) for image in row.images)
+            at = entries.setdefault(shown, len(self.said)) if shown else len(self.said)
+            if at == len(self.said):
+                self.shown.append(shown)
+                self.said.append([])
+            self.said[at] += conversations
+        self.paths = [folder / image for image in pictures]
+
         reasons = [f"{len(places)} {reason} (first: {places[0]})" for reason, places in left_out.items()]
-        if not found:
+        if not self.paths:
             raise InputError(f"{self.file}: no usable pair of picture and caption"
                              + (f": {', '.join(reasons)}" if reasons else "") + f"; what is read: {READ}")
         if left_out:
             count = sum(map(len, left_out.values()))
             warn(f"{self.file}: {count} of {len(rows)} rows left out: {', '.join(reasons)}")
-        self.paths = [folder / image for image in found]
-        self.said = list(found.values())
 
     def __len__(self) -> int:
+        return len(self.said)
+
+    @property
+    def count(self) -> int:
+        """How many pictures there are."""
         return len(self.paths)
 
-    def picture(self, i: int) -> Image.Image:
-        path = self.paths[i]
-        return open_picture(path, getattr(path, "file", None))  # of a shard's pair it is in memory
+    def pictures(self, i: int) -> tuple[int, ...]:
+        """The pictures of entry i, none of a text alone."""
+        return self.shown[i]
 
-    def pairs(self, i: int) -> list[tuple[str, str]]:
-        """(question, caption) of picture i, "" for no question."""
+    def conversations(self, i: int) -> list[Conversation]:
+        """What is said of entry i, of which one is learned at a time."""
         return self.said[i] if self.keep_lines else in_one_line(self.said[i])
 
-    def name(self, i: int) -> str:
-        return str(self.paths[i])
+    def picture(self, p: int) -> Image.Image:
+        path = self.paths[p]
+        return open_picture(path, getattr(path, "file", None))  # of a shard's pair it is in memory
+
+    def name(self, p: int) -> str:
+        return str(self.paths[p])
 
     def contents(self) -> str:
         """A stamp of which pictures, by name, have which captions: the same wherever the files lie."""
-        entries = [(Path(path).name, pairs) for path, pairs in zip(self.paths, self.said)]
+        entries = []
+        for shown, conversations in zip(self.shown, self.said):
+            entries.append(([Path(self.paths[p]).name for p in shown], conversations))
         return hashlib.sha256(repr(entries).encode()).hexdigest()[:32]
 
     def stamp(self) -> str:
@@ -166,27 +225,35 @@ class Captions(torch.utils.data.Dataset):
         return hashlib.sha256(repr(files).encode()).hexdigest()
 
     def subset(self, indices: list[int]) -> "Captions":
+        """These entries, with their pictures alone."""
         part = copy.copy(self)
-        part.paths = [self.paths[i] for i in indices]
+        used = sorted({p for i in indices for p in self.shown[i]})
+        place = {p: at for at, p in enumerate(used)}
+        part.paths = [self.paths[p] for p in used]
+        part.shown = [tuple(place[p] for p in self.shown[i]) for i in indices]
         part.said = [self.said[i] for i in indices]
         return part
 
     def by_question(self) -> "Captions":
-        """The same set with an entry for each question of a picture: to score all of them."""
+        """The same set with an entry for each question: to score all of them. In a conversation it is asked
+        after the turns before it, which are answered."""
         part = copy.copy(self)
-        part.paths, part.said = [], []
-        for path, pairs in zip(self.paths, self.said):
-            asked: dict[str, list[tuple[str, str]]] = {}
-            for question, caption in pairs:
-                asked.setdefault(question, []).append((question, caption))
-            part.paths += [path] * len(asked)
+        part.shown, part.said = [], []
+        for shown, conversations in zip(self.shown, self.said):
+            asked: dict[tuple, list[Conversation]] = {}
+            for turns in conversations:
+                for n, (question, _) in enumerate(turns):
+                    asked.setdefault((*turns[:n], question), []).append(turns[:n + 1])
+            part.shown += [shown] * len(asked)
             part.said += asked.values()
         return part
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
-        """Parts the set in two: the rest, and `size` pictures drawn from the seed, at most one in `parts`."""
-        size = min(size, max(1, len(self) // parts))
-        out = set(random.Random(f"{seed} held out").sample(range(len(self)), size))
+        """Parts the set in two: the rest, and `size` entries drawn from the seed, at most one in `parts`.
+        Those without a picture stay in the rest."""
+        seen = [i for i, shown in enumerate(self.shown) if shown]
+        size = min(size, max(1, len(seen) // parts))
+        out = set(random.Random(f"{seed} held out").sample(seen, size))
         rest = [i for i in range(len(self)) if i not in out]
         return self.subset(rest), self.subset(sorted(out))
 
@@ -219,12 +286,18 @@ def find(row: dict, what: str):
     return None
 
 
+def one_turn(question: str, answers: list[str]) -> list[Conversation]:
+    """Conversations of one turn, one for each answer to the same question."""
+    return [[(question, answer)] for answer in answers]
+
+
 def strings(value) -> list[str]:
     """A string, a list of strings or of objects that hold one, as a list of strings."""
     found = []
     for entry in value if isinstance(value, list) else [value]:
         if isinstance(entry, dict):
-            entry = entry.get("raw") or entry.get("answer") or entry.get("text") or entry.get("path")
+            names = ("raw", "answer", "text", "path", "url")
+            entry = next((entry[name] for name in names if entry.get(name)), None)
         if isinstance(entry, str):
             found.append(entry)
         elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
@@ -257,8 +330,8 @@ def table_rows(text: str) -> Iterator[Row]:
         if len(fields) > len(columns) and at["caption"] == len(columns) - 1:
             fields[at["caption"]:] = [delimiter.join(fields[at["caption"]:])]
         row = {what: fields[i].strip() for what, i in at.items() if i < len(fields)}
-        yield Row(f"line {number}", [row["image"]] if row.get("image") else [], row.get("question", ""),
-                  [row["caption"]] if row.get("caption") else [], row.get("split", ""))
+        yield Row(f"line {number}", [row["image"]] if row.get("image") else [],
+                  one_turn(row.get("question", ""), [row.get("caption", "")]), row.get("split", ""))
 
 
 def records(lines: list[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
@@ -304,7 +377,7 @@ def flickr_rows(lines: list[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             name, _, caption = line.partition("\t")
-            yield Row(f"line {number}", [name.rpartition("#")[0] or name], "", [caption])
+            yield Row(f"line {number}", [name.rpartition("#")[0] or name], one_turn("", [caption]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -336,20 +409,24 @@ def json_rows(data) -> Iterator[Row]:
         images = data.get("images")  # Karpathy's
         entries = images if images and isinstance(images[0], dict) and "sentences" in images[0] else [data]
     for number, entry in enumerate(entries, 1):
-        place = f"entry {number}"
         if not isinstance(entry, dict):
-            raise InputError(f"{place} is no object; what is read: {READ}")
-        turns = entry.get("conversations") or entry.get("messages")
-        if turns:
-            yield from conversation_rows(place, entry, turns)
-            continue
-        images = strings(find(entry, "image"))
-        if "filename" in entry and isinstance(entry.get("filepath"), str):  # Karpathy's of COCO
-            images = [f"{entry['filepath']}/{entry['filename']}"]
-        questions = strings(find(entry, "question"))
-        split = entry.get("split")
-        yield Row(place, images, questions[0] if questions else "", strings(find(entry, "caption")),
-                  split if isinstance(split, str) else "")
+            raise InputError(f"entry {number} is no object; what is read: {READ}")
+        yield read_entry(f"entry {number}", entry)
+
+
+def read_entry(place: str, entry: dict) -> Row:
+    """The row that a JSON object tells of: pictures, with captions, a question and its answers, or a
+    conversation."""
+    images = strings(find(entry, "image"))
+    if "filename" in entry and isinstance(entry.get("filepath"), str):  # Karpathy's of COCO
+        images = [f"{entry['filepath']}/{entry['filename']}"]
+    split = entry.get("split")
+    split = split if isinstance(split, str) else ""
+    if turns := entry.get("conversations") or entry.get("messages"):
+        return conversation_row(place, images, turns, split)
+    questions = strings(find(entry, "question"))
+    answers = strings(find(entry, "caption")) or [""]
+    return Row(place, images, one_turn(questions[0] if questions else "", answers), split)
 
 
 def coco_rows(data: dict) -> Iterator[Row]:
@@ -357,7 +434,7 @@ def coco_rows(data: dict) -> Iterator[Row]:
     files = {image["id"]: image["file_name"] for image in data.get("images", [])}
     for number, note in enumerate(data["annotations"], 1):
         name = files.get(note.get("image_id"))
-        yield Row(f"annotation {number}", strings(name), "", strings(find(note, "caption")))
+        yield Row(f"annotation {number}", strings(name), one_turn("", strings(find(note, "caption"))))
 
 
 def vqa_rows(one: dict, other: dict) -> Iterator[Row]:
@@ -369,25 +446,41 @@ def vqa_rows(one: dict, other: dict) -> Iterator[Row]:
         entry = asked.get(note["question_id"], {})
         image = f"COCO_{part}_{int(note['image_id']):012}.jpg"
         answers = strings(note.get("answers")) or strings(note.get("multiple_choice_answer"))
-        yield Row(f"annotation {number}", [image] if entry else [], entry.get("question", ""), answers)
+        yield Row(f"annotation {number}", [image] if entry else [],
+                  one_turn(entry.get("question", ""), answers))
 
 
-def conversation_rows(place: str, entry: dict, turns: list) -> Iterator[Row]:
-    """A row for each answer of a conversation, with the question before it. What was said earlier isn't
-    read."""
-    images = strings(find(entry, "image"))
-    question = ""
-    answered = False
+def conversation_row(place: str, images: list[str], turns: list, split: str) -> Row:
+    """A conversation, as one row. What is said in several turns of one speaker, or of a system before the
+    first question, is joined."""
+    found, asked = [], []
     for turn in turns:
         speaker = turn.get("from") or turn.get("role")
         text = turn.get("value", turn.get("content"))
-        if isinstance(text, list):  # parts of text and pictures
-            images += [part["image"] for part in text if isinstance(part.get("image"), str)]
-            text = "\n".join(part["text"] for part in text if isinstance(part.get("text"), str))
-        if speaker in ANSWERS:
-            yield Row(place, images, question, strings(text))
-            answered = True
-        elif speaker in QUESTIONS and isinstance(text, str):
-            question = text
-    if not answered:
-        yield Row(place, images, question, [])
+        if isinstance(text, list):
+            text, named_there = joined_parts(text)
+            images = images + named_there
+        text = text if isinstance(text, str) else ""
+        if speaker in QUESTIONS:
+            asked.append(text)
+        elif speaker not in ANSWERS:
+            return Row(place, images, [], split, f"with turns of {speaker!r}")
+        elif asked or not found:
+            found.append(("\n".join(asked), text))
+            asked = []
+        else:
+            question, said = found[-1]
+            found[-1] = question, f"{said}\n{text}"
+    return Row(place, images, [found], split)
+
+
+def joined_parts(parts: list[dict]) -> tuple[str, list[str]]:
+    """The text of a turn that comes in parts, IMAGE where one shows a picture; and the pictures they name."""
+    text, images = "", []
+    for part in parts:
+        if isinstance(said := part.get("text"), str):
+            text += "\n" + said if text and not text.endswith(IMAGE) else said
+        else:
+            text += IMAGE
+            images += strings(part.get("image_url") or find(part, "image"))
+    return text, images

@@ -80,6 +80,14 @@ class Login(urllib.request.BaseHandler):
         return request
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects without reading their own bodies, which may have no end."""
+
+    def redirect_request(self, request, reply, *arguments):
+        reply.close()
+        return super().redirect_request(request, reply, *arguments)
+
+
 def explain(name: str, error: Exception) -> str:
     """Says why a request for the model `name` failed, and how the user can help it."""
     if not isinstance(error, urllib.error.HTTPError):
@@ -106,7 +114,7 @@ def stream(name: str, path: str) -> Iterator:
     A thread reads, and this function limits the wait for it: looking up a host's name has no time-out, and
     headers that come byte by byte restart theirs with each byte.
     """
-    opener = urllib.request.build_opener(Login)
+    opener = urllib.request.build_opener(Login, Redirects)
     opener.addheaders = [("User-Agent", "pytorch")]  # some servers refuse urllib's own name
     arrived = queue.Queue(8)
     stopped = threading.Event()
@@ -191,16 +199,19 @@ def save(name: str, snapshot: Path, file: str, size: int | None, sha256: str | N
         try:
             # The hub's size and the server's must agree
             stated = next(reply)
-            if size is None:
-                size = stated
-            elif stated not in (None, size):
+            if size is not None and stated not in (None, size):
                 raise InputError(f"the server states {stated} bytes, the hub lists {size}")
+
+            # A mirror that lists no sizes may have a part of a file, and states its size: what comes tells
+            # whether it is whole, except of files of other kinds
             if size is None and path.suffix not in (".json", ".safetensors"):
-                raise InputError("its size isn't told")
+                size = stated
+                if size is None:
+                    raise InputError("its size isn't told")
             if size is not None and size > MOST_SMALL and path.suffix != ".safetensors":
                 raise InputError(f"{size} bytes are too many")
 
-            chunks = shown(f"{name}/{file}", reply, size)
+            chunks = shown(f"{name}/{file}", reply, stated if size is None else size)
             write_file(path, lambda temporary: receive(temporary, path.suffix, chunks, size, sha256))
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
@@ -209,7 +220,7 @@ def save(name: str, snapshot: Path, file: str, size: int | None, sha256: str | N
 def receive(target: Path, kind: str, chunks: Iterator[bytes], size: int | None, sha256: str | None) -> None:
     """Writes a file of a `kind` (".json", …) as its chunks come. Raises InputError if it isn't whole.
 
-    If its size is unknown: a safetensors file's header tells it, and JSON is whole if it is valid.
+    If `size` is None: a safetensors file's header tells it, and JSON is whole if it is valid.
     """
     head = bytearray()
     received = 0

@@ -11,6 +11,11 @@ from typing import Callable
 import torch
 from safetensors import SafetensorError, safe_open
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TEMPORARY = ".vlm-tmp"  # ends the name of a file that is being written: no other program's does
 
 
@@ -68,12 +73,12 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def remove_leftovers(folder: Path, age: float = -math.inf) -> None:
-    """Removes the temporary files that killed processes of this program left in a folder, if nobody wrote to
-    them for `age` seconds."""
+def remove_leftovers(folder: Path, all_of_them: bool = False) -> None:
+    """Removes the temporary files that processes of this program left in a folder when they were killed; all
+    of them where no other process can be writing there."""
     for left in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-            if time.time() - left.stat().st_mtime > age:
+            if all_of_them or abandoned(left):
                 left.unlink()
 
 
@@ -84,7 +89,7 @@ def temporary_for(path: Path):
     with guard(path, "can't be written"):
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: not a file that can be replaced")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
         try:
             temporary.write_bytes(b"")
             yield temporary
@@ -102,17 +107,46 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
     the process or the power ends. Raises InputError."""
     with temporary_for(path) as temporary:
-        remove_leftovers(path.parent, 86_400)
-        write(temporary)
+        remove_leftovers(path.parent)
+        with locked(temporary):
+            write(temporary)
 
-        # Get it on the disk, rename
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            # Get it on the disk, rename
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         if os.name == "posix":  # here the folder's entries must be synchronised too
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Locks a file as long as this process lives and is inside. On Windows does nothing."""
+    if not fcntl:
+        yield
+        return
+    with path.open("rb+") as file:
+        with contextlib.suppress(OSError):  # we have locked it already, or this drive has no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def abandoned(path: Path) -> bool:
+    """Whether no process writes a temporary file any more. It isn't locked then; where there are no locks,
+    nobody wrote to it for a day."""
+    stat = path.stat()
+    if time.time() - stat.st_mtime > 86_400:
+        return True
+    if not fcntl or not stat.st_size:  # an empty one may not be locked yet
+        return False
+    with path.open("rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
 
 
 # ---------------------------------------------------------------------------------------------------------

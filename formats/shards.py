@@ -1,6 +1,7 @@
 """Tar shards in WebDataset's layout: more pairs than a list holds."""
 import copy
 import glob
+import gzip
 import hashlib
 import itertools
 import json
@@ -11,24 +12,68 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, find, flat, in_one_line, keep, strings
-from formats.files import InputError
+from formats.captions import Captions, Conversation, Row, in_one_line, one_turn, read_entry, usable
+from formats.files import InputError, warn
 from formats.pictures import open_picture
 
 KINDS = ("jpg", "jpeg", "png", "webp")  # of pictures
+TEXTS = ("txt", "json")
+
+# Bounds, in bytes, on what a shard makes us read and keep; beyond them it is broken
+MOST_PAIR = 1 << 28  # of a pair's members together
+MOST_TEXT = 1 << 24  # of a member with text
+MOST_HEADERS = 1 << 14  # of what stands between two members: tar headers, long names, pax records
+MOST_UNPACKED = 100  # times its size, and MOST_PAIR more, that a compressed shard may unpack to
+MOST_HELD = 1 << 30  # of pairs that wait in memory; beyond it fewer wait, and the shard is whole
 
 
 class Pair(str):
-    """One picture of a shard: its name, which carries (question, caption) pairs and the picture's file, or
-    what is wrong with them."""
+    """One picture of a shard: its name, which carries what is said of it and the picture's file, or what is
+    wrong with them. `size`: bytes of memory that it takes, roughly."""
 
-    def __new__(cls, name: str, said: list[tuple[str, str]] = (), file: bytes = b"",
-                fault: str = "") -> "Pair":
+    def __new__(cls, name: str, said: list[Conversation] = (), file: bytes = b"", fault: str = "") -> "Pair":
         pair = super().__new__(cls, name)
         pair.said = said
         pair.file = file
         pair.fault = fault and f"{name}: {fault}"
+        texts = itertools.chain.from_iterable(said)
+        pair.size = len(file) + sum(200 + 4 * (len(question) + len(answer)) for question, answer in texts)
         return pair
+
+
+class Source:
+    """A shard's bytes from front to end, unpacked, as tarfile reads them. Raises ReadError where it would
+    read more than the bounds above: sizes in a tar are claims, and a few bytes unpack to many."""
+
+    def __init__(self, path: Path):
+        self.packed = path.suffix.endswith("gz")
+        self.file = path.open("rb")
+        self.stream = gzip.GzipFile(fileobj=self.file) if self.packed else self.file
+        self.headers = 0  # bytes of headers since the last member
+
+    def read(self, size: int) -> bytes:
+        """Reads headers, for which alone tarfile calls it."""
+        if not 0 <= size <= MOST_HEADERS - self.headers:
+            raise tarfile.ReadError(f"headers of more than {MOST_HEADERS:,} bytes")
+        self.headers += size
+        return self.content(size)
+
+    def content(self, size: int) -> bytes:
+        content = self.stream.read(size)
+        if self.tell() > MOST_PAIR + MOST_UNPACKED * self.file.tell():
+            raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
+        return content
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def seek(self, position: int) -> None:
+        if position < self.tell():  # a negative size, which would lead round in circles
+            raise tarfile.ReadError("a member begins before the end of the last")
+        if not self.packed:
+            self.file.seek(position)
+        while self.tell() < position and self.content(min(position - self.tell(), 1 << 16)):
+            pass
 
 
 class StrictHeader(tarfile.TarInfo):
@@ -44,22 +89,39 @@ class StrictHeader(tarfile.TarInfo):
 
 def read_shard(path: Path):
     """Yields the pairs of a tar in WebDataset's layout, one at a time: members that stand together and are
-    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with a caption
-    (a string or a list) and perhaps a question, under any of the names in COLUMNS. Nothing is extracted, and
-    a member's name is but a label. What is broken, a pair or the rest of the shard, comes as a pair with a
-    `fault`. A pair's name begins with the shard's, without its folder, so that a seed draws the same wherever
+    called the same up to the first dot, NAME.jpg (jpeg, png, webp) and NAME.txt, or NAME.json with what
+    `read_entry` reads. Nothing is extracted, and a member's name is but a label. What is broken, a pair or
+    the rest of the shard, comes as a pair with a `fault`; so does the rest of a shard beyond the bounds
+    above. A pair's name begins with the shard's, without its folder, so that a seed draws the same wherever
     the shards lie."""
     def members():
+        last, size = "", 0  # the pair that was met last, and its bytes
         try:
-            mode = "r|gz" if path.suffix.endswith("gz") else "r|"  # one pass from front to end
-            with tarfile.open(path, mode, tarinfo=StrictHeader) as tar:
+            source = Source(path)
+            with source.file, tarfile.TarFile(fileobj=source, tarinfo=StrictHeader) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # tarfile would keep all it met
+                    # tarfile would keep all it met
+                    tar.members.clear()
+                    tar.pax_headers.clear()
+                    source.headers = 0
                     stem, kind = re.fullmatch(r"(?s)((?:.*/)?[^/.]*)\.?(.*)", member.name).groups()
-                    if member.isfile() and kind.lower() in (*KINDS, "txt", "json"):
-                        if member.size > 1 << 28:
-                            raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
-                        yield f"{path.name}/{stem}", kind.lower(), tar.extractfile(member).read()
+                    kind = kind.lower()
+                    if not member.isfile() or kind not in KINDS + TEXTS:
+                        continue
+
+                    # Read it, if it isn't too large
+                    size = member.size + (size if stem == last else 0)
+                    last = stem
+                    if member.issparse():  # it may have any size, without a byte in the file
+                        raise tarfile.ReadError(f"{member.name} is a sparse file")
+                    if not 0 <= member.size <= (MOST_TEXT if kind in TEXTS else MOST_PAIR):
+                        raise tarfile.ReadError(f"{member.name} says that it has {member.size:,} bytes")
+                    if size > MOST_PAIR:
+                        raise tarfile.ReadError(f"the members of {stem} say that they have {size:,} bytes")
+                    content = source.content(member.size)
+                    if len(content) < member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    yield f"{path.name}/{stem}", kind, content
         except Exception as error:  # whatever bytes from outside make tarfile raise
             yield str(path), "fault", f"broken shard ({error})"
 
@@ -68,24 +130,22 @@ def read_shard(path: Path):
         file = next((members_of[kind] for kind in KINDS if kind in members_of), b"")
         said = []
         try:
-            said = said_in(members_of)
-            missing = ("" if said else "no caption") or ("" if file else "no picture")
-            fault = members_of.get("fault") or missing
+            said, fault = said_in(members_of)
+            fault = members_of.get("fault") or fault or ("" if file else "without a picture")
         except Exception as error:  # whatever stands there
             fault = f"its caption can't be read ({type(error).__name__}: {error})"
         yield Pair(name, said, file, fault)
 
 
-def said_in(members: dict[str, bytes]) -> list[tuple[str, str]]:
-    """The (question, caption) pairs in a picture's .json or, where that has no caption, in its .txt."""
-    about = json.loads(members["json"]) if "json" in members else {}
-    captions = strings(find(about, "caption"))
-    if not any(map(flat, captions)) and "txt" in members:
-        captions = [members["txt"].decode()]
-    captions = [caption for caption in captions if flat(caption)]
-    questions = strings(find(about, "question"))
-    question = keep(questions[0]) if questions else ""
-    return [(question, keep(caption)) for caption in captions]
+def said_in(members: dict[str, bytes]) -> tuple[list[Conversation], str]:
+    """What is said of a picture in its .json or, where that can't be used, in its .txt; and why neither
+    can."""
+    row = read_entry("", json.loads(members.get("json", "{}")))._replace(images=[""])
+    said, fault = usable(row)
+    if fault and "txt" in members:
+        question = row.conversations[0][0][0] if row.conversations else ""
+        said, fault = usable(Row("", [""], one_turn(question, [members["txt"].decode()])))
+    return said, fault
 
 
 class Shards:
@@ -106,6 +166,10 @@ class Shards:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def count(self) -> int:
+        return self.size
+
     def name(self, pair: Pair) -> str:
         return pair
 
@@ -118,7 +182,10 @@ class Shards:
         finally:
             pair.file = b""
 
-    def pairs(self, pair: Pair) -> list[tuple[str, str]]:
+    def pictures(self, pair: Pair) -> tuple[Pair]:
+        return (pair,)
+
+    def conversations(self, pair: Pair) -> list[Conversation]:
         return pair.said if self.keep_lines else in_one_line(pair.said)
 
     def contents(self) -> str:
@@ -126,11 +193,21 @@ class Shards:
         return hashlib.sha256(repr([path.name for path in self.paths]).encode()).hexdigest()[:32]
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
-        """The other shards, and the first `size` whole pairs of the first shard, kept in memory."""
+        """The other shards, and the first `size` whole pairs of the first shard, kept in memory. Warns where
+        these would take more than MOST_HELD: they are fewer."""
         rest, out = copy.copy(self), Captions.__new__(Captions)
         rest.paths = self.paths[1:]
-        out.paths = [*itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size)]
+        out.paths = []
+        held = 0  # bytes
+        for pair in itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size):
+            held += pair.size
+            if held > MOST_HELD:
+                warn(f"{self.paths[0]}: {len(out.paths)} pairs are held out, not {size}: more would take "
+                     f"{MOST_HELD / 1e9:.0f} GB of memory")
+                break
+            out.paths.append(pair)
         out.said = [pair.said for pair in out.paths]
+        out.shown = [(p,) for p in range(len(out.paths))]
         out.file, out.keep_lines = str(self.paths[0]), False
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
@@ -138,19 +215,23 @@ class Shards:
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
         """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
-        epoch a shard is one process's; pairs are drawn from a buffer it runs through. Raises InputError."""
+        epoch a shard is one process's; pairs are drawn from a buffer it runs through, of `buffer` pairs or
+        MOST_HELD bytes. Raises InputError."""
         if len(self.paths) < world:
             raise InputError(f"{len(self.paths)} shards are too few for {world} processes: cut them smaller")
 
         def pairs():
             for epoch in itertools.count():
-                count, held, rng = 0, [], random.Random(f"{seed} {epoch}")
+                count, held, size = 0, [], 0  # bytes of what is held
+                rng = random.Random(f"{seed} {epoch}")
                 order = rng.sample(self.paths, len(self.paths))[rank::world]
                 for count, pair in enumerate(itertools.chain.from_iterable(map(read_shard, order)), 1):
                     held.append(pair)
-                    if len(held) > self.buffer:
+                    size += pair.size
+                    while len(held) > self.buffer or size > MOST_HELD:
                         at = rng.randrange(len(held))
                         held[at], held[-1] = held[-1], held[at]
+                        size -= held[-1].size
                         yield held.pop()
                     self.size = max(self.size, count)
                 if not count:
@@ -183,13 +264,13 @@ def braces(text: str) -> list[str]:
     return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
 
 
-def caption_data(names: str, images: str | None = None, buffer: int = 1000,
-                 split: str | None = None) -> Captions | Shards:
+def caption_data(names: str, images: str | None = None, buffer: int = 1000, split: str | None = None,
+                 text_only: bool = False) -> Captions | Shards:
     """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
     if is_shards(names):
         if split:
             raise InputError(f"--split-name {split}: shards have no splits: name them")
         return Shards(names, buffer)
-    captions = Captions(names, images, split)
+    captions = Captions(names, images, split, text_only)
     captions.check_pictures()
     return captions

@@ -13,12 +13,15 @@ class Format(NamedTuple):
     columns)` spells a picture cut into rows and columns of tiles (0 and 0: not cut), each tile `queries`
     embeddings. `question` is the text where the user gives none. With `images_first`, pictures at the head of
     a prompt come before the start token. `end` is the token that ends an answer, if config.json names none.
+    `begin` stands before the first turn of a conversation, `between` after the end token of each answer.
     """
     chat: Callable[[int, str], str]
     image: Callable[[int, int, int], str] = lambda queries, rows, columns: IMAGE * queries
     question: str = "Describe this image."
     images_first: bool = False
     end: str = ""
+    begin: str = ""
+    between: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ LLAVA = {  # its prompts follow the language model's
         f"<|start_header_id|>user<|end_header_id|>\n\n{IMAGE_LINE * images}{text}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")),
     "<|user|>": Format(lambda images, text: (
-        f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n")),
+        f"<|user|>\n{IMAGE_LINE * images}{text}<|end|>\n<|assistant|>\n"), between="\n"),
     "": Format(lambda images, text: f"USER: {IMAGE_LINE * images}{text} ASSISTANT:"),
 }
 
@@ -180,8 +183,8 @@ def idefics3_chat(images: int, text: str) -> str:
 
 
 IDEFICS3 = {
-    "<|im_start|>": Format(lambda images, text: "<|im_start|>" + idefics3_chat(images, text), idefics3_image),
-    "": Format(idefics3_chat, idefics3_image),
+    "<|im_start|>": Format(idefics3_chat, idefics3_image, begin="<|im_start|>", between="\n"),
+    "": Format(idefics3_chat, idefics3_image, between="\n"),
 }
 
 
@@ -241,7 +244,7 @@ def nanovlm_format(c: dict) -> Format:
                 spelled += f"<row_{y + 1}_col_{x + 1}>{IMAGE * queries}"
         return spelled
 
-    return Format(chat, image, end="<|im_end|>")
+    return Format(chat, image, end="<|im_end|>", between="\n")
 
 
 blip2 = Public(

@@ -1,17 +1,22 @@
 """The command line: options, help, errors in one line."""
 import argparse
+import contextlib
 import difflib
 import gc
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 
-from formats.files import InputError
+from formats.files import InputError, named
+from support.processes import RANK, WORLD
 
 
 def nearest(word: str, known) -> str:
@@ -38,7 +43,7 @@ def complain(error: Exception | str) -> None:
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, with output in UTF-8. An InputError becomes a line on stderr and exit
-    code 2; so does a GPU out of memory, for which `memory` names the remedies."""
+    code 2; so do the errors of `reason`: `memory` names the remedies where there is too little."""
     # Prepare the interpreter
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not gc.get_freeze_count():
@@ -50,29 +55,53 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
             main()
         finally:  # here too the reader of our output may be gone
             sys.stdout.flush()
-    except (InputError, RuntimeError) as error:
-        if not isinstance(error, InputError) and not out_of_memory(error):
+    except (InputError, RuntimeError, MemoryError) as error:
+        line = reason(error, memory)
+        if line is None:
             raise
-        complain(error if isinstance(error, InputError) else f"out of GPU memory: try {memory}")
+        if WORLD > 1 and (RANK or line == ALONE):
+            # It may be another process's error too: that one prints it, and the launcher ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        complain(line)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        for child in multiprocessing.active_children():  # that read pictures, and ignore SIGTERM
+            child.kill()
+
+
+ALONE = "another process of this run has ended"
+
+
+def reason(error: Exception, memory: str) -> Exception | str | None:
+    """What to say of an error that can be expected; None of others."""
+    if isinstance(error, InputError):
+        return error
+    if out_of_memory(error):
+        return f"out of memory: try {memory}"
+    if str(error).startswith("DataLoader worker"):
+        return "a process that reads pictures was killed, perhaps for want of memory: try fewer --workers"
+    if WORLD > 1 and re.search("closed by peer|reset by peer|Broken pipe|NCCL|ncclUnhandled", str(error)):
+        return ALONE
+    return None
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU had no memory left: torch says so in several ways, some in the error's cause."""
+    """Whether no memory was left: torch says so in several ways, some in the error's cause."""
     if error is None:
         return False
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "_ALLOC_FAILED" in text:
+    said = ("out of memory", "_ALLOC_FAILED", "can't allocate memory")  # of a GPU, of cuBLAS, of a CPU
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said):
         return True
     return out_of_memory(error.__cause__ or error.__context__)
 
 
-EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little GPU memory (a line on stderr tells);\n"
+EXIT_CODES = ("exit codes: 0 done; 2 bad input, or too little memory (a line on stderr tells);\n"
               "130 Ctrl-C, 143 SIGTERM, 141 broken pipe")
 
 
@@ -88,7 +117,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help + " (default: %(default)s)" if known and not told else action.help
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, "TEXT")
+        return {int: "N", float: "X"}.get(getattr(action.type, "kind", str), "TEXT")
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,9 +127,53 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,
                          formatter_class=Help)
 
+    def _get_value(self, action, text: str):
+        with named(flag(action.dest)):  # its type doesn't know the option's name
+            return super()._get_value(action, text)
+
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments:.*? (--?[\w-]+)", message)
         raise InputError(message + (nearest(unknown[1], self._option_string_actions) if unknown else ""))
+
+
+class Number(NamedTuple):
+    """The type of an option: a number of a `kind`, int or float, from `least` to `most`."""
+    kind: type
+    least: float
+    most: float
+
+    def __call__(self, text: str) -> int | float:
+        """Reads a number. Raises InputError."""
+        with contextlib.suppress(ValueError):
+            value = self.kind(text)
+            if self.least <= value <= self.most:  # NaN isn't
+                return value
+        kind = "a whole number" if self.kind is int else "a number"
+        raise InputError(f"{text!r} is not {kind} from {self.least:,} to {self.most:,}")
+
+
+# Ranges of options of both command lines
+SEED = Number(int, 0, 2 ** 32 - 1)
+PROCESSES = Number(int, 0, 256)
+MANY = Number(int, 1, 10 ** 7)
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_meaning(args: argparse.Namespace, parser: argparse.ArgumentParser, rules) -> None:
+    """Refuses options that mean nothing beside the others: who gives them expects an effect.
+
+    rules: (names of options, whether they mean something, why not) each. An option counts as given where its
+        value differs from its default; with --resume, from the run's own. --no-… asks for nothing.
+    Raises InputError.
+    """
+    for names, meant, why in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not False and value != parser.get_default(name) and not meant:
+                raise InputError(f"{flag(name)} means nothing {why}")
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import torch
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
            generator: torch.Generator | None = None) -> torch.Tensor:
     """Draws the next token of each row of logits (B,V): ids (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # the logits divided by it may be infinite
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

@@ -92,12 +92,12 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
         cells = []
         for i in chosen:
             try:
-                picture = captions.picture(i)
+                shown = join([captions.picture(p) for p in captions.pictures(i)], 10)
             except InputError as error:
                 warn(f"not drawn among the samples: {error}")
                 continue
             reference = f"reference: {references(captions, i)[0]}"
-            cells.append((picture, [(texts[i], INK), (reference, BLUE), (ratings[i][1], GREY)]))
+            cells.append((shown, [(texts[i], INK), (reference, BLUE), (ratings[i][1], GREY)]))
         if cells:
             sections.append((f"{name}: the {which} of {len(order)}", cells))
     return sections

@@ -74,7 +74,7 @@ class Log:
         if RANK:
             return
         for place in (self.folder, self.folder / "lora" / "llm", self.folder / "lora" / "vit"):
-            remove_leftovers(place)
+            remove_leftovers(place, True)
 
         # Keep the lines up to the first that doesn't stay. What has no end was cut short
         with guard(self.file.name):
@@ -186,9 +186,11 @@ class Signals:
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.asked and WORLD > 1 and isinstance(error, RuntimeError):  # others have ended before it could
+            raise SystemExit(128 + self.asked)
 
 
 class Line:

@@ -1,10 +1,16 @@
-"""What the machine has: device, precision, a compiler, free memory."""
+"""What the machine has: device, processes, precision, a compiler, free memory."""
 import os
+import signal
+import sys
+import threading
+import time
 
 import torch
+import torch.distributed as dist
 
 from formats.files import InputError, warn
 from support.console import one_of
+from support.processes import LOCAL, RANK, WORLD
 
 
 def pick_device(name: str) -> torch.device:
@@ -16,11 +22,37 @@ def pick_device(name: str) -> torch.device:
             name = "cuda"
     try:
         device = torch.zeros(1, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes, no values")
         if device.type == "cuda":  # for whatever asks for no device by name
             torch.cuda.set_device(device)
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def start_processes(name: str) -> torch.device:
+    """Joins torchrun's other processes, if there are any; only the first goes on printing. Returns this one's
+    device, for --device `name`."""
+    if WORLD > 1 and torch.cuda.is_available() and name != "cpu":
+        torch.cuda.set_device(LOCAL)  # which "cuda" means from here on
+    device = pick_device(name)
+    if WORLD > 1:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def end_with(launcher: int) -> None:
+    """Ends this process when its launcher has died, which can't do it any more: as SIGTERM does, which saves
+    first; after ten seconds at once."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+    os._exit(128 + signal.SIGTERM)
 
 
 def can_compile(device: torch.device) -> bool:

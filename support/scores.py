@@ -1,19 +1,13 @@
 """Scores of captions: BLEU and CIDEr-D or, for the built-in world, the share of scenes that are right."""
 import collections
 import math
-import re
 
 from support.answers import exact_match, vqa_accuracy
 from support.shapes import SKILLS, Shapes, judge
+from support.words import words
 
 SHARES = ("exact", *SKILLS, "matching", "exact match", "VQA")  # shown in percent
 SHORT = 3  # words of an answer that is right or wrong as a whole
-
-
-def words(caption: str) -> list[str]:
-    """Splits a caption as scores count it: lower case, no punctuation, clitics apart ("man 's")."""
-    text = re.sub(r"n't\b", " n't", caption.lower().replace("cannot", "can not"))
-    return re.findall(r"n't|[^\W_]+(?:[-.,/][^\W_]+)*|'(?:s|re|ve|ll|d|m)\b", text)
 
 
 def count_ngrams(tokens: list[str], n: int) -> collections.Counter:
@@ -111,7 +105,7 @@ def rate_texts(captions, texts: dict[int, str]):
     each = cider(candidates, wanted)
     row = {f"BLEU-{n}": value for n, value in enumerate(bleu(candidates, wanted), start=1)}
     row["CIDEr-D"] = sum(each) / len(each)
-    if all(captions.pairs(i)[0][0] for i in texts):  # a question each
+    if all(captions.conversations(i)[0][-1][0] for i in texts):  # a question each
         row |= rate_answers(texts, answers)
     return row, {i: (value, f"CIDEr-D {value:.2f}") for i, value in zip(texts, each)}
 
@@ -161,7 +155,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def references(captions, i: int) -> list[str]:
-    """Returns the captions of picture `i` that answer its first question: references for a generated one."""
-    pairs = captions.pairs(i)
-    first_question = pairs[0][0]
-    return [caption for question, caption in pairs if question == first_question]
+    """Returns the answers to the last question of entry i's first conversation: references for a generated
+    one."""
+    first, *others = captions.conversations(i)
+    *earlier, (question, answer) = first
+    found = [answer]
+    for *turns, (asked, said) in others:
+        if turns == earlier and asked == question:
+            found.append(said)
+    return found

@@ -199,9 +199,9 @@ def draw_background(rng: random.Random) -> Image.Image:
 # The data set
 
 @functools.lru_cache(1 << 15)
-def pairs_of(shapes: "Shapes", i: int) -> list[tuple[str, str]]:
-    """The pairs of a scene, kept: drawing them takes an eighth of a millisecond, and each step asks twice."""
-    return [("", caption) for caption in shapes.scene(i).captions()]
+def captions_of(shapes: "Shapes", i: int) -> list[list[tuple[str, str]]]:
+    """A scene's captions, kept: drawing them takes an eighth of a millisecond, and each step asks twice."""
+    return [[("", caption)] for caption in shapes.scene(i).captions()]
 
 
 class Shapes(torch.utils.data.Dataset):
@@ -225,9 +225,16 @@ class Shapes(torch.utils.data.Dataset):
     def picture(self, i: int) -> Image.Image:
         return self.scene(i).picture()
 
-    def pairs(self, i: int) -> list[tuple[str, str]]:
-        """(question, caption) of each caption; the questions are empty."""
-        return pairs_of(self, i)
+    @property
+    def count(self) -> int:
+        return self.size
+
+    def pictures(self, i: int) -> tuple[int]:
+        return (i,)
+
+    def conversations(self, i: int) -> list[list[tuple[str, str]]]:
+        """[(question, caption)] of each caption; the questions are empty."""
+        return captions_of(self, i)
 
     def stamp(self) -> str:
         """Text that differs between sets, and between versions of Pillow that draw differently."""

@@ -302,7 +302,7 @@ def same_numbers() -> None:
             vlm = built_in(adapter, dtype, device)
             side = vlm.vit.config.image_size
             picture = F.interpolate(pixels, side).to(device)
-            examples = [("", f"a red circle and {i} squares") for i in range(4)]
+            examples = [[("", f"a red circle and {i} squares")] for i in range(4)]
             batch = vlm.processor.batch(examples).to(vlm.device)
             if kind == "encoder":
                 y = vlm.features(picture)

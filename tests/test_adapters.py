@@ -55,7 +55,8 @@ def test_adapters_learn(adapter):
     captions = ["a small red circle", "a large blue star", "a big pink cross", "a little green square"]
     features, optimizer = torch.randn(4, 65, 128), torch.optim.Adam(vlm.trained.values(), 5e-3)
     queries = 0 if vlm.adapter.side else vlm.adapter.queries
-    batch = vlm.processor.batch([("", caption) for caption in captions], spelled=captions, queries=queries)
+    batch = vlm.processor.batch([[("", text)] for text in captions], spelled=[[text] for text in captions],
+                                queries=queries)
     losses = []
     for _ in range(40):
         loss, spelled = vlm(batch, features)

@@ -2,24 +2,28 @@
 
 import io
 import json
+import re
 import struct
 import tarfile
 import zlib
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import sample
 import train
-from adapters import VLM
+from adapters import ADAPTERS, VLM
+from data import Views, stack
 from fixtures.pictures import picture
 from formats.captions import Captions
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import read_shard
 from support.answers import exact_match, vqa_accuracy
-from test_vlm import QUICK, SMALL, command, interrupt
+from test_vlm import QUICK_SET, SMALL, command, interrupt, small
 
 KARPATHY = {
     "dataset": "flickr8k",
@@ -40,8 +44,8 @@ def turns(*texts: str, names=("from", "value", "human", "gpt")) -> list[dict]:
 
 
 ROLES = "role", "content", "user", "assistant"
-TWO = {"a.jpg": [("", "A dog"), ("", "A pup")], "b.jpg": [("", "A cat")]}
-ASKED = {"a.jpg": [("What is it?", "A dog")]}
+TWO = {"a.jpg": [[("", "A dog")], [("", "A pup")]], "b.jpg": [[("", "A cat")]]}
+ASKED = {"a.jpg": [[("What is it?", "A dog")]]}
 LAYOUTS = {  # name -> text, what is read
     "tabs": ("file_name\tcaption\na.jpg\tA dog\na.jpg\tA pup .\nb.jpg\tA cat\n", TWO),
     "semicolons, other order": ("title;image\nA dog;a.jpg\nA pup;a.jpg\nA cat;b.jpg\n", TWO),
@@ -56,33 +60,36 @@ LAYOUTS = {  # name -> text, what is read
     "Flickr8k.token.txt": ("a.jpg#0\tA dog .\na.jpg#1\tA pup .\nb.jpg#0\tA cat .\n", TWO),
     "questions": ("image,question,answer\na.jpg,What is it?,A dog\n", ASKED),
     "old Mac's line ends": ("image,caption\ra.jpg,A dog\ra.jpg,A pup\rb.jpg,A cat", TWO),
-    "commas in the last column": ("image,caption\na.jpg,A dog, a cat\n", {"a.jpg": [("", "A dog, a cat")]}),
-    "quotes": ('image,caption\na.jpg,"A ""big"" dog, wet"\n', {"a.jpg": [("", 'A "big" dog, wet')]}),
+    "commas in the last column": ("image,caption\na.jpg,A dog, a cat\n", {"a.jpg": [[("", "A dog, a cat")]]}),
+    "quotes": ('image,caption\na.jpg,"A ""big"" dog, wet"\n', {"a.jpg": [[("", 'A "big" dog, wet')]]}),
     "a caption over lines": (
         'image,caption\na.jpg,"A dog\nand a pup"\nb.jpg,A cat\n',
-        {"a.jpg": [("", "A dog and a pup")], "b.jpg": [("", "A cat")]},
+        {"a.jpg": [[("", "A dog and a pup")]], "b.jpg": [[("", "A cat")]]},
     ),
     "quotes never closed": (
         'image,caption\na.jpg,"A dog\nb.jpg,"A cat\nc.jpg,A 5" nail\nd.jpg,he said "\n',
         {
-            "a.jpg": [("", '"A dog')],
-            "b.jpg": [("", '"A cat')],
-            "c.jpg": [("", 'A 5" nail')],
-            "d.jpg": [("", 'he said "')],
+            "a.jpg": [[("", '"A dog')]],
+            "b.jpg": [[("", '"A cat')]],
+            "c.jpg": [[("", 'A 5" nail')]],
+            "d.jpg": [[("", 'he said "')]],
         },
     ),
     "JSON lines, questions": ('{"image": "a.jpg", "question": "What is it?", "answer": "A dog"}\r\n', ASKED),
     "JSON lines, odd signs in a text": (
         '{"image": "a.jpg", "text": "A\u2028dog"}\n',
-        {"a.jpg": [("", "A dog")]},
+        {"a.jpg": [[("", "A dog")]]},
     ),
-    "ImageFolder's metadata.jsonl": ('{"file_name": "a.jpg", "text": "A dog"}\n', {"a.jpg": [("", "A dog")]}),
+    "ImageFolder's metadata.jsonl": (
+        '{"file_name": "a.jpg", "text": "A dog"}\n',
+        {"a.jpg": [[("", "A dog")]]},
+    ),
     "Karpathy's": (json.dumps(KARPATHY), TWO),
     "Karpathy's of COCO": (
         json.dumps(
             {"images": [{"filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "A dog"}]}]}
         ),
-        {"val2014/a.jpg": [("", "A dog")]},
+        {"val2014/a.jpg": [[("", "A dog")]]},
     ),
     "COCO without one image": (
         json.dumps(
@@ -91,7 +98,7 @@ LAYOUTS = {  # name -> text, what is read
                 "annotations": [{"image_id": 1, "caption": "A dog"}, {"image_id": 2, "caption": "A cat"}],
             }
         ),
-        {"a.jpg": [("", "A dog")]},
+        {"a.jpg": [[("", "A dog")]]},
     ),
     "LLaVA, an image in a list": (
         json.dumps([{"image": ["a.jpg"], "conversations": turns("<image>\nWhat is it?", "A dog")}]),
@@ -128,18 +135,19 @@ LAYOUTS = {  # name -> text, what is read
     ),
     "signs are answers": (
         '[{"image": "a.jpg", "question": "?", "answer": "+"}, {"image": "b.jpg", "caption": "🐶"}]',
-        {"a.jpg": [("?", "+")], "b.jpg": [("", "🐶")]},
+        {"a.jpg": [[("?", "+")]], "b.jpg": [[("", "🐶")]]},
     ),
     "numbers are answers": (
         '[{"image": "a.jpg", "question": "How many?", "answer": 3}]',
-        {"a.jpg": [("How many?", "3")]},
+        {"a.jpg": [[("How many?", "3")]]},
     ),
 }
 
 
 def read(file: Path, **how) -> dict:
     captions = Captions(file, **how)
-    return {str(path.relative_to(file.parent)): captions.pairs(i) for i, path in enumerate(captions.paths)}
+    paths = enumerate(captions.paths)
+    return {str(path.relative_to(file.parent)): captions.conversations(i) for i, path in paths}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -155,7 +163,7 @@ def test_layouts_that_people_have(name, tmp_path):
 def test_one_split_of_a_file(tmp_path):
     file = tmp_path / "dataset.json"
     file.write_text(json.dumps(KARPATHY))
-    assert read(file, split="test") == {"b.jpg": [("", "A cat")]}
+    assert read(file, split="test") == {"b.jpg": [[("", "A cat")]]}
     with pytest.raises(InputError, match="no row of split 'val': there are test, train"):
         read(file, split="val")
 
@@ -184,29 +192,33 @@ def test_two_files_of_vqa(tmp_path):
     for pair in (questions, notes), (notes, questions):
         captions = Captions(",".join(map(str, pair)))
         assert [path.name for path in captions.paths] == ["COCO_val2014_000000000042.jpg"]
-        assert captions.pairs(0) == [("What is it?", "dog"), ("What is it?", "pup")]
+        assert captions.conversations(0) == [[("What is it?", "dog")], [("What is it?", "pup")]]
 
 
 def test_every_row_is_accounted_for(tmp_path, capsys):
-    """200 rows as LLaVA's files have them: 40 of each kind."""
+    """280 rows as LLaVA's files have them: 40 of each kind."""
     entries = []
     for i in range(40):
         entries += [
             {"image": f"{i}.jpg", "conversations": turns("<image>\nWhat is it?", "A dog")},
             {"image": [f"{i}.jpg"], "conversations": turns("And?", "A cat")},
             {"image": [f"{i}.jpg", "b.jpg"], "conversations": turns("<image><image>Same?", "No")},
+            {"image": f"{i}.jpg", "conversations": turns("<image> or <image>?", "No")},
             {"conversations": turns("hi", "hello")},
             {"image": f"{i}.jpg", "conversations": turns("What?", " ")},
+            {"image": f"{i}.jpg", "conversations": turns("And?", "A cat", "Big?", "No")},
         ]
     file = tmp_path / "llava.json"
     file.write_text(json.dumps(entries))
     captions = Captions(file)
-    assert len(captions) == 40 and all(len(captions.pairs(i)) == 2 for i in range(40))
-    said = capsys.readouterr().err
-    assert said == (
-        f"warning: {file}: 120 of 200 rows left out: 40 with several pictures (first: entry 3), "
-        "40 without a picture (first: entry 4), 40 without a caption (first: entry 5)\n"
+    assert len(captions) == 80 and captions.count == 41
+    assert [len(captions.conversations(i)) for i in range(80)] == [3, 1] * 40
+    assert capsys.readouterr().err == (
+        f"warning: {file}: 120 of 280 rows left out: 40 whose number of <image>s is not that of its pictures "
+        "(first: entry 4), 40 without a picture (first: entry 5), 40 without a caption (first: entry 6)\n"
     )
+    assert len(Captions(file, text_only=True)) == 120  # each text is an entry of its own
+    assert "80 of 280 rows left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -237,7 +249,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
     for i in range(8):
         picture(20 + i, 30).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + rows)
-    options = [*SMALL, *QUICK, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
+    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "the warm-up of 8 steps doesn't end within 8: give a shorter --warmup" in out
@@ -249,7 +261,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
 def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
-    assert command(monkeypatch, train, *SMALL, *QUICK, "--data", "c.csv") == 2
+    assert command(monkeypatch, train, *SMALL, *QUICK_SET, "--data", "c.csv") == 2
     assert (
         "a.jpg: no such picture, nor others of c.csv: --images says where they lie" in capsys.readouterr().err
     )
@@ -269,16 +281,18 @@ def test_lines_are_kept_where_a_newline_ends_nothing(fixtures, tmp_path, monkeyp
         json.dumps([{"image": "a.jpg", "conversations": turns(f"<image>\n{question}", answer)}])
     )
     captions = Captions("qa.json")
-    assert captions.pairs(0) == [("Which animal is this? A. cat B. dog", "total: 3 items: - tea")]
+    assert captions.conversations(0) == [[("Which animal is this? A. cat B. dog", "total: 3 items: - tea")]]
     vlm = VLM.from_pretrained(str(fixtures / "smolvlm"))
     captions.keep_lines = vlm.processor.keeps_lines
-    assert captions.pairs(0) == [(question, answer)]
-    options = ["--from", fixtures / "smolvlm", "--data", "qa.json", "--val", "qa.json", *QUICK]
+    assert captions.conversations(0) == [[(question, answer)]]
+    options = ["--from", fixtures / "smolvlm", "--data", "qa.json", "--val", "qa.json", *QUICK_SET]
     seen, encode = [], vlm.processor.__class__.encode
     monkeypatch.setattr(
         vlm.processor.__class__,
         "encode",
-        lambda self, *rest, **how: seen.append(rest[:2]) or encode(self, *rest, **how),
+        lambda self, text, *rest, **how: (
+            seen.append((text.removeprefix("<image>"), *rest[:1])) or encode(self, text, *rest, **how)
+        ),
     )
     assert command(monkeypatch, train, *options, "--steps", "2", "--save-every", "2", "--out", "run") == 0
     assert (question, answer) in seen
@@ -296,15 +310,135 @@ def test_a_text_that_does_not_fit_loses_its_first_words(tmp_path, monkeypatch, c
         {"image": f"{i}.png", "question": question, "answer": "A dog"} for i, question in enumerate(asked)
     ]
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     captured = capsys.readouterr()
-    assert "texts didn't fit the language model's 512 positions: they lost their first words" in captured.out
+    said = r"too long for the language model's 512 positions: \d+ texts lost their first turns or words\n"
+    assert re.search(said, captured.out)
     assert "the built-in llm knows the shapes world alone: give --llm another" in captured.err
     processor = VLM.from_pretrained("run").processor
     ids, targets = processor.encode(asked[3], "A dog")
     assert 480 < len(ids) <= 512 and sum(targets) == sum(processor.encode(asked[0], "A dog")[1])
     assert processor.tokenizer.decode(ids).endswith("this what is it A dog\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several turns, several pictures
+
+
+def test_a_conversation_is_one_sequence_and_all_its_answers_are_learned(fixtures):
+    for name, text in (
+        (
+            "smolvlm",
+            "User:<image>One?<end_of_utterance>\nAssistant: A dog<end_of_utterance>\n"
+            "User: Two<image>?<end_of_utterance>\nAssistant: no<end_of_utterance>",
+        ),
+        ("nanovlm", None),
+        ("llava", None),
+    ):
+        processor = VLM.from_pretrained(str(fixtures / name)).processor
+        ids, targets = processor.encode("Two<image>?", "no", earlier=[("<image>One?", "A dog")])
+        first, learned = processor.encode("<image>One?", "A dog")
+        assert ids[: len(first)] == first and targets[: len(first)] == learned
+        spelled = processor.tokenizer.decode([id for id, target in zip(ids, targets) if target])
+        end = processor.tokenizer.decode(processor.end_tokens[:1])
+        assert spelled.replace(" ", "") == f"Adog{end}no{end}"
+        last = processor.encode("Two<image>?", "no", earlier=[("<image>One?", "A dog")], learn_earlier=False)
+        assert last[0] == ids and sum(last[1]) < sum(targets) and last[1][-1]
+        if text:
+            Q = processor.queries
+            spelled = processor.tokenizer.decode([*processor.start, *ids][len(processor.start) :])
+            picture = processor.format.image(Q, 0, 0)
+            assert spelled.replace(picture, "<image>").removeprefix(processor.format.begin) == text
+
+
+@pytest.mark.parametrize("name", ("smolvlm", "llava", "ours"))
+def test_an_answer_that_is_cut_ends_all_the_same_before_the_next_turn(name, fixtures):
+    vlm = small(fixtures) if name == "ours" else VLM.from_pretrained(str(fixtures / name))
+    processor = vlm.processor
+    turns = [("a", "bcabcabcabcabc"), ("c", "a")]
+    whole, _ = processor.encode(*turns[1], earlier=turns[:1])
+    ids, targets = processor.encode(*turns[1], max_tokens=4, earlier=turns[:1])
+    first, _ = processor.encode(*turns[0], max_tokens=4)
+    assert ids[: len(first)] == first and first[-1] not in processor.ends
+    assert ids[len(first)] in processor.ends and not targets[len(first)]  # which isn't learned
+    assert ids[len(first) :] == whole[len(first) - len(ids) :]
+
+
+def test_what_does_not_fit_is_cut_from_the_front_but_keeps_its_pictures(fixtures):
+    processor = VLM.from_pretrained(str(fixtures / "smolvlm")).processor
+    Q = processor.queries
+    turns = [(f"{'<image>' * (i == 1)}word {i}?", "yes") for i in range(90)]
+    ids, targets = processor.encode(*turns[-1], earlier=turns[:-1])
+    kept = processor.tokenizer.decode(ids).count("?")
+    assert processor.positions - 30 < len(ids) <= processor.positions and 2 < kept < 89
+    assert ids.count(processor.placeholder) == Q and processor.cut == 1
+    first, *later = turns[-kept:-1]
+    again, _ = processor.encode(*turns[-1], earlier=[("<image>" + first[0], "yes"), *later])
+    assert ids == again and processor.cut == 1  # as if it had begun there
+
+    # Pictures can't be cut: nothing stands for such a text, whose pictures are left out
+    many = [[("<image>" * (processor.positions // Q + 1) + "a?", "b")], [("<image>a?", "b")]]
+    sizes = [[(0, 0)] * turns[0][0].count("<image>") for turns in many]
+    batch = processor.batch(many, tiles=sizes)
+    assert batch.fits == [False, True] and processor.skipped == 1
+    assert batch.tokens[0].unique().tolist() == [0] and batch.most_images == 1
+
+
+@pytest.mark.parametrize("adapter", ("mlp", "qformer", "flamingo"))
+def test_rows_of_all_kinds_train(adapter, tmp_path, monkeypatch, capsys):
+    """One picture, two, none; one turn, three: with kept features and without."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        picture(20 + i, 30).save(f"{i}.png")
+    rows = []
+    for i in range(8):
+        rows += [
+            {"image": f"{i}.png", "conversations": turns("What?", "a dog", "Big?", "no", "Sure?", "yes")},
+            {"image": [f"{i}.png", "0.png"], "conversations": turns("<image>Same as <image>?", "no")},
+            {"conversations": turns("Hello", "hi")},
+        ]
+    Path("qa.json").write_text(json.dumps(rows))
+    Path("val.json").write_text(json.dumps(rows[:5]))
+    sizes = [] if adapter == "mlp" else SMALL
+    if adapter == "qformer":
+        sizes = [*sizes, "--adapter-text", "4"]
+    options = [*sizes, *QUICK_SET, "--adapter", adapter, "--data", "qa.json", "--val", "val.json"]
+    options += ["--batch", "4", "--precision", "float32", "--shots", "1", "--lora", "2"]
+    found = []
+    for more in ([], ["--no-cache-features"]):
+        assert command(monkeypatch, train, *options, *more, "--out", f"run{len(found)}") == 0
+        captured = capsys.readouterr()
+        assert "qa.json" not in captured.err and "1 of 5 rows left out: 1 without a picture" in captured.err
+        assert "| val (8) " in captured.out
+        lines = Path(f"run{len(found)}/metrics.jsonl").read_text().splitlines()[:-1]
+        found.append([json.loads(line)["loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    scored = [json.loads(line) for line in Path("run0/captions-val.jsonl").read_text().splitlines()]
+    before = [["What?", "a dog"], ["Big?", "no"]]
+    assert [line.get("earlier") for line in scored[:3]] == [None, before[:1], before]
+    assert [Path(name).name for name in scored[3]["image"]] == ["0.png", "0.png"]
+
+    # Without a LoRA the texts teach nothing
+    assert command(monkeypatch, train, *options[:-2], "--out", "frozen") == 0
+    assert "qa.json: 8 of 24 rows left out: 8 without a picture (first: entry 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_step_without_a_picture_still_runs_through_all(adapter, fixtures):
+    """So that the processes of several GPUs have the same gradients to share."""
+    sizes = {"pixelshuffle": dict(scale=5), "qformer": dict(text=4)}.get(adapter, {})
+    vlm = small(fixtures, adapter, **sizes).train()
+    views = Views(torch.zeros(0, 3, 30, 30), [0, 0], [[], []])
+    batch = vlm.processor.batch([[("ab", "c")], [("b", "ca")]], tiles=views.tiles)
+    losses, _ = vlm(batch, vlm.features(views.pick([0, 1]).x))
+    alone, where, targets = stack([vlm.processor.encode("ab", "c", images=0)])
+    expected = F.cross_entropy(vlm.llm.logits(vlm.states(alone, None, where)), targets)
+    assert torch.allclose(losses[: len(targets)].mean(), expected, atol=1e-5)
+    losses.mean().backward()
+    for name, p in vlm.weights("adapter").items():
+        gated = adapter == "flamingo" and name.startswith("adapter.blocks")  # works on words too
+        assert p.grad is not None and (gated or not p.grad.any()), name
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -336,6 +470,33 @@ def test_too_large_is_not_broken(tmp_path, monkeypatch):
             open_picture(tmp_path / "a.png")
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused(tmp_path):
+    """Each goes over the whole picture, and costs 30 bytes. What stands behind the picture is no scan."""
+    picture(40, 30).save(file := io.BytesIO(), "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    for content in (jpeg, jpeg[:-2] + last * 90 + jpeg[-2:], jpeg + last * 1000):
+        (tmp_path / "a.jpg").write_bytes(content)
+        assert open_picture(tmp_path / "a.jpg").size == (40, 30)
+    slow = jpeg[:-2] + last * 1000 + jpeg[-2:]
+    (tmp_path / "a.jpg").write_bytes(slow)
+    for content in (None, slow):
+        with pytest.raises(InputError, match="a.jpg: too slow to read: a JPEG of 1,010 scans, .* 100$"):
+            open_picture(tmp_path / "a.jpg", content)
+
+
+def test_a_tile_is_no_larger_than_a_picture(tmp_path):
+    """A TIFF of 10 x 10 px in one tile of 2^28: zeros that would take gigabytes, and hardly a byte here."""
+    content = zlib.compress(b"\0" * 1000)
+    fields = dict.fromkeys((256, 257), 10) | {258: 8, 259: 8, 262: 1, 277: 1, 322: 1 << 14, 323: 1 << 14}
+    fields |= {324: 8 + 2 + 12 * 10 + 4, 325: len(content)}  # where the tile lies
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + b"\0" * 4
+    (tmp_path / "a.tif").write_bytes(header + content)
+    with pytest.raises(InputError, match="a.tif: too large: 268 megapixels, the limit is 89"):
+        open_picture(tmp_path / "a.tif")
+
+
 @pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow doesn't read AVIF")
 def test_avif(tmp_path):
     picture(40, 30).save(tmp_path / "a.avif")
@@ -349,13 +510,18 @@ def test_avif(tmp_path):
 @pytest.mark.parametrize(
     "about, wanted",
     (
-        ({"url": "u"}, [("", "A dog runs")]),
-        ({"caption": None}, [("", "A dog runs")]),
-        ({"caption": ""}, [("", "A dog runs")]),
-        ({"caption": "A cat"}, [("", "A cat")]),
+        ({"url": "u"}, [[("", "A dog runs")]]),
+        ({"caption": None}, [[("", "A dog runs")]]),
+        ({"caption": ""}, [[("", "A dog runs")]]),
+        ({"question": "What does it do?"}, [[("What does it do?", "A dog runs")]]),
+        ({"caption": "A cat"}, [[("", "A cat")]]),
         (
             {"question": "What is it?", "answers": ["A cat", "A pup"]},
-            [("What is it?", "A cat"), ("What is it?", "A pup")],
+            [[("What is it?", "A cat")], [("What is it?", "A pup")]],
+        ),
+        (
+            {"conversations": turns("<image>\nWhat is it?", "A cat", "Big?", "No")},
+            [[("What is it?", "A cat"), ("Big?", "No")]],
         ),
     ),
 )
@@ -381,7 +547,7 @@ def test_a_run_goes_on_where_its_data_moved(tmp_path, monkeypatch, capsys):
         picture(20 + i, 30).save(f"old/{i}.png")
     text = "image,caption\n" + "".join(f"{i}.png,A dog {i}\n" for i in range(8))
     Path("old/c.csv").write_text(text)
-    options = [*SMALL, *QUICK, "--data", "old/c.csv", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "old/c.csv", "--batch", "4"]
     interrupt(monkeypatch, *options, "--out", "run")
     Path("old").rename("new")
     capsys.readouterr()
@@ -425,7 +591,7 @@ def test_every_question_of_a_picture_is_asked(tmp_path, monkeypatch, capsys):
     for i in range(6):
         picture(20 + i, 30).save(f"{i}.png")
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     assert "| exact match |" in (out := capsys.readouterr().out) and "| val (12) |" in out
     assert (

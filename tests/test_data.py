@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import arrange, count_bad, draw_caption, shuffled, stack
+from data import arrange, count_bad, draw_conversation, shuffled, stack
 from formats.captions import Captions
 from formats.pictures import open_picture
 from support import kernels
@@ -55,25 +55,30 @@ FORMATS = {
 def test_caption_formats(name, tmp_path):
     (tmp_path / name).write_bytes(FORMATS[name].encode())
     captions = Captions(tmp_path / name)
-    found = {path.name: [said for _, said in captions.pairs(i)] for i, path in enumerate(captions.paths)}
+    found = {path.name: [said for [(_, said)] in captions.conversations(i)]
+             for i, path in enumerate(captions.paths)}
     assert found == EXPECTED
     assert captions.paths[0] == tmp_path / "a.jpg"
 
 
-def test_each_turn_of_a_conversation_is_a_pair(tmp_path):
+def test_each_turn_of_a_conversation_is_asked(tmp_path):
     turns = ["<image>\nWhat is it?", "A dog", "Is it\nbig?", "No", "What is it?", "A pup"]
     conversations = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     (tmp_path / "qa.json").write_text(json.dumps([dict(image="a.jpg", conversations=conversations)]))
     captions = Captions(tmp_path / "qa.json")
-    assert captions.pairs(0) == [("What is it?", "A dog"), ("Is it big?", "No"), ("What is it?", "A pup")]
-    assert references(captions, 0) == ["A dog", "A pup"]
-    drawn = {arrange("image-text", captions, 0, 0, epoch, str.lower) for epoch in range(20)}
-    assert drawn == {("what is it?", "A dog"), ("is it big?", "No"), ("what is it?", "A pup")}
+    asked = [("What is it?", "A dog"), ("Is it big?", "No"), ("What is it?", "A pup")]
+    assert captions.conversations(0) == [asked]
+    first = ("<image>what is it?", "A dog")
+    assert arrange("image-text", captions, 0, 0, 0, str.lower) == [first, *asked[1:]]
+    each = captions.by_question()
+    assert each.count == 1 and [each.conversations(i) for i in range(len(each))] == [
+        [asked[:1]], [asked[:2]], [asked]]
+    assert [references(each, i) for i in range(3)] == [["A dog"], ["No"], ["A pup"]]
 
 
 def test_one_json_line(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
-    assert Captions(tmp_path / "one.jsonl").pairs(0) == [("", "x")]
+    assert Captions(tmp_path / "one.jsonl").conversations(0) == [[("", "x")]]
 
 
 @pytest.mark.parametrize("text", ("", "image,caption\n", "image,caption\na.jpg, . \n", "file,text\na.jpg,x\n",
@@ -119,9 +124,9 @@ def test_too_many_unreadable_pictures():
 
 def test_a_caption_a_picture_and_epoch():
     scenes = Shapes(9)
-    drawn, again, other = ([draw_caption(scenes, 5, seed, epoch) for epoch in range(200)]
+    drawn, again, other = ([draw_conversation(scenes, 5, seed, epoch) for epoch in range(200)]
                            for seed in (1, 1, 2))
-    assert drawn == again != other and set(drawn) == set(scenes.pairs(5)) and len(set(drawn)) == 4
+    assert drawn == again != other and all(said in drawn for said in scenes.conversations(5))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ def test_held_out_parts_the_set(tmp_path):
     captions = Captions(tmp_path / "c.csv")
     rest, out = captions.held_out(5, seed=1)
     assert len(out) == 5 and len(rest) == 15 and {*rest.paths, *out.paths} == set(captions.paths)
-    assert all(out.pairs(i) == [("", f"caption {out.paths[i].stem}")] for i in range(5))
+    assert all(out.conversations(i) == [[("", f"caption {out.paths[i].stem}")]] for i in range(5))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -300,14 +305,21 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    kept = [tmp_path / name for name in (".a.pt.1.vlm-tmp", ".b.pt.2.tmp", ".c.pt", "d.pt.3.vlm-tmp")]
-    for file in (*kept, tmp_path / ".old.txt.4.vlm-tmp"):
-        file.touch()
-        if file != kept[0]:  # which another process may be writing
-            os.utime(file, (0, time.time() - 90_000))
-    write_file(tmp_path / "new.pt", Path.touch)
-    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt"}
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = tmp_path / ".old.pt.0123abcd.vlm-tmp"
+    left.write_text("half")
+    kept = [tmp_path / name for name in (".b.pt.00000002.tmp", ".c.pt", "d.pt.0000.vlm-tmp", ".e.pt.x.tmp")]
+    for file in kept:
+        file.write_text("not ours")
+        os.utime(file, (0, time.time() - 90_000))
+
+    def write(file):
+        assert not left.exists()
+        file.write_text("new")
+        write_file(tmp_path / "other.pt", Path.touch)  # as another process may: what is written is locked
+
+    write_file(tmp_path / "new.pt", write)
+    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "new.pt", tmp_path / "other.pt"}
 
 
 @pytest.mark.parametrize("amx", (False, True))

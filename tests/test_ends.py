@@ -12,7 +12,7 @@ from fixtures.pictures import picture
 from formats.files import InputError
 from formats.tokenizer import Tokenizer
 from llm import LLM, LLMConfig
-from test_vlm import QUICK, command
+from test_vlm import QUICK_SET, command
 from vit import ViT
 
 CAPTIONS = ("A dog runs.", "The discount is 50%", "It is f(x)", 'The sign says "stop"', "What is it?",
@@ -111,7 +111,7 @@ def test_a_token_without_an_embedding_is_named(fixtures, tmp_path, monkeypatch, 
     Path("plain.csv").write_text("image,caption\n" + "".join(f"{i}.png,a red circle\n" for i in range(6)))
     Path("odd.csv").write_text("image,caption\n" + "".join(f"{i}.png,a red circle\n" for i in range(5))
                                + "5.png,a <box> circle\n")
-    options = ["--llm", llm, *QUICK, "--adapter", "linear", "--workers", "0"]
+    options = ["--llm", llm, *QUICK_SET, "--adapter", "linear", "--workers", "0"]
     # before the first step, and in a prompt; never as the marker that has the same id elsewhere
     assert command(monkeypatch, train, *options, "--data", "odd.csv", "--out", "odd") == 2
     reason = ("token '<box>' (375) has no embedding: the tokenizer was extended, the language model wasn't "

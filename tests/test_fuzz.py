@@ -3,7 +3,6 @@ names it, soon and in little memory. Every input is drawn from a seed."""
 import ast
 import copy
 import io
-import itertools
 import json
 import random
 import shutil
@@ -394,10 +393,15 @@ def test_captions(name, tmp_path):
     def read():
         captions = Captions(file)
         for i in range(len(captions)):
-            for text in (*itertools.chain(*captions.pairs(i)), captions.name(i)):
-                text.encode()  # no half of a surrogate pair
-                assert IMAGE not in text or text == captions.name(i)
-            survives(lambda: captions.picture(i), str(tmp_path))
+            shown = captions.pictures(i)
+            for turns in captions.conversations(i):
+                for question, answer in turns:
+                    (question + answer).encode()  # no half of a surrogate pair
+                    assert IMAGE not in answer
+                assert sum(question.count(IMAGE) for question, _ in turns) in (0, len(shown))
+        for p in range(captions.count):
+            captions.name(p).encode()
+            survives(lambda: captions.picture(p), str(tmp_path))
 
     for i in range(300):
         content = raw

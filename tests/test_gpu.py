@@ -32,13 +32,13 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     sizes = {"qformer": dict(text=4), "twoway": dict(text=4), "pixelshuffle": dict(scale=5)}.get(adapter, {})
     vlm = small(fixtures, adapter, image_position=PLACES.get(adapter, "shared"), **sizes)
     images = 1 if vlm.processor.queries == 25 else 2  # of 25 patches each, in 40 positions
-    examples, captions = [("a<image>b" * images, "cc"), ("", "ab")], ["ab", "c", ""][:images + 1]
+    examples, captions = [[("a<image>b" * images, "cc")], [("", "ab")]], [["ab", "c"][:images], [""]]
     batch = vlm.processor.batch(examples, prefix=True, spelled=captions, queries=3)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tokens, positions, targets = map(mode.from_tensor, batch[:3])
         spelling = Spelling(*map(mode.from_tensor, batch.spelling))
-        fake = Batch(tokens, positions, targets, batch.most_images, spelling)
+        fake = Batch(tokens, positions, targets, batch.most_images, batch.fits, spelling)
         losses, spelled = vlm(fake, mode.from_tensor(features))
     assert losses.shape == targets.shape and spelled.shape == spelling.targets.shape
 
@@ -118,12 +118,14 @@ def test_a_recording_that_fails_tells_why(monkeypatch):
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you …"),
+        MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "another error while that one was dealt with",
     ),
-    ids=("torch", "driver", "cublas", "behind another"),
+    ids=("torch", "driver", "CPU", "Python", "cublas", "behind another"),
 )
-def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def main():
         if isinstance(error, str):
             try:
@@ -136,7 +138,7 @@ def test_out_of_gpu_memory_is_one_line(error, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         console.run(main, "--batch")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "train.py: error: out of GPU memory: try --batch\n"
+    assert capsys.readouterr().err == "train.py: error: out of memory: try --batch\n"
 
 
 def test_any_other_error_of_torch_is_not_hidden():

@@ -294,6 +294,39 @@ def test_sizes_that_nobody_tells(server, repository, tmp_path):
         find_checkpoint("someone/tiny")
 
 
+def test_a_mirror_that_has_a_part_of_a_file(server, repository, tmp_path):
+    """It states the part's length: the next run would take the part for whole, and so would each after it."""
+    server.sizes = False
+    server.folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parent / "fixtures" / "llama_sharded", server.folder)
+    for file, problem in (("config.json", "not valid JSON"), (SHARD, "just")):
+        whole = (server.folder / file).read_bytes()
+        (server.folder / file).write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(InputError, match=f"download failed: {file}: .*{problem}"):
+            find_checkpoint("someone/tiny")
+        assert not (repository / "snapshots" / COMMIT / file).exists()
+        (server.folder / file).write_bytes(whole)
+    LLM.from_pretrained("someone/tiny")
+
+
+def test_a_redirect_without_an_end(server):
+    sent = []
+
+    def redirect(request, content):
+        if "/large/" in request.path:
+            return server.send(request, content)
+        request.send_response(302)
+        request.send_header("Location", request.path.replace("/someone/tiny/resolve/", "/large/"))
+        request.end_headers()
+        while len(sent) < 1000:
+            request.wfile.write(b" " * 100_000)
+            sent.append(100_000)
+
+    server.faults["config.json"] = redirect
+    find_checkpoint("someone/tiny", weights=False)
+    assert len(sent) < 1000
+
+
 def test_a_small_file_is_small(server, monkeypatch):
     monkeypatch.setattr(download, "MOST_SMALL", 100)
     with pytest.raises(InputError, match=r"config.json: \d+ bytes are too many"):

@@ -193,6 +193,8 @@ def test_what_cannot_be_is_said(fixtures, tmp_path):
         llm.generate(torch.arange(1, 9)[None], beams=2, temperature=1.0)
     with pytest.raises(InputError, match="101 tokens are more than the language model's 100"):
         llm(torch.ones(1, 101, dtype=torch.long))
+    with pytest.raises(InputError, match="101 tokens are more than the language model's 100"):
+        llm.generate(torch.arange(1, 9)[None], max_tokens=10 ** 12, end_tokens=())  # without their memory
     config = json.loads((fixtures / "llama3" / "config.json").read_text())
     for change, message in (*(({"rope_parameters": {"rope_type": kind, "factor": 4.0}},
                                f"'{kind}' is not supported") for kind in ("yarn", "dynamic", "longrope")),
@@ -228,6 +230,7 @@ def test_sample_narrows_the_choice():
     assert torch.allclose(draw(top_p=0.3), torch.tensor([1.0, 0, 0, 0]))
     assert torch.allclose(draw(temperature=0), torch.tensor([1.0, 0, 0, 0]))
     assert draw(temperature=0.5)[0] > 0.5
+    assert (sample(logits.flip(-1), 1e-45, 0, 1.0) == 3).all()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
 from formats.peft import CONFIG, WEIGHTS
-from lora import lora_layers
-from test_vlm import QUICK, command
+from lora import lora_layers, merge_lora
+from test_vlm import QUICK, QUICK_SET, SMALL, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
@@ -178,7 +178,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
         {"from": "gpt", "value": f"It is {i % 3}."}, {"from": "human", "value": "Sure?"},
         {"from": "gpt", "value": f"It is {i % 3}."}]) for i in range(12)]))
     before = VLM.from_pretrained(str(fixtures / name))
-    options = ["--from", fixtures / name, "--data", "qa.json", *QUICK, "--precision", "float32"]
+    options = ["--from", fixtures / name, "--data", "qa.json", *QUICK_SET, "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     config = json.loads(Path("run/config.json").read_text())
     assert config["from"] == str(fixtures / name) and config["adapter"] == before.config["adapter"]
@@ -205,7 +205,7 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
     for i in range(8):
         picture(20 + 17 * i, 40).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(8)))
-    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--split",
+    options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK_SET, "--split",
                "--precision", "float32"]
     assert command(monkeypatch, train, *options, "--out", "run", "--val", "captions.csv",
                    "--val-size", "8") == 0
@@ -217,7 +217,7 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
         assert vlm.caption([shown]) == [line["caption"]]
         pixels, *seen = vlm.vit.preprocess.tiles(shown)
         tiles.append(len(pixels))
-        batch = vlm.processor.batch([("", f"It is {i}")], tiles=iter([seen]))
+        batch = vlm.processor.batch([[("", f"It is {i}")]], tiles=[[seen]])
         with torch.no_grad():
             losses += vlm(batch, vlm.features(pixels))[0].tolist()
     assert len({*tiles}) > 2 and [line["val"] for line in lines if "val" in line][-1] == pytest.approx(
@@ -228,10 +228,10 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
         assert command(monkeypatch, sample, *score, "--workers", "0", *more) == 0
         assert ([json.loads(line) for line in Path("said.jsonl").read_text().splitlines()] == scored) is same
     capsys.readouterr()
-    assert command(monkeypatch, train, *QUICK, "--split") == 2
-    assert "--split: this model sees every picture as a whole alone" in capsys.readouterr().err
+    assert command(monkeypatch, train, *QUICK_SET, "--split") == 2
+    assert "--split means nothing without --from" in capsys.readouterr().err
     assert command(monkeypatch, train, *options, "--out", "other", "--cache-features") == 2
-    assert "with --split a picture has more than can be kept" in capsys.readouterr().err
+    assert "--cache-features means nothing with --split: a picture has more" in capsys.readouterr().err
 
 
 def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
     for i in range(4):
         picture(20 + i, 30).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
-    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK, "--precision", "float32"]
+    options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK_SET, "--precision", "float32"]
     options += ["--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     vlm = VLM.from_pretrained("run")
@@ -297,7 +297,7 @@ def test_a_run_begins_with_a_lora_of_the_whole(fixtures, tmp_path, monkeypatch, 
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
     for name in ("llava_qwen", "smolvlm"):  # with a LoRA of the tied head; with one of the connector
         folder = fixtures / "lora" / f"whole_{name}"
-        options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK, "--precision", "float32"]
+        options = ["--from", fixtures / name, "--data", "captions.csv", *QUICK_SET, "--precision", "float32"]
         options += ["--lora-from", folder, "--steps", "1"]
         assert command(monkeypatch, train, *options, "--out", "none") == 2
         assert "it changes llm and vit: say --lora-on llm,vit" in capsys.readouterr().err
@@ -349,3 +349,39 @@ def test_the_built_in_backbones_as_public_models(tmp_path):
         close(features, wanted, 2e-3)
         close(vlm.llm(tokens)[..., :-1], llm(tokens))
         assert len(vlm.caption(scenes, max_tokens=3)) == 4
+
+
+@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
+def test_a_run_goes_back_to_the_layout_it_came_from(name, fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
+    options = ["--from", fixtures / name, "--data", "c.csv", "--val", "c.csv", *QUICK_SET, "--batch", "4"]
+    options += ["--lora", "2", "--lora-on", "llm,vit", "--lora-targets", "all", "--lr", "0.05"]
+    assert command(monkeypatch, train, *options, "--precision", "float32", "--out", "run") == 0
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 0
+    assert {path.name for path in Path("public").iterdir()} == {
+        path.name for path in (fixtures / name).iterdir()} - {"golden.safetensors"}
+    before, run, after = (VLM.from_pretrained(str(model)) for model in (fixtures / name, "run", "public"))
+    merge_lora(run)
+    moved = {key: p for key, p in run.named_parameters() if not torch.equal(p, before.get_parameter(key))}
+    assert {key.partition(".")[0] for key in moved} == {"llm", "vit", "adapter"}
+    for key, p in run.named_parameters():  # rounded once, as the files are
+        assert torch.equal(p.bfloat16(), after.get_parameter(key).bfloat16()), key
+    was, now = (load_file(folder / "model.safetensors") for folder in (fixtures / name, Path("public")))
+    assert was.keys() == now.keys() and 0 < sum(torch.equal(was[key], now[key]) for key in was) < len(was)
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
+    assert "public: there is something already" in capsys.readouterr().err
+    assert not [*Path().glob(".*tmp")]
+
+
+def test_what_has_no_public_layout_is_not_exported(fixtures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, *SMALL, *QUICK, "--out", "run", "--quiet") == 0
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
+    assert "only a run that began with --from has a layout" in capsys.readouterr().err
+    assert command(monkeypatch, sample, "a.png", "--export", "public") == 2
+    assert "give one or more pictures, --data, or --export" in capsys.readouterr().err
+    assert not Path("public").exists()

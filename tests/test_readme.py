@@ -2,6 +2,7 @@
 no network."""
 import ast
 import itertools
+import io
 import json
 import re
 import runpy
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,20 @@ from PIL import Image
 
 import experiments
 import sample
+import train
 from adapters import VLM
 from support.shapes import Shapes
 from fixtures import start
+from formats.shards import read_shard
 from llm import LLM
 from lora import lora_layers, save_lora
 from test_scale import write_tar
-from test_vlm import SMALL, interrupt
+from test_vlm import SMALL, command, interrupt
 
 README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-TINY = "--steps 2 --scenes 8 --val-size 4 --batch 4 --warmup 1 --workers 0 --device cpu".split()
+TINY_SET = "--steps 2 --val-size 4 --batch 4 --warmup 1 --workers 0 --device cpu".split()  # with --data
+TINY = ["--scenes", "8", *TINY_SET]
 REFERENCE = "needs transformers, peft or tokenizers"
 ELSEWHERE = {  # where a command is run instead, or why it isn't
     "pip install -r requirements.txt": ".ci/run", "pytest": "this is it",
@@ -84,6 +89,8 @@ def place(tmp_path_factory):
         interrupt(monkeypatch, "--adapter", "qformer", *SMALL, *TINY, "--lora", "2", "--save-every", "1",
                   "--out", "kept/my-run")
         save_lora(VLM.from_pretrained("kept/my-run").llm, "kept/my-run/lora/llm")  # as at a run's end
+        options = ["--from", ROOT / "tests/fixtures/smolvlm", "--data", "questions.json", *TINY_SET]
+        assert command(monkeypatch, train, *options, "--images", "photos", "--out", "kept/my-vlm") == 0
         start.make(Path("kept/public"))
     yield place
     shutil.rmtree(place)
@@ -115,6 +122,7 @@ def run(here, monkeypatch, capsys):
             Path(file or "said").write_text(out)
         else:
             monkeypatch.setattr(sys, "argv", words[1:])
+            monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
             code = 0
             try:
                 runpy.run_path(words[1], run_name="__main__")
@@ -145,7 +153,9 @@ def check_sample(words: list[str], said: str) -> None:
     leading = itertools.takewhile(lambda word: word[0] != "-", words[2:])
     pictures = [path for name in leading for path in sample.pictures_of(name)]
     lines = Path(options.get(">") or options.get("--save") or "/dev/null").read_text().splitlines()
-    if "--data" in words:
+    if "--export" in words:
+        assert VLM.from_pretrained(options["--export"]).config["adapter"] == "pixelshuffle"
+    elif "--data" in words:
         assert "BLEU-4" in said and "CIDEr-D" in said and len(lines) == 6
     elif "--json" in words:
         assert [json.loads(line)["image"] for line in lines] == pictures and len(pictures) == 6
@@ -163,7 +173,7 @@ def check_sample(words: list[str], said: str) -> None:
 def test_command(command, run):
     words = shlex.split(command)
     if "train.py" in words:
-        check_training(words, run([*words, *TINY]), run)
+        check_training(words, run([*words, *(TINY_SET if "--data" in words else TINY)]), run)
     elif command.startswith(LONG):
         assert "usage: " in run([*words, "--help"])  # which comes after the arguments before it are read
     else:
@@ -196,13 +206,22 @@ def test_names_in_the_text():
 
 
 @pytest.mark.parametrize("block", [text for language, text in FENCE.findall(README) if language == "python"])
-def test_python(block, here):
+def test_python(block, here, monkeypatch):
     picture = Image.open("photo.jpg")
     names = dict(picture=picture, one=picture, two=picture,
                  llm=LLM.from_pretrained("assets/llm"), another=LLM.from_pretrained("assets/llm"))
+    if "load_dataset" in block:
+        rows = [dict(image=picture, caption=f"picture {i}") for i in range(1003)]
+        hub = types.SimpleNamespace(load_dataset=lambda *_, **how: rows)
+        monkeypatch.setitem(sys.modules, "datasets", hub)
     values = [(eval if isinstance(node, ast.Expr) else exec)(ast.unparse(node), names)
               for node in ast.parse(block).body]
-    if "vlm" in names:
+    if "load_dataset" in block:
+        found = [pair for path in sorted(Path("shards").glob("hub-*.tar")) for pair in read_shard(path)]
+        assert [pair.said for pair in found] == [[[("", row["caption"])]] for row in rows]
+        assert found[0] == "hub-00000.tar/0000" and found[-1] == "hub-00001.tar/0002"
+        assert Image.open(io.BytesIO(found[-1].file)).size == picture.size
+    elif "vlm" in names:
         assert all(len(said) == 1 and isinstance(said[0], str) for said in values[-2:])
     else:
         names["restore"]()

@@ -258,7 +258,17 @@ def test_an_image_processor_of_its_own_is_refused_by_name(shared, fixtures, tmp_
 def test_prompts_equal_what_the_chat_templates_render(said):
     for name, format in (("llava-1.5-7b-hf", LLAVA[""]), ("SmolVLM-500M", IDEFICS3["<|im_start|>"])):
         for images, text, wanted in said["prompts"][name]:
-            assert format.chat(images, text) == wanted
+            assert format.begin + format.chat(images, text) == wanted
+
+
+def test_conversations_equal_what_the_chat_templates_render(said):
+    for name, format, end in (("llava-1.5-7b-hf", LLAVA[""], "</s>"),
+                              ("SmolVLM-500M", IDEFICS3["<|im_start|>"], "<end_of_utterance>")):
+        found = format.begin + format.chat(1, "What is it?")
+        for answer, question in (("A dog.", "Big?"), ("No.", "Sure?")):
+            found += f" {answer}{end}{format.between}{format.chat(0, question)}"
+        # LLaVA was trained with an end token after each answer; its template has a space
+        assert found.replace("</s>", " ") == said["conversations"][name]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ import sample
 import train
 from adapters import ADAPTERS, VLM, Attention, build
 from data import Pixels
+from formats.files import InputError
 from support import drawing, scores
 from support.kernels import attend, watch
 from support.shapes import Shapes
 from fixtures.pictures import picture
 from llm import LLM
-from test_vlm import QUICK, SMALL, command
+from test_vlm import QUICK, SMALL, command, small
 
 FILES = ("data", "lora", "vit", "llm", "adapters", "sample", "train")
 
@@ -210,6 +211,85 @@ def test_best_and_worst_are_by_score():
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Question after question
+
+CHATS = ("smolvlm", "llava", "nanovlm", "qformer", "flamingo", "pixelshuffle")
+
+
+@pytest.mark.parametrize("static", (False, True))
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_reads_what_is_new_and_says_what_it_would_anew(name, static, fixtures):
+    """As if each question came with all turns before it, but only what is new is read."""
+    if name in ADAPTERS:
+        position = "rope-xy" if name == "pixelshuffle" else "sequence"
+        sizes = {"qformer": dict(text=4), "pixelshuffle": dict(scale=5)}.get(name, {})
+        vlm = small(fixtures, name, image_position=position, **sizes)
+    else:
+        vlm = VLM.from_pretrained(str(fixtures / name))
+    vlm.llm.static = static
+    lengths, hidden = [], vlm.llm.hidden
+    vlm.llm.hidden = lambda x, *rest: lengths.append(x.shape[1]) or hidden(x, *rest)
+    decoding = dict(max_tokens=5, temperature=0.0)
+    chat, pictures = sample.Chat(vlm, False, decoding), [picture(40, 30), picture(30, 40)]
+    shown = [vlm.vit.preprocess(one) for one in pictures]
+    asked = (("ab", pictures[:1], 1), ("c", [], 1), ("ba", pictures[1:], 2), ("c", [], 2))
+    for question, new, count in asked:
+        lengths.clear()
+        typed = []
+        answer = chat.ask(question, new, typed.append)
+        read = lengths[0]
+        text, _ = chat.turns[-1]
+        ids, targets = vlm.processor.encode(text, images=0, earlier=chat.turns[:-1])
+        features = vlm.features(torch.stack(shown[:count]))
+        assert vlm.answer([ids], features, targets=[targets], **decoding) == [answer]
+        assert read == len(ids) if len(chat.turns) == 1 else read < len(ids)
+        assert vlm.processor.text(typed).strip() == answer
+
+
+def test_a_chat_goes_on_when_its_first_turns_do_not_fit(fixtures):
+    vlm = small(fixtures)
+    chat = sample.Chat(vlm, False, dict(max_tokens=4, temperature=0.0))
+    for turn in range(12):
+        assert isinstance(chat.ask("abc", [picture(30, 30)][turn:]), str)
+    assert vlm.processor.cut and len(chat.read) <= vlm.processor.positions
+    with pytest.raises(InputError, match="don't fit the language model's 40 positions"):
+        chat.ask("a", [picture(30, 30)] * 9)
+    assert isinstance(chat.ask("abc", []), str)  # as if it had not been asked
+
+
+def test_a_chat_on_the_command_line(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    ask = ("--model", "run", "--max-tokens", "6")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What?\n\n/image nowhere.png\n/image b.png\nAnd this?\n"))
+    picture(50, 40).save("b.png")
+    assert command(monkeypatch, sample, "a.png", "--chat", *ask) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 2 and captured.err.count("\n") == 1
+    assert "error: nowhere.png: no such picture" in captured.err
+    assert command(monkeypatch, sample, "a.png", "--chat", "--json", *ask) == 2
+    assert "--json means nothing with --chat" in capsys.readouterr().err
+
+
+def test_words_appear_as_they_come_on_a_terminal(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    ask = ("a.png", "--model", "run", "--max-tokens", "9")
+    assert command(monkeypatch, sample, *ask) == 0
+    whole = capsys.readouterr().out
+    for more, pieces in ((), 3), (("--quiet",), 1), (("--beams", "2"), 1), (("a.png",), 2):
+        written = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            write = sys.stdout.write
+            patch.setattr(sys.stdout, "write", lambda text: written.append(text) or write(text))
+            assert command(patch, sample, *ask, *more) == 0
+        said = capsys.readouterr().out
+        if pieces == 3:
+            assert said == whole and len([text for text in written if text.strip()]) > 3
+        else:
+            assert len([text for text in written if text.strip()]) == pieces
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Manners
 
 @pytest.fixture(scope="module")
@@ -236,7 +316,7 @@ def test_pictures_come_as_folders_patterns_and_from_stdin(trained, tmp_path, mon
         assert command(monkeypatch, sample, "--json", *arguments, *ask) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [Path(line["image"]) for line in lines] == [Path(name) for name in expected]
-        assert all(line.keys() == {"image", "caption"} for line in lines)
+        assert all(line.keys() == {"image", "caption", "log_probability"} for line in lines)
     stdin = types.SimpleNamespace(buffer=io.BytesIO((trained / "a.png").read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert command(monkeypatch, sample, "-", *ask) == 0
@@ -287,7 +367,7 @@ def test_attention_is_drawn(trained, monkeypatch, capsys):
     (train, ["--train", "adapter,lm"], "did you mean llm?"),
     (train, ["--lora-on", "vitt"], "did you mean vit?"),
     (train, ["--precision", "bloat16"], "did you mean bfloat16?"),
-    (train, ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (train, ["--steps", "many"], "--steps: 'many' is not a whole number"),
     (sample, ["a.png", "--modle", "run"], "did you mean --model?"),
     (sample, ["a.png", "--zzz"], "unrecognized arguments: --zzz\n")))
 def test_errors_name_the_nearest(module, arguments, hint, monkeypatch, capsys):
@@ -355,8 +435,9 @@ def test_workers_may_be_spawned():
     """As on macOS and Windows, where a worker gets the pictures by pickle."""
     vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={}))
     captions = Shapes(3, "test")
-    loader = torch.utils.data.DataLoader(Pixels(captions, vlm.vit.preprocess), batch_size=3, num_workers=1,
-                                         collate_fn=Pixels.collate, multiprocessing_context="spawn")
+    pixels = Pixels(captions, vlm.vit.preprocess)
+    loader = torch.utils.data.DataLoader(pixels, batch_sampler=[[(i, (i,)) for i in range(3)]], num_workers=1,
+                                         collate_fn=pixels.collate, multiprocessing_context="spawn")
     (indices, views, bad), = loader
     assert indices == [0, 1, 2] and not bad
     assert torch.equal(views.x[2], vlm.vit.preprocess(captions.picture(2)))

@@ -1,7 +1,9 @@
 """Many pictures, many processes: torchrun, tar shards, features kept on disk."""
+import gzip
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import formats.shards
 import train
 from conftest import ROOT
 from formats.shards import Shards, read_shard
 from support.shapes import Shapes
 from formats.files import InputError
-from test_vlm import QUICK, SMALL, command, interrupt
+from test_vlm import QUICK, QUICK_SET, SMALL, command, interrupt
 from vit import ViT
 
 
@@ -32,17 +35,17 @@ def losses(run: str) -> list[float]:
 # Several processes
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options, of_one", (
+@pytest.mark.parametrize("options, of_two, of_one", (
     (["--no-cache-features", "--lora", "2", "--lora-on", "llm,vit", "--shots", "2", "--accumulate", "2",
-      "--layout", "image-text:0.4,text-image-text:0.3,text-image:0.3"], ["--accumulate", "4"]),
-    (["--shard", "--lora", "2", "--features", "features"], []),
+      "--layout", "image-text:0.4,text-image-text:0.3,text-image:0.3"], [], ["--accumulate", "4"]),
+    (["--lora", "2", "--features", "features"], ["--shard"], []),
 ), ids=("replicated", "sharded"))
-def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatch, capsys):
+def test_two_processes_learn_what_one_does(options, of_two, of_one, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*SMALL, *QUICK, "--steps", "4", "--save-every", "2", "--log-every", "1",
                "--precision", "float32", *options]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = [*torchrun, ROOT / "train.py", *options, "--out", "two"]
+    run = [*torchrun, ROOT / "train.py", *options, *of_two, "--out", "two"]
     done = subprocess.run(run, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4/4") == 1
@@ -54,6 +57,42 @@ def test_two_processes_learn_what_one_does(options, of_one, tmp_path, monkeypatc
     capsys.readouterr()
     assert command(monkeypatch, train, "--resume", "two") == 2
     assert "two: a run of 2 processes can't go on with 1: start as many" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_the_others_with_one_line(tmp_path):
+    """Here it is the second, in its third step; the first waits for it in a sum."""
+    (tmp_path / "fails.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from formats.files import InputError
+step = train.Run.step
+def fail(run, number, *rest):
+    if train.RANK and number == 2:
+        raise InputError("only here")
+    return step(run, number, *rest)
+train.Run.step = fail
+train.run(train.main)
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for script, more, line in ((tmp_path / "fails.py", [], "only here"),
+                               (ROOT / "train.py", ["--vit", "nowhere"], "nowhere")):
+        run = [*torchrun, script, *SMALL, *QUICK, *more, "--out", tmp_path / f"run-{script.stem}"]
+        done = subprocess.run(run, text=True, capture_output=True, timeout=100)
+        said = re.findall(r"^\w+.py: error: (.*)", done.stderr, re.M)
+        assert len(said) == 1 and line in said[0] and done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_launcher(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [*SMALL, *QUICK, "--steps", "100000", "--save-every", "100000", "--out", tmp_path / "run"]
+    launcher = subprocess.Popen([*torchrun, ROOT / "train.py", *options], stdout=subprocess.PIPE, text=True)
+    while "step 4/" not in launcher.stdout.readline():
+        pass
+    launcher.kill()
+    rest = launcher.stdout.read()  # ends when the last process has
+    assert "goes on" in rest and (tmp_path / "run" / "checkpoint.safetensors").is_file()
 
 
 def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):
@@ -107,8 +146,8 @@ def test_shards_are_listed_as_in_a_shell(shards):
 
 def test_a_pair_of_a_shard(shards):
     pair, second = itertools.islice(read_shard(shards / "01.tar"), 2)
-    assert pair == "01.tar/a/020" and pair.said == SCENES.pairs(20)[:1] and not pair.fault
-    assert second.said == SCENES.pairs(21) and second.file == png(21)
+    assert pair == "01.tar/a/020" and pair.said == SCENES.conversations(20)[:1] and not pair.fault
+    assert second.said == SCENES.conversations(21) and second.file == png(21)
     source = Shards(f"{shards}/*.tar")
     assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
 
@@ -135,8 +174,8 @@ def test_each_pair_comes_once_an_epoch_to_one_process(world, shards):
 @pytest.mark.slow
 def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shards)
-    options = [*SMALL, *QUICK, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1", "--log-every", "1",
-               "--layout", "image-text,text-image"]
+    options = [*SMALL, *QUICK_SET, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1",
+               "--log-every", "1", "--layout", "image-text,text-image"]
     assert command(monkeypatch, train, *options, "--out", tmp_path / "whole", "--workers", "2") == 0
     interrupt(monkeypatch, *options, "--out", tmp_path / "parts")
     monkeypatch.chdir(tmp_path)
@@ -149,7 +188,7 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "one shard can't be parted"),
                                (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):
-        assert command(monkeypatch, train, *SMALL, *QUICK, *arguments) == 2
+        assert command(monkeypatch, train, *SMALL, *QUICK_SET, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1
 
@@ -183,7 +222,7 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     assert "says that it has 1,099,511,627,776 bytes" in pair.fault
     assert {path.name for path in tmp_path.rglob("*")} == {"in", "0.tar", "1.tar", "2.tar"}
 
-    options = [*SMALL, *QUICK, "--val", shards / "00.tar", "--steps", "12"]
+    options = [*SMALL, *QUICK_SET, "--val", shards / "00.tar", "--steps", "12"]
     data = f"in/1.tar,{shards}/01.tar,{shards}/02.tar"
     assert command(monkeypatch, train, *options, "--data", data, "--out", "run") == 0
     text, = Path("run/unreadable.txt").read_text().splitlines()  # though met in each epoch
@@ -191,6 +230,95 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert command(monkeypatch, train, *options, "--data", "in/1.tar,in/2.tar", "--out", "none") == 2
     assert "pictures can't be read; the last: in/" in capsys.readouterr().err
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pair_of(name: str, content: bytes = b"picture", caption: bytes = b"a cat") -> bytes:
+    blocks = []
+    for member, content in ((f"{name}.jpg", content), (f"{name}.txt", caption)):
+        blocks += header(member, len(content)), content, b"\0" * (-len(content) % 512)
+    return b"".join(blocks)
+
+
+def sparse(name: str, size: int) -> bytes:
+    """A GNU sparse member, all of it a hole: a header alone."""
+    block = bytearray(header(name, 0, tarfile.GNUTYPE_SPARSE))
+    block[386:410] = b"%011o\0" % 0 * 2
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:])
+    return bytes(block)
+
+
+PAX = b"100000 path=" + b"a" * 99_987 + b"\n"  # one record
+GLOBALS = header("g", 9_000, tarfile.XGLTYPE) + (b"9000 k=" + b"v" * 8_992 + b"\n").ljust(9_216, b"\0")
+
+
+@pytest.mark.parametrize("content, fault", (
+    (header("x", 100_000, tarfile.XHDTYPE) + PAX + b"\0" * (-len(PAX) % 512), "headers of more than 16,384"),
+    (header("x", 100_000, tarfile.XGLTYPE) + PAX + b"\0" * (-len(PAX) % 512), "headers of more than 16,384"),
+    (header("x", 99_840, tarfile.GNUTYPE_LONGNAME) + b"a" * 99_840, "headers of more than 16,384"),
+    (header("x", 99_840, tarfile.GNUTYPE_LONGLINK) + b"a" * 99_840, "headers of more than 16,384"),
+    (GLOBALS * 2, "headers of more than 16,384"),
+    (header("x", -512, tarfile.XHDTYPE), "headers of more than 16,384"),
+    (sparse("x.jpg", 1000), "x.jpg is a sparse file"),
+    (header("x.jpg", -1024), "x.jpg says that it has -1,024 bytes"),
+    (header("x.bin", -1024), "a member begins before the end of the last"),
+    (pair_of("x", caption=b"a" * ((1 << 24) + 1)), "x.txt says that it has 16,777,217 bytes"),
+    (pair_of("x", b" " * 5000) * 2, "the members of x say that they have 10,005 bytes")))
+def test_a_shard_is_read_up_to_what_no_honest_one_has(content, fault, tmp_path, monkeypatch):
+    """Headers that only tarfile would keep, sizes that nothing stands for, texts that nobody wrote."""
+    if "members of" in fault:
+        monkeypatch.setattr(formats.shards, "MOST_PAIR", 10_004, raising=False)
+    (tmp_path / "a.tar").write_bytes(pair_of("good") + content + pair_of("later") + b"\0" * 1024)
+    first, *rest = read_shard(tmp_path / "a.tar")
+    assert first == "a.tar/good" and first.said == [[("", "a cat")]] and not first.fault
+    assert f"a.tar: broken shard ({fault}" in rest[-1].fault and "a.tar/later" not in rest
+
+
+def test_a_compressed_shard_unpacks_to_so_much(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats.shards, "MOST_PAIR", 1 << 20, raising=False)
+    honest = (shards / "00.tar").read_bytes()
+    for name in ("00.tar.gz", "00.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress(honest[:30_000]) + gzip.compress(honest[30_000:]))
+        pairs = [*read_shard(tmp_path / name)]
+        assert [pair.file for pair in pairs] == [pair.file for pair in read_shard(shards / "00.tar")]
+        assert len(pairs) == 20 and not any(pair.fault for pair in pairs)
+    size = 20 << 20
+    bomb = pair_of("good") + header("x.bin", size) + b"\0" * size + pair_of("later")
+    (tmp_path / "bomb.tgz").write_bytes(gzip.compress(bomb))
+    (tmp_path / "plain.tar").write_bytes(bomb)  # which has its bytes
+    first, last = read_shard(tmp_path / "bomb.tgz")
+    assert not first.fault and "broken shard (it unpacks to more than 100 times its size)" in last.fault
+    assert not any(pair.fault for pair in read_shard(tmp_path / "plain.tar"))
+
+
+def test_pairs_wait_in_so_many_bytes(shards, monkeypatch, capsys):
+    """Fewer wait where they are large; all come, once an epoch, and a resumed run draws the same."""
+    every = sorted(f"{i // 20:02}.tar/a/{i:03}" for i in range(120))
+    most = 12 * len(png(0))
+    read = []
+
+    def counted(path):
+        for pair in read_shard(path):
+            read.append(pair)
+            yield pair
+
+    monkeypatch.setattr(formats.shards, "MOST_HELD", most, raising=False)
+    monkeypatch.setattr(formats.shards, "read_shard", counted)
+    source = Shards(f"{shards}/*.tar").batches(4, 7)
+    names = []
+    for _ in range(30):
+        names += next(source)
+        assert sum(len(pair.file) for pair in read if pair not in names) <= most
+    assert sorted(names) == every and names != [str(pair) for pair in read[:120]]
+    assert next(Shards(f"{shards}/*.tar").batches(4, 7, 11)) == names[44:48]
+    _, out = Shards(f"{shards}/*.tar").held_out(20, 0)
+    assert 2 < len(out) < 13 and f"{len(out)} pairs are held out, not 20" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -203,7 +331,7 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
         SCENES.picture(i).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i}\n" for i in range(12)))
     Path("5.png").write_text("no picture")
-    options = [*SMALL, *QUICK, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
+    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
                "--precision", "bfloat16"]
     encoded = Counter()
     forward = ViT.forward
@@ -237,8 +365,8 @@ def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encode = data.encode_pictures
 
-    def stopped(*arguments):
-        yield next(encode(*arguments))
+    def stopped(*arguments, **how):
+        yield next(encode(*arguments, **how))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "encode_pictures", stopped)

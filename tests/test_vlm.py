@@ -19,6 +19,7 @@ from data import stack
 from support.console import run
 from support import scores
 from support.shapes import Shapes
+from support.words import words
 from formats.files import InputError
 from fixtures.pictures import picture
 from llm import LLM, token_losses
@@ -100,7 +101,7 @@ def test_forward_scores_the_targets_alone(fixtures):
 @torch.no_grad()
 def test_images_are_to_spell_captions(fixtures):
     vlm = small(fixtures)
-    examples, captions = [("a<image>b<image>", None), ("", "cc")], ["ab", "abcabcabc", "c"]
+    examples, captions = [[("a<image>b<image>", None)], [("", "cc")]], [["ab", "abcabcabc"], ["c"]]
     batch = vlm.processor.batch(examples, spelled=captions, queries=5)
     words = batch.spelling.targets
     features = vlm.features(torch.randn(3, 3, 30, 30))
@@ -131,7 +132,8 @@ def test_blocks_of_a_kind_are_one_graph_for_all_lengths(adapter, kinds, fixtures
     torch._dynamo.reset()
     batches = []
     for texts in (["abc", "ab", "a", "b"], ["abcabca", "c", "ab"], ["cab", "abcba", "b", "c", "a", "b"]):
-        batch = vlm.processor.batch([("", text) for text in texts], spelled=texts, queries=5)
+        examples, spelled = [[("", text)] for text in texts], [[text] for text in texts]
+        batch = vlm.processor.batch(examples, spelled=spelled, queries=5)
         batches.append((batch, torch.randn(len(texts), 3, 30, 30)))
 
     def losses():
@@ -152,7 +154,7 @@ def test_what_is_computed_again_is_the_same(fixtures):
     """With `recomputes` a block runs again in the backward pass, on what it ran on first."""
     vlm, runs = small(fixtures).train(), []
     vlm.llm.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    batch = vlm.processor.batch([("", "abc"), ("a", "b")])
+    batch = vlm.processor.batch([[("", "abc")], [("a", "b")]])
     features = vlm.features(torch.randn(2, 3, 30, 30))
     found = []
     for vlm.llm.recomputes in (False, True):
@@ -194,10 +196,25 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     assert vlm.caption([]) == []
 
 
+@torch.no_grad()
+def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
+    vlm = small(fixtures)
+    rows = [vlm.processor.encode(text)[0] for text in ("a", "<image>bcb")]
+    features = vlm.features(torch.randn(2, 3, 30, 30))
+    answers = vlm.answer(rows, features, max_tokens=6, score=True)
+    assert answers == vlm.answer(rows, features, max_tokens=6) and len({*answers}) == 2
+    for i, answer in enumerate(answers):
+        [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), vlm.images(features[i:i + 1])),
+                                 max_tokens=6, end_tokens=vlm.processor.ends, keep_end=True)
+        tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
+        logits = vlm.logits(tokens, features[i:i + 1], where)
+        assert answer.log_probability == pytest.approx(-F.cross_entropy(logits, targets).item(), abs=1e-4)
+
+
 def test_only_the_adapter_is_trained(fixtures):
     vlm = small(fixtures).train()
     assert not vlm.vit.training and not vlm.llm.training and vlm.adapter.training
-    batch = vlm.processor.batch([("", "abc")])
+    batch = vlm.processor.batch([[("", "abc")]])
     vlm(batch, vlm.features(torch.randn(1, 3, 30, 30)))[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in vlm.trained.items()
                if not name.endswith("k.bias"))
@@ -219,9 +236,13 @@ def test_scores_equal_pycocoevalcap(fixtures):
     assert golden["cider"] > 0.3 and golden["bleu"][3] > 0.05
 
 
-def test_words_of_a_caption():
-    words = scores.words("A man's dog, in a T-shirt, can't swim (yet).")
-    assert words == "a man 's dog in a t-shirt ca n't swim yet".split()
+def test_words_of_a_caption_are_those_of_coco_caption(fixtures):
+    wrong = []
+    for line in (fixtures / "words.jsonl").read_text(encoding="utf-8").splitlines():
+        golden = json.loads(line)
+        if words(golden["caption"]) != golden["words"]:
+            wrong.append((golden["caption"], words(golden["caption"])))
+    assert not wrong
 
 
 def test_shapes_are_judged():
@@ -237,9 +258,9 @@ def test_shapes_are_judged():
 # ---------------------------------------------------------------------------------------------------------
 # Command lines
 
-QUICK = ["--scenes", "48", "--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0",
-         "--save-every", "4", "--log-every", "2",
-         "--warmup", "2"]
+QUICK_SET = ["--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0", "--save-every", "4",
+             "--log-every", "2", "--warmup", "2"]  # with --data
+QUICK = ["--scenes", "48", *QUICK_SET]
 SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
 
 
@@ -314,7 +335,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     Path("c.csv").write_text("image,caption\n" + "".join(rows))
     Path("5.png").write_text("no picture")
     common = ["--data", "c.csv", "--workers", "0"]
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK_SET, "--val", "c.csv",
                    "--val-size", "12", "--out", "run",
                    "--no-cache-features") == 0
     assert "5.png: not a picture" in Path("run/unreadable.txt").read_text()
@@ -326,7 +347,7 @@ def test_scoring_a_set(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
     assert len(lines) == 11 and lines[1]["references"] == ["a picture 1 of many things"]
     Path("6.png").unlink()
-    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK, "--val", "c.csv",
+    assert command(monkeypatch, train, "--adapter", "mlp", *common, *QUICK_SET, "--val", "c.csv",
                    "--val-size", "12", "--out", "other") == 2
     assert "2 of 12 pictures can't be read" in capsys.readouterr().err
 
@@ -390,8 +411,8 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--adapter", "linear", "--queries", "3"),
              "--queries means nothing to the linear adapter"),
             (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut"),
-            (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every must be at least 1"),
-            (train, ("--adapter-text", "-1"), "--adapter-text must be at least 0, not -1"),
+            (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every: '0' is not"),
+            (train, ("--adapter-text", "-1"), "--adapter-text: '-1' is not"),
             (train, ("--image-position", "rope-xy"), "keeps the grid of patches, which qformer doesn't"),
             (train, ("--adapter-width", "30"), "width 30 is not a multiple"),
             (train, ("--vit", "no/such/encoder"), "no/such/encoder: no such folder"),
@@ -401,7 +422,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--data", "none.csv"), "none.csv: No such file"),
             (train, ("--data", "one.csv", "--images", "none"), "none: no such folder of pictures"),
             (train, ("--layer", "9"), "layer 9"),
-            (train, ("--steps", "0"), "--steps must be at least 1"),
+            (train, ("--steps", "0"), "--steps: '0' is not"),
             (train, ("--batch", "10", "--accumulate", "3"), "--accumulate 3 equal parts"),
             (train, ("--out", "run"), "run: there is a run already"),
             (train, ("--resume", "nowhere/at/all"), "nowhere/at/all: no such folder"),
