@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data import OURS, Batch, Processor, stack
 from formats.export import export
-from formats.files import InputError, guard, named, read_json, read_tensors
+from formats.files import InputError, compare, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
 from formats.languages import tie
 from formats.peft import ROOT, WEIGHTS, Tensors, Update, read_folder
@@ -881,40 +881,50 @@ class VLM(nn.Module):
         return {f"weight.{name}": p for name, p in weights.items()} | scales
 
     def load_state(self, path: Path) -> None:
-        """Takes up what `state` gave, from a run's checkpoint, LoRA and all. Raises InputError."""
-        weights = read_tensors(path, "weight.")
-
-        # The LoRA of each backbone
+        """Takes up what `state` gave, from a run's checkpoint, LoRA and all. Raises InputError where a tensor
+        there isn't one that the run would write."""
+        found = read_tensors(path)
         with guard(path, "not the checkpoint of this run"), named(path):
-            updates = {"vit": {}, "llm": {}}
-            for name, scale in read_tensors(path, "scale.").items():
-                part, _, layer = name.partition(".")
-                if not math.isfinite(scale.item()):
-                    raise InputError(f"the scale of {name} is {scale.item()}")
-                A, B = weights.pop(f"{name}.A").float(), weights.pop(f"{name}.B").float()
-                m = weights.pop(f"{name}.m", None)
-                updates[part][layer] = Update(A, B, scale.item(), m=None if m is None else m.float())
-            for part, found in updates.items():
-                if found:
+            updates = updates_in(found)
+            for part, layers in updates.items():
+                if layers:
                     module = getattr(self, part)
-                    replace_layers(module, make_layers(module, found))
-
-        # All of the adapter, and of what was trained whole, must be there
-        known = dict(self.named_parameters(remove_duplicate=False))  # a tied head has two names
-        whole = {}
-        for part in {"adapter", *self.config.get("train", ())}:
-            whole |= self.weights(part)
-        beside = {name: known[name] for name in known.keys() & weights.keys() - whole.keys()}
-        take_over(whole | beside, weights, path)
+                    replace_layers(module, make_layers(module, layers))
 
         # What came with a LoRA, or was trained beside it, goes with it when it is saved again
+        known = dict(self.named_parameters(remove_duplicate=False))  # a tied head has two names
         layers = lora_layers(self)
-        for name, p in beside.items():
+        beside = set()
+        for name, p in known.items():
+            part = name.partition(".")[0]
             layer, _, leaf = name.rpartition(".")
+            if f"weight.{name}" not in found or not updates.get(part) or layer in layers and leaf in "ABm":
+                continue
+            beside.add(f"weight.{name}")
             if layer in layers and leaf == "weight":
                 layers[layer].replaced = True
             else:
                 p.requires_grad_()
+
+        # What the run would write now must be there, and nothing else. What it trains is float32, what came
+        # with a LoRA has the run's precision
+        wanted = {}
+        for name, tensor in self.state().items():
+            dtype = torch.float64 if name.startswith("scale.") else torch.float32
+            if name in beside and found[name].dtype in (torch.bfloat16, torch.float16):
+                dtype = found[name].dtype
+            wanted[name] = torch.empty_like(tensor, dtype=dtype, device="meta")
+        if found.keys() - wanted.keys():  # what --resume needs
+            moments = {name: adamw_state(wanted[f"weight.{name}"]) for name in known
+                       if f"exp_avg.{name}" in found and f"weight.{name}" in wanted}
+            scaler = torch.amp.GradScaler("cpu", enabled="scaler.scale" in found)
+            losses = torch.zeros(found["losses"].numel() if "losses" in found else 0)
+            wanted |= resume_state(moments, scaler, losses)
+        compare(wanted, found, path)
+        with torch.no_grad():
+            for name, p in known.items():
+                if f"weight.{name}" in found:
+                    p.copy_(found[f"weight.{name}"])
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
@@ -958,21 +968,37 @@ def check_run(config: dict) -> None:
         raise ValueError(f"train is {config['train']!r}")
 
 
-def compare(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises InputError where the names or shapes of parameters and of a file's tensors differ."""
-    for name in sorted(parameters.keys() | state.keys()):
-        found = tuple(state[name].shape) if name in state else "missing"
-        wanted = tuple(parameters[name].shape) if name in parameters else "missing"
-        if found != wanted:
-            raise InputError(f"{path}: tensor '{name}' is {found}; config.json says {wanted}")
+def updates_in(state: dict[str, torch.Tensor]) -> dict[str, dict[str, Update]]:
+    """The LoRA of each backbone, by layer, that a run's checkpoint holds. Raises InputError."""
+    updates = {"vit": {}, "llm": {}}
+    for key, scale in state.items():
+        if not key.startswith("scale."):
+            continue
+        name = key.removeprefix("scale.")
+        if scale.shape or not math.isfinite(scale):
+            raise InputError(f"the scale of {name} is {scale.tolist()}")
+        for letter in "AB":
+            if f"weight.{name}.{letter}" not in state:
+                raise InputError(f"tensor 'weight.{name}.{letter}' is missing")
+        A, B, m = (state.get(f"weight.{name}.{letter}") for letter in "ABm")
+        part, _, layer = name.partition(".")
+        updates[part][layer] = Update(A.float(), B.float(), scale.item(), m=None if m is None else m.float())
+    return updates
 
 
-@torch.no_grad()
-def take_over(parameters: dict[str, nn.Parameter], state: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies tensors into the parameters of these names. Raises InputError where names or shapes differ."""
-    compare(parameters, state, path)
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
+def adamw_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of a parameter, as it is before the first step."""
+    return dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p))
+
+
+def resume_state(moments: dict[str, dict[str, torch.Tensor]], scaler: torch.amp.GradScaler,
+                 losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a run's checkpoint holds beside the model, to go on with: what AdamW keeps of each parameter, what
+    the gradients' scaler keeps, and the losses since the last line of metrics.jsonl."""
+    state = {f"{key}.{name}": value for name, kept in moments.items() for key, value in kept.items()}
+    state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
+    return state | {"losses": losses}
 
 
 def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = (),

@@ -3,8 +3,9 @@
 A *caption set* has `len(s)` entries. Entry i has pictures, `s.pictures(i)`, one as a rule, and conversations
 about them, `s.conversations(i)`, of which one is learned at a time. A conversation is a list of turns
 (question, answer); a caption is one turn without a question. Picture p, of `s.count`, is `s.picture(p)`, and
-`s.name(p)` its name. i and p are numbers or, in `Shards`, a `Pair`. There are three kinds: `Captions` in
-formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
+`s.name(p)` its name. i and p are numbers or, in `Shards`, a `Pair`. `s.label` is what progress calls the set,
+which `Shards` needn't have. There are three kinds: `Captions` in formats/captions.py, `Shards` in
+formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
 """
 import collections
 import hashlib
@@ -21,10 +22,11 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from formats.captions import IMAGE, Conversation
-from formats.files import InputError, guard, named, read_tensors, write_file, write_rows
+from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import Number, one_of
+from support.journal import counted
 from support.machine import free_memory, send
 from support.processes import LOCAL, RANK, WORLD, total, united
 
@@ -570,7 +572,9 @@ class Encoded:
         parts = chunks(range(self.captions.count), 64 * WORLD)
         shares = [chunk[RANK::WORLD] for chunk in parts]
         encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers, alone=True)
-        for chunk, (indices, features) in zip(parts, encoded):
+        shown = counted(zip(parts, encoded), "encoded", self.captions.count, self.captions.label,
+                        self.args.quiet)
+        for chunk, (indices, features) in shown:
             # This process's rows, zeros of the others'; their sum has all
             rows = self.zeros(len(chunk))
             if indices:
@@ -580,16 +584,18 @@ class Encoded:
         self.bad.update(united(self.bad))
         if not self.args.quiet:
             count = self.captions.count - len(self.bad)
-            print(f"encoded {count} pictures in {time.time() - start:.0f} s", flush=True)
+            print(f"encoded {count} pictures of {self.captions.label} in {time.time() - start:.0f} s",
+                  flush=True)
 
     def encode_to_file(self) -> torch.Tensor:
         """The features from the file in --features, which is written first where it isn't there."""
         path = Path(self.args.features, f"{self.key()}.safetensors")
         device = self.vlm.device
+        shape = (self.captions.count, *self.shape)
 
         def write(file: Path) -> None:
             rows = (rows for _, rows in self.encode())
-            write_rows(file, (self.captions.count, *self.shape), self.dtype, rows,
+            write_rows(file, shape, self.dtype, rows,
                        lambda: [p not in self.bad for p in range(self.captions.count)])
 
         there = torch.tensor(path.is_file(), device=device, dtype=torch.int)
@@ -597,14 +603,17 @@ class Encoded:
             if LOCAL:  # one process on each machine writes, the others encode their share
                 collections.deque(self.encode(), 0)
             else:
-                with guard(path, "can't be written"):
+                with guard(path.parent, "can't be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, write)
             total(torch.zeros(1, device=device))  # wait until the file is there
 
         found = read_tensors(path)
-        for i in (~found["marks"]).nonzero().flatten().tolist():
-            self.bad.setdefault(i, f"{self.captions.name(i)}: couldn't be read")
+        compare({"rows": torch.empty(shape, dtype=self.dtype, device="meta"),
+                 "marks": torch.empty(shape[:1], dtype=torch.bool, device="meta")}, found, path)
+        unread = (~found["marks"]).nonzero().flatten().tolist()
+        reasons = {i: f"{self.captions.name(i)}: couldn't be read" for i in unread}
+        count_bad(self.bad, reasons | self.bad, self.captions)
         rows = found["rows"]  # read from the disk when they are asked for, unless a GPU has room for all
         return rows.to(device) if rows.nbytes < free_memory(device) / 2 else rows
 
@@ -633,12 +642,11 @@ class Encoded:
 
     def batches(self, size: int, first: int = 0):
         """Yields entries that can be read, from the `first` on, and the features of their pictures."""
-        batches = chunks(self.readable[first:], size)
+        places = self.readable[first:]
+        batches = chunks(places, size)
         if self.features is not None:
-            for indices in batches:
-                yield indices, self.of(indices)
-            return
-        encoded = encode_pictures(self.vlm, self.captions, batches, self.bad, self.args.workers)
-        for indices, features in encoded:
-            if indices:
-                yield indices, features
+            encoded = ((indices, self.of(indices)) for indices in batches)
+        else:
+            encoded = encode_pictures(self.vlm, self.captions, batches, self.bad, self.args.workers)
+        readable = ((indices, features) for indices, features in encoded if indices)
+        yield from counted(readable, "", len(places), self.captions.label, self.args.quiet)

@@ -174,7 +174,7 @@ def make_layers(module: nn.Module, updates: dict[str, Update]) -> dict[str, LoRA
         layer = module.get_submodule(name)
         kind = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
         outputs, inputs = layer.weight.shape[::-1] if kind is LoRAEmbedding else layer.weight.shape
-        rank = len(update.A)
+        rank = sum(update.A.shape[:1])  # 0 where it is no matrix
         wrong_m = update.m is not None and update.m.shape != (outputs,)
         if update.A.shape != (rank, inputs) or update.B.shape != (outputs, rank) or wrong_m:
             raise InputError(f"{name}: A {tuple(update.A.shape)} and B {tuple(update.B.shape)} don't change "

@@ -26,13 +26,14 @@ from PIL import Image
 from adapters import CHECKPOINT, VLM
 from data import Views, chunks, encode_pictures, few_shot, place, stack
 from formats.captions import IMAGE, Captions, Conversation, flat
-from formats.files import InputError, write_text
+from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
 from llm import KVCache
 from lora import merge_lora
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
                              run)
 from support.drawing import GREY, INK, contact_sheet, write_picture
+from support.journal import counted
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
 from support.scores import rate, references, table
@@ -341,16 +342,11 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
 
     for label, captions in sets.items():
         bad = {}
-
-        def read():
-            batches = chunks(range(len(captions)), args.batch)
-            for indices, features in encode_pictures(vlm, captions, batches, bad, args.workers, args.split):
-                if indices:
-                    yield indices, features
-                    if sys.stderr.isatty() and not args.quiet:
-                        print(f"captioned {indices[-1] + 1}/{len(captions)}", end="\r", file=sys.stderr)
-
-        texts = caption_set(vlm, captions, read(), solved, args.prompt, args.raw_prompt,
+        batches = chunks(range(len(captions)), args.batch)
+        encoded = encode_pictures(vlm, captions, batches, bad, args.workers, args.split)
+        readable = ((indices, features) for indices, features in encoded if indices)
+        shown = counted(readable, "captioned", len(captions), label, args.quiet, sys.stderr)
+        texts = caption_set(vlm, captions, shown, solved, args.prompt, args.raw_prompt,
                             score=bool(args.json or args.save), **decoding)
         scores[f"{label} ({len(texts)})"], _ = rate(captions, texts)
         lines += as_lines(captions, texts)
@@ -503,6 +499,9 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 
 def main() -> None:
     args = read_options()
+    for file in (args.save, args.attention):
+        if file is not None:
+            check_writable(Path(file))
     if args.export:  # in float32: rounded once, when it is written
         VLM.from_pretrained(args.model or newest_run()).export(Path(args.export))
         return

@@ -16,6 +16,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,19 +26,19 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, build, take_over
+from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build, resume_state
 from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
                   few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation
-from formats.files import (InputError, guard, named, read_json, read_metadata, read_tensors, warn, write_json,
-                           write_tensors, write_text)
+from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
+                           warn, write_json, write_tensors, write_text)
 from formats.shards import Shards, caption_data, is_shards, listed
 from lora import add_lora, lora_layers, save_lora
 from sample import Shots, as_lines, caption_set
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, flag, machine_options,
                              one_of, run)
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
-from support.journal import Log, Progress, Signals
+from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, send, start_processes
 from support.processes import RANK, WORLD, total, united
 from support.scores import rate, table
@@ -172,10 +173,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     add = parser.add_argument_group("files").add_argument
-    add("--out", metavar="FOLDER", help="where the run goes (default: out/<time>-<adapter>)")
+    add("--out", metavar="FOLDER",
+        help="where the run goes (default: out/<time>-<adapter>); other files may be there, if none has the "
+             "name of one that a run writes")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
     add("--log-every", type=COUNT, default=50, help="steps between lines of progress and of metrics.jsonl")
-    add("--save-every", type=COUNT, default=500, help="steps between validations and checkpoints")
+    add("--save-every", type=COUNT, default=500,
+        help="steps between validations and checkpoints; these come every ten minutes too")
     add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
@@ -296,7 +300,7 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
         if value is option.default is None:
             continue
         kinds = (int, float) if isinstance(option.type, Number) else bool if option.nargs == 0 else str
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
             raise InputError(f"{path}: {name} can't be {value!r}")
         if option.type:
             with named(f"{path}: {name}"):
@@ -306,12 +310,19 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
 
 def make_absolute(args: argparse.Namespace) -> None:
     """Has the run's files found again from any working directory."""
-    for name in ("origin", "vit", "llm", "data", "images", "val", "lora_from"):
+    for name in ("origin", "vit", "llm", "lora_from"):
         value = getattr(args, name)
         if value and Path(value).exists() and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
-        elif value and is_shards(value):
-            setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
+
+    # Pictures lie beside the captions' file, not beside what a link to it means
+    for name in ("data", "images", "val"):
+        value = getattr(args, name)
+        if not value or name == "data" and value == "shapes":
+            continue
+        several = listed(value) if is_shards(value) else value.split(",")
+        files = [value] if Path(value).exists() else several
+        setattr(args, name, ",".join(map(os.path.abspath, files)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -331,6 +342,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
         _, val = val.held_out(args.val_size, args.seed)
         return train, val.by_question(), None
     train, val = train.held_out(args.val_size, args.seed, 20)
+    val.note = " (held out)"
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
         raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")
@@ -459,36 +471,43 @@ def schedule(step: int, args: argparse.Namespace) -> float:
 def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
     """Writes the one file of a run: what `VLM.from_pretrained` reads, and what --resume needs, with the
     `losses` since the last line of metrics.jsonl."""
-    state = vlm.state()
-    for name, p in vlm.trained.items():
-        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    state |= {f"scaler.{key}": torch.tensor(value) for key, value in scaler.state_dict().items()}
-    state["losses"] = torch.tensor([loss.item() for loss in losses])
+    losses = torch.tensor([loss.item() for loss in losses])
+    state = checkpoint_state(vlm, optimizer, scaler, losses)
     write_tensors(folder / CHECKPOINT, state, {"step": str(step)})
 
 
-def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler) -> tuple[int, list[torch.Tensor]]:
-    """Takes up what `save_checkpoint` left. Returns the number of steps done, and the losses since the last
-    line. A run that came to no checkpoint starts anew."""
+def checkpoint_state(vlm: VLM, optimizer, scaler, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    moments = {name: optimizer.state[p] for name, p in vlm.trained.items()}
+    return vlm.state() | resume_state(moments, scaler, losses)
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
+                    steps: int) -> tuple[int, list[torch.Tensor]]:
+    """Takes up what `save_checkpoint` left. Returns the number of steps done, of the run's `steps`, and the
+    losses since the last line. A run that came to no checkpoint starts anew. Raises InputError where a tensor
+    there isn't one that `save_checkpoint` would write now."""
     path = folder / CHECKPOINT
     if not path.is_file():
         if (folder / "adapter.safetensors").is_file():
             raise InputError(f"{folder}: a run of an older version of train.py, which can't go on")
         return 0, []
-    with guard(path, "not a whole checkpoint"):
-        # The weights
-        step, state = int(read_metadata(path)["step"]), read_tensors(path)
-        weights = {name: state[f"weight.{name}"] for name in vlm.trained if f"weight.{name}" in state}
-        take_over(vlm.trained, weights, path)
+    found = read_tensors(path)
+    said = read_metadata(path).get("step", "none")
+    if not re.fullmatch("[0-9]{1,18}", said) or int(said) > steps:
+        raise InputError(f"{path}: its step is {said}, not a number up to {steps}")
+    step = int(said)
+    losses = found.get("losses", torch.zeros(0))
+    expected = torch.zeros(min(losses.numel(), step))  # so many at most come since the last line
+    compare(checkpoint_state(vlm, optimizer, scaler, expected), found, path)
 
-        # What AdamW keeps of each, and what the scaler keeps
-        for name, p in vlm.trained.items():
-            moments = {key: state[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-            if not optimizer.defaults["fused"]:  # then the CPU counts steps, and would wait for each
-                moments["step"] = moments["step"].cpu()
-            optimizer.state[p] = moments
-        scaler.load_state_dict({key: state[f"scaler.{key}"].item() for key in scaler.state_dict()})
-        return step, list(state["losses"])
+    # The weights, what AdamW keeps of each, and what the scaler keeps
+    for name, p in vlm.trained.items():
+        p.copy_(found[f"weight.{name}"])
+        for key, value in optimizer.state[p].items():
+            value.copy_(found[f"{key}.{name}"])
+    scaler.load_state_dict({key: found[f"scaler.{key}"].item() for key in scaler.state_dict()})
+    return step, list(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -506,6 +525,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        if args.out and not args.resume and not RANK:
+            check_new(Path(args.out))
         self.train, val, self.unseen = caption_sets(args)
         self.streamed = isinstance(self.train, Shards)
         self.layouts = layout_weights(args.layout)
@@ -515,6 +536,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.vlm = make_vlm(args, self.device)
         for captions in (self.train, val):
+            if isinstance(captions, Captions):
+                captions.make_absolute()  # as they are named when the run is resumed
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
         self.check_contents(val)
@@ -560,6 +583,11 @@ class Run:
         self.fused = self.device.type != "mps"
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
+        for p in vlm.trained.values():  # what a checkpoint holds is known before the first step
+            state = adamw_state(p)
+            if not self.fused:  # then the CPU counts steps, and would wait for each
+                state["step"] = state["step"].cpu()
+            self.optimizer.state[p] = state
         compiles = compiling_pays(vlm, args) if args.compile is None else args.compile
         if compiles and can_compile(self.device):
             vlm.compile_blocks()
@@ -576,9 +604,10 @@ class Run:
         self.log = Log(self.folder, args.tensorboard)
         self.first, self.losses = 0, []
         if args.resume:
-            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler)
-        elif not RANK and (self.folder / "config.json").exists():
-            raise InputError(f"{self.folder}: there is a run already: --resume it, or give another --out")
+            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler,
+                                                      args.steps)
+        elif not RANK:
+            check_new(self.folder)  # again: it is this process's alone only now
         self.log.begin(self.first)
         count = sum(p.numel() for p in self.trained)
         self.say(f"{self.folder}: {adapter} adapter, {count:,} trained parameters, "
@@ -808,29 +837,33 @@ class Run:
                     bad = [united(self.bad), self.val.bad]
                 progress.show(line)
                 self.log.add(line)
-                if save and not RANK:
-                    self.report(bad)
                 progress.begin()
 
             # A checkpoint
-            asked = signals.agreed(step, self.device)
-            if asked or save:
+            asked, due = signals.agreed(step, self.device)
+            if asked or save or due:
                 if not RANK:
                     save_checkpoint(self.folder, step + 1, self.vlm, self.optimizer, self.scaler,
                                     progress.losses)
-                signals.unsaved = False
+                signals.saved()
+            if save and not RANK:
+                self.report(bad)
             if asked:
                 print(f"stopped after step {step + 1}: python train.py --resume {self.folder} goes on",
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
+        if self.first == args.steps and not RANK:  # it was killed before it could
+            self.report([])
 
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
-        write_picture(self.folder / "curves.png", curves(self.log.entries(), self.folder.name))
+        with only_warn(self.folder / "curves.png"):
+            write_picture(self.folder / "curves.png", curves(self.log.entries(), self.folder.name))
         reasons = [f"{reason}\n" for found in bad for reason in found.values()]
         if reasons:
-            write_text(self.folder / "unreadable.txt", "".join(reasons))
+            with only_warn(self.folder / "unreadable.txt", "can't be written"):
+                write_text(self.folder / "unreadable.txt", "".join(reasons))
 
     def score(self) -> dict[str, dict[str, float]]:
         """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""
@@ -866,7 +899,8 @@ class Run:
                 sections += best_and_worst(label, data.captions, texts, ratings)
         self.log.add({"step": args.steps, "embeddings": vlm.adapter.queries, "scores": scores})
         if not RANK:
-            write_picture(self.folder / "samples.png", contact_sheet(sections))
+            with only_warn(self.folder / "samples.png"):
+                write_picture(self.folder / "samples.png", contact_sheet(sections))
             self.export_lora()
         if lost := vlm.processor.lost():
             self.say(lost)

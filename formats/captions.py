@@ -13,6 +13,7 @@ import copy
 import csv
 import hashlib
 import json
+import os
 import random
 import re
 import zlib
@@ -126,6 +127,8 @@ class Captions(torch.utils.data.Dataset):
     in a line. Raises InputError.
     """
 
+    note = ""  # which part of its file it is
+
     def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None,
                  text_only: bool = False):
         self.keep_lines = False  # whether texts keep their lines
@@ -142,6 +145,15 @@ class Captions(torch.utils.data.Dataset):
                                  f"{', '.join(sorted(splits - {''})) or 'no splits'}")
             rows = [row for row in rows if row.split == split]
         self.collect(rows, folder, text_only)
+
+    @property
+    def label(self) -> str:
+        """What a line of progress calls it."""
+        return Path(self.file.split(",")[0]).name + self.note
+
+    def make_absolute(self) -> None:
+        """Gives pictures that are files a name that is the same in any working directory."""
+        self.paths = [path if isinstance(path, str) else Path(os.path.abspath(path)) for path in self.paths]
 
     def check_pictures(self) -> None:
         """Raises InputError where none of the first pictures is there."""

@@ -1,6 +1,5 @@
 """Reads and writes JSON and safetensors. Errors name their file; a file is written whole or not at all."""
 import contextlib
-import glob
 import json
 import math
 import os
@@ -11,12 +10,13 @@ from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+TEMPORARY = ".vlm-tmp"  # ends the name of a file that is being written: no other program's does
 
 
 class InputError(Exception):
@@ -50,6 +50,16 @@ def guard(path: str | Path, problem: str = "can't be read"):
 
 
 @contextlib.contextmanager
+def only_warn(path: str | Path, problem: str = "can't be drawn"):
+    """Turns any exception inside into a warning that names `path`: what can be missed stops nothing."""
+    try:
+        with guard(path, problem):
+            yield
+    except InputError as error:
+        warn(str(error))
+
+
+@contextlib.contextmanager
 def named(path: str | Path):
     """Puts a file's name before the message of an InputError inside."""
     try:
@@ -63,32 +73,52 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def remove_leftovers(folder: Path, all_of_them: bool = False) -> None:
+    """Removes the temporary files that processes of this program left in a folder when they were killed; all
+    of them where no other process can be writing there."""
+    for left in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
+            if all_of_them or abandoned(left):
+                left.unlink()
+
+
+@contextlib.contextmanager
+def temporary_for(path: Path):
+    """Makes an empty temporary file beside `path`, yields its name, and removes it. Raises InputError where
+    `path` can't be written."""
+    with guard(path, "can't be written"):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a file that can be replaced")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
+        try:
+            temporary.write_bytes(b"")
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where `write_file` couldn't write to `path`. Leaves nothing behind."""
+    with temporary_for(path):
+        pass
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
     the process or the power ends. Raises InputError."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    with guard(path, "can't be written"):
-        # Remove what killed processes left
-        for left in path.parent.glob(f".*{glob.escape(path.suffix)}.{'[0-9a-f]' * 8}.tmp"):
-            with contextlib.suppress(OSError):  # another process removes it too or, on Windows, has it open
-                if abandoned(left):
-                    left.unlink()
+    with temporary_for(path) as temporary:
+        remove_leftovers(path.parent)
+        with locked(temporary):
+            write(temporary)
 
-        # Write, get it on the disk, rename
-        try:
-            temporary.write_bytes(b"")
-            with locked(temporary):
-                write(temporary)
-                with locked(temporary):  # again: safetensors puts a file of its own there
-                    with temporary.open("rb+") as file:
-                        os.fsync(file.fileno())
-                    os.replace(temporary, path)
-            if os.name == "posix":  # here the folder's entries must be synchronised too
-                folder = os.open(path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+            # Get it on the disk, rename
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        if os.name == "posix":  # here the folder's entries must be synchronised too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -119,29 +149,67 @@ def abandoned(path: Path) -> bool:
             return False
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Safetensors. The package's own writer makes temporary files of another name, which only their owner may read
+
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+         torch.int64: "I64", torch.bool: "BOOL"}  # dtypes, as safetensors calls them
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple], metadata: dict[str, str], chunks) -> None:
+    """Writes a file of `tensors` {name: (dtype, shape)}; `chunks` are their values, one after the other."""
+    header = {"__metadata__": metadata} if metadata else {}
+    at = 0  # bytes
+    for name, (dtype, shape) in tensors.items():
+        end = at + dtype.itemsize * math.prod(shape)
+        header[name] = dict(dtype=KINDS[dtype], shape=list(shape), data_offsets=(at, end))
+        at = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # to a multiple of 8 bytes
+
+    # The header's length, the header, the data
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for chunk in chunks:
+            file.write(chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
     """Writes a safetensors file of two tensors: "rows" of this shape, and "marks", a bool for each row.
 
     Writes the rows chunk by chunk as they come: they needn't fit in memory. Then calls `marks`.
     """
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    size = dtype.itemsize * math.prod(shape)  # bytes
-    header = json.dumps({
-        "rows": dict(dtype=kind, shape=shape, data_offsets=(0, size)),
-        "marks": dict(dtype="BOOL", shape=shape[:1], data_offsets=(size, size + shape[0]))}).encode()
-    header += b" " * (-len(header) % 8)  # to a multiple of 8 bytes
+    def values():
+        yield from chunks
+        yield torch.tensor(marks(), dtype=torch.bool)
 
-    # The header's length, the header, the data
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for chunk in chunks:
-            file.write(chunk.cpu().contiguous().view(torch.uint8).numpy())
-        file.write(bytes(marks()))
+    tensors = {"rows": (dtype, shape), "marks": (torch.bool, shape[:1])}
+    write_safetensors(path, tensors, {}, values())
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda file: save_file(tensors, file, metadata))
+    # The widest numbers first, so that each begins at a multiple of its size
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    kinds = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    values = (tensors[name] for name in names)
+    write_file(path, lambda file: write_safetensors(file, kinds, metadata, values))
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises InputError where the tensors found in a file differ from those that should be there, in name,
+    shape or dtype. Reads no values."""
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{path}: tensor '{name}' is missing")
+        if name not in wanted:
+            raise InputError(f"{path}: tensor '{name}' is left over")
+        if kind_of(found[name]) != kind_of(wanted[name]):
+            raise InputError(f"{path}: tensor '{name}' is {kind_of(found[name])}, "
+                             f"not {kind_of(wanted[name])}")
 
 
 def write_text(path: Path, text: str) -> None:

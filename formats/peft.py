@@ -32,6 +32,7 @@ READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_d
 IDLE = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "eva_config", "runtime_config", "megatron_core", "qalora_group_size"}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes that PEFT writes
 TIED = {"embedding.weight", "head.weight"}  # one matrix in a tied model, which only an update tells apart
 
 
@@ -112,6 +113,13 @@ def read_folder(folder: str | Path) -> Tensors:
             if not any(f".{saved}." in name for name in tensors):
                 raise InputError(f"{path.with_name(WEIGHTS)}: the tensors of '{saved}', one of "
                                  "modules_to_save, are missing")
+
+        # A name with a block's number is that of one layer, which may have another name in the file
+        layers = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+        targets = [name for name in config.get("target_modules") or () if re.search(r"\.\d+\.", name)]
+        if len(targets) > len(layers):
+            raise InputError(f"{path.with_name(WEIGHTS)}: {len(layers)} layers have an update, "
+                             f"target_modules names {len(targets)}")
     return Tensors(config, tensors)
 
 
@@ -175,7 +183,7 @@ def by_tensor(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[st
     for key, tensor in tensors.items():
         plain = key.removeprefix(ROOT).replace(".base_layer.", ".")
         name, lora, letter = plain.rpartition(".lora_")
-        if lora and letter not in LETTERS or not tensor.is_floating_point():
+        if lora and letter not in LETTERS or tensor.dtype not in FLOATS:
             raise InputError(f"tensor '{key}' is not the low-rank update of a linear layer or an embedding")
         tensor = tensor.to(device, torch.float32)
         if lora:
@@ -212,6 +220,8 @@ def updates_of(model: Model, config: dict, name: str, part: dict, group: dict) -
     rank = pattern(config, "rank_pattern", "r", name)
     alpha = pattern(config, "alpha_pattern", "lora_alpha", name)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_alpha is {alpha!r}")
     dropout = config.get("lora_dropout") or 0.0
     if not 0 <= dropout <= 1:
         raise ValueError(f"lora_dropout is {dropout!r}")

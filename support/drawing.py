@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from formats.files import write_file
+from formats.files import InputError, warn, write_file
 from support.scores import references
 
 INK = "#1a1a1a"
@@ -82,7 +82,8 @@ def contact_sheet(sections: list[tuple[str, list]], columns: int = 4, side: int 
 def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
                    most: int = 4) -> list[tuple[str, list]]:
     """Makes sections for `contact_sheet`: the best and the worst `most` of a set's generated captions
-    {index: text}, with references. `ratings`: see `rate`."""
+    {index: text}, with references. `ratings`: see `rate`. A picture that can't be read any more is left
+    out, with a warning."""
     order = sorted(texts, key=lambda i: -ratings[i][0])
     worst = order[most:][-most:]
     worst.reverse()
@@ -90,8 +91,12 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
     for which, chosen in (("best", order[:most]), ("worst", worst)):
         cells = []
         for i in chosen:
+            try:
+                shown = join([captions.picture(p) for p in captions.pictures(i)], 10)
+            except InputError as error:
+                warn(f"not drawn among the samples: {error}")
+                continue
             reference = f"reference: {references(captions, i)[0]}"
-            shown = join([captions.picture(p) for p in captions.pictures(i)], 10)
             cells.append((shown, [(texts[i], INK), (reference, BLUE), (ratings[i][1], GREY)]))
         if cells:
             sections.append((f"{name}: the {which} of {len(order)}", cells))
@@ -176,7 +181,8 @@ def draw_panel(panel: dict, points: dict[str, list], last_step: int, title: str,
         return x, y
 
     def write(x: float, y: float, text: str, anchor: str, colour: str = GREY, size: int = 15) -> float:
-        """Writes a text; returns its width."""
+        """Writes a text in one line; returns its width."""
+        text = " ".join(text.split())
         font = ImageFont.load_default(size * PX)
         draw.text((x, y), text, colour, font, anchor)
         return font.getlength(text)

@@ -1,18 +1,53 @@
 """A run's log, its progress on the terminal, and the signals that stop it."""
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Iterable, Iterator, TextIO
 
 import torch
 import torch.distributed as dist
 
-from formats.files import InputError, guard
+from formats.files import InputError, guard, remove_leftovers
 from support.processes import RANK, WORLD
+
+# What a run writes to its folder, beside TensorBoard's files, which get a new name each time
+WRITTEN = ("config.json", "checkpoint.safetensors", "metrics.jsonl", "curves.png", "samples.png",
+           "captions-*.jsonl", "unreadable.txt", "lora")
+MOST_LOST = 600  # seconds of steps, when a run is killed
+
+
+def check_new(folder: Path) -> None:
+    """Raises InputError where a new run in `folder` would write over what is there. An empty metrics.jsonl,
+    which a run leaves that was killed at its start, is nothing."""
+    there = []
+    with guard(folder), contextlib.suppress(FileNotFoundError):
+        there = sorted(os.listdir(folder))
+        if {"config.json", "metrics.jsonl"} <= {*there}:
+            raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
+        if not (folder / "metrics.jsonl").stat().st_size:
+            there.remove("metrics.jsonl")
+    for name in there:
+        if any(fnmatch(name, pattern) for pattern in WRITTEN):
+            raise InputError(f"{folder}: there is a {name} already, which a run writes: give another --out")
+
+
+def is_line(entry) -> bool:
+    """Whether a JSON value is a line of metrics.jsonl: a whole step, other numbers, and scores by row."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or entry["step"] < 0:
+        return False
+    values = [value for name, value in entry.items() if name != "scores"]
+    rows = entry.get("scores", {})
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        return False
+    for row in rows.values():
+        values += row.values()
+    return all(value is None or type(value) in (int, float) for value in values)
 
 
 class Log:
@@ -32,26 +67,31 @@ class Log:
             self.file = (folder / "metrics.jsonl").open("ab+", buffering=0)
             if not lock(self.file):
                 raise InputError(f"{folder}: another process is training in it")
-            for left in folder.rglob(".*tmp*"):  # left by a process that was killed
-                left.unlink()
 
     def begin(self, step: int) -> None:
-        """Removes the lines after `step`, and the scores."""
+        """Removes the lines after `step`, the scores, and what a killed process left. Raises InputError where
+        a line isn't a run's."""
         if RANK:
             return
+        for place in (self.folder, self.folder / "lora" / "llm", self.folder / "lora" / "vit"):
+            remove_leftovers(place, True)
 
-        def stays(line: bytes) -> bool:
-            try:
-                entry = json.loads(line)
-                return entry["step"] <= step and "scores" not in entry
-            except (ValueError, LookupError, TypeError):  # cut short, or no line of ours
-                return False
-
-        # Keep the lines up to the first that doesn't stay
+        # Keep the lines up to the first that doesn't stay. What has no end was cut short
         with guard(self.file.name):
             self.file.seek(0)
-            lines = self.file.read().splitlines(keepends=True)
-            self.file.truncate(sum(map(len, itertools.takewhile(stays, lines))))
+            *lines, _ = self.file.read().split(b"\n")
+            entries = []
+            for number, line in enumerate(lines, 1):
+                with guard(f"{self.file.name}: line {number}", "not a line of a run"):
+                    entries.append(json.loads(line))
+                    if not is_line(entries[-1]):
+                        raise ValueError("a step and other numbers belong there")
+            kept = 0  # bytes
+            for line, entry in zip(lines, entries):
+                if entry["step"] > step or "scores" in entry:
+                    break
+                kept += len(line) + 1
+            self.file.truncate(kept)
         if self.tensorboard:
             self.board = board_writer()(self.folder, purge_step=step)
 
@@ -109,27 +149,38 @@ def lock(file) -> bool:
 
 class Signals:
     """Handles Ctrl-C and a cluster's SIGTERM. Ends the process at once if no step would be lost, or the
-    second time. Otherwise stores the signal in `asked`: the loop sees it after the step."""
+    second time. Otherwise stores the signal in `asked`: the loop sees it after the step. Tells, too, when a
+    checkpoint is due."""
 
     def __init__(self):
-        self.unsaved = False
         self.asked = 0
+        self.saved()
+
+    def saved(self) -> None:
+        """Takes note that no step would be lost now."""
+        self.unsaved = False
+        self.last_saved = self.last_looked = time.monotonic()
 
     def __call__(self, number: int, frame) -> None:
         if self.asked or not self.unsaved:
             raise SystemExit(128 + number)
         self.asked = number
 
-    def agreed(self, step: int, device: torch.device) -> int:
-        """Returns the signal that any of torchrun's processes got, or 0. Several processes look only in every
-        tenth step, so that they don't wait for each other in each."""
+    def agreed(self, step: int, device: torch.device) -> tuple[int, bool]:
+        """Returns the signal that any of torchrun's processes got, or 0; and whether more than MOST_LOST
+        seconds of steps would be unsaved when it looks again. Several processes look only in every tenth
+        step, so that they don't wait for each other in each."""
+        if WORLD > 1 and step % 10 < 9:
+            return 0, False
+        now = time.monotonic()
+        due = now - self.last_saved + now - self.last_looked > MOST_LOST
+        self.last_looked = now
         if WORLD == 1:
-            return self.asked
-        if step % 10 < 9:
-            return 0
-        asked = torch.tensor(self.asked, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked.item()
+            return self.asked, due
+        found = torch.tensor([self.asked, due], device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        asked, due = found.tolist()
+        return asked, bool(due)
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -142,14 +193,59 @@ class Signals:
             raise SystemExit(128 + self.asked)
 
 
+class Line:
+    """A line on a terminal, cut to its width, that is drawn over twice a second at most. Shows nothing
+    elsewhere."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None):
+        self.stream = stream or sys.stdout
+        self.shown = self.stream.isatty() and not quiet
+        self.width = 0
+        self.drawn = time.time()
+
+    def due(self) -> bool:
+        return self.shown and time.time() - self.drawn > 0.5
+
+    def draw(self, text: str) -> None:
+        """Draws over what stands there; "" removes it."""
+        if self.shown:
+            with contextlib.suppress(OSError, ValueError):  # a terminal that doesn't tell
+                self.width = os.get_terminal_size(self.stream.fileno()).columns
+            width = (self.width or 80) - 1
+            print("\r" + text[:width].ljust(width), end="\r", file=self.stream, flush=True)
+            self.drawn = time.time()
+
+
+def time_left(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} left"
+
+
+def counted(batches: Iterable[tuple], doing: str, size: int, label: str, quiet: bool = False,
+            stream: TextIO | None = None) -> Iterator[tuple]:
+    """Yields the batches, which begin with the indices of pictures; tells on a terminal how many of the
+    `size` pictures of the set `label` are done, as "encoded", and the time left."""
+    line = Line(quiet, stream)
+    start = time.time()
+    done = 0
+    try:
+        for batch in batches:
+            yield batch
+            done += len(batch[0])
+            if done and line.due():
+                left = (size - done) * (time.time() - start) / done
+                line.draw(f"{doing} {done}/{size} pictures  {time_left(left)}  {label}".lstrip())
+    finally:
+        line.draw("")
+
+
 class Progress:
     """Mean loss, speed and time left since the last line; on a terminal, shown twice a second."""
 
     def __init__(self, args: argparse.Namespace):
         self.steps = args.steps
         self.quiet = args.quiet
-        self.terminal = sys.stdout.isatty()
-        self.drawn = 0.0
+        self.bar = Line(args.quiet)
         self.begin()
 
     def begin(self, losses: list[torch.Tensor] = ()) -> None:
@@ -162,8 +258,8 @@ class Progress:
         self.losses.append(loss)
         self.images += images
         self.tokens += tokens
-        if self.terminal and time.time() - self.drawn > 0.5:
-            self.show(self.line(step), "\r")
+        if self.bar.due():
+            self.bar.draw(self.text(self.line(step)))
 
     def line(self, step: int) -> dict:
         seconds = time.time() - self.start
@@ -177,15 +273,16 @@ class Progress:
         line["s_left"] = (self.steps - step - 1) * seconds / len(self.losses)
         return line
 
-    def show(self, line: dict, end: str = "\n") -> None:
-        if self.quiet:
-            return
-        self.drawn = time.time()
-        minutes, seconds = divmod(round(line["s_left"]), 60)
+    def show(self, line: dict) -> None:
+        if not self.quiet:
+            self.bar.draw("")
+            print(self.text(line), flush=True)
+
+    def text(self, line: dict) -> str:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}"]
         parts += [f"{name} {line[name]:.4f}" for name in ("val", "matching") if name in line]
         if "skipped" in line:
             parts.append(f"{line['skipped']} steps skipped: not finite")
         parts += [f"{line['images_per_s']:.0f} images/s", f"{line['tokens_per_s']:.0f} tokens/s",
-                  f"{minutes}:{seconds:02d} left"]
-        print("  ".join(parts) + (" " * 8 if self.terminal else ""), end=end, flush=True)
+                  time_left(line["s_left"])]
+        return "  ".join(parts)

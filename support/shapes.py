@@ -211,6 +211,7 @@ class Shapes(torch.utils.data.Dataset):
         self.size = size
         self.split = split
         self.seed = seed
+        self.label = f"shapes ({split})"
 
     def __len__(self) -> int:
         return self.size

@@ -306,9 +306,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    left = tmp_path / ".old.pt.0123abcd.tmp"
+    left = tmp_path / ".old.pt.0123abcd.vlm-tmp"
     left.write_text("half")
-    kept = [tmp_path / name for name in (".b.txt.00000002.tmp", ".c.pt", "d.pt.00000003.tmp", ".e.pt.x.tmp")]
+    kept = [tmp_path / name for name in (".b.pt.00000002.tmp", ".c.pt", "d.pt.0000.vlm-tmp", ".e.pt.x.tmp")]
     for file in kept:
         file.write_text("not ours")
         os.utime(file, (0, time.time() - 90_000))

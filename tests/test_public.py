@@ -224,7 +224,8 @@ def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monk
     assert len({*tiles}) > 2 and [line["val"] for line in lines if "val" in line][-1] == pytest.approx(
         sum(losses) / len(losses), abs=1e-5)
     for more, same in ([], True), (["--no-split"], False):
-        score = ["--model", "run", "--data", "captions.csv", "--save", "said.jsonl", "--precision", "float32"]
+        score = ["--model", "run", "--data", tmp_path / "captions.csv", "--save", "said.jsonl",
+                 "--precision", "float32"]
         assert command(monkeypatch, sample, *score, "--workers", "0", *more) == 0
         said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
         assert all(line.pop("log_probability") < 0 for line in said) and (said == scored) is same

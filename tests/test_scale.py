@@ -77,7 +77,7 @@ train.run(train.main)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for script, more, line in ((tmp_path / "fails.py", [], "only here"),
                                (ROOT / "train.py", ["--vit", "nowhere"], "nowhere")):
-        run = [*torchrun, script, *SMALL, *QUICK, *more, "--out", tmp_path / "run"]
+        run = [*torchrun, script, *SMALL, *QUICK, *more, "--out", tmp_path / f"run-{script.stem}"]
         done = subprocess.run(run, text=True, capture_output=True, timeout=100)
         said = re.findall(r"^\w+.py: error: (.*)", done.stderr, re.M)
         assert len(said) == 1 and line in said[0] and done.returncode, done.stderr
