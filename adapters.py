@@ -776,7 +776,11 @@ class VLM(nn.Module):
         `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
-        tokens, positions = [x.to(self.device) for x in stack([*zip(rows, targets)])[:2]]
+        tokens, positions, _ = stack([*zip(rows, targets)])
+        T = tokens.shape[1]
+        ends = torch.tensor([i * T + len(row) - 1 for i, row in enumerate(rows)])
+        positions = torch.cat([positions, ends]).to(self.device)  # an adapter reads no padding
+        tokens = tokens.to(self.device)
         most = max([1] + [row.count(processor.marker) for row in rows])
         images = self.images(features, self.prompt_words(tokens, None, positions))
         inputs = self.llm_inputs(tokens, images, most)

@@ -414,7 +414,7 @@ def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, 
     the first id of a sequence, so that it is never a target."""
     tokens = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids, _ in sequences], True)
     wanted = pad_sequence([torch.tensor(targets, dtype=torch.bool) for _, targets in sequences], True)
-    wanted[:, 0] = False
+    wanted[:, :1] = False
     positions = wanted.flatten().nonzero()[:, 0]
     return tokens, positions - 1, tokens.flatten()[positions]
 

@@ -86,11 +86,11 @@ def place(tmp_path_factory):
         pair = [("a.jpg", Path("a.jpg").read_bytes()), ("a.txt", b"a star")]
         for i in range(100):
             write_tar(Path(f"shards/{i:03}.tar"), pair)
+        options = ["--from", ROOT / "tests/fixtures/smolvlm", "--data", "questions.json", *TINY_SET]
+        assert command(monkeypatch, train, *options, "--images", "photos", "--out", "kept/my-vlm") == 0
         interrupt(monkeypatch, "--adapter", "qformer", *SMALL, *TINY, "--lora", "2", "--save-every", "1",
                   "--out", "kept/my-run")
         save_lora(VLM.from_pretrained("kept/my-run").llm, "kept/my-run/lora/llm")  # as at a run's end
-        options = ["--from", ROOT / "tests/fixtures/smolvlm", "--data", "questions.json", *TINY_SET]
-        assert command(monkeypatch, train, *options, "--images", "photos", "--out", "kept/my-vlm") == 0
         start.make(Path("kept/public"))
     yield place
     shutil.rmtree(place)
