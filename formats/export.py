@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from formats.files import InputError, guard
+from formats.files import InputError, guard, write_tensors
 from formats.weights import Checkpoint, Family, find_tensors
 
 # Besides the weights: configs, tokenizers, chat templates, licences
@@ -47,7 +46,7 @@ def export(target: Path, name: str, parts: list[tuple[Family, str, dict[str, tor
                     shutil.copyfile(path, temporary / path.name)
             for path in set(checkpoint.where.values()):
                 of_file = {theirs: x for theirs, x in tensors.items() if checkpoint.where[theirs] == path}
-                save_file(of_file, temporary / path.name, {"format": "pt"})
+                write_tensors(temporary / path.name, of_file, {"format": "pt"})
             os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -153,7 +153,8 @@ def abandoned(path: Path) -> bool:
 # Safetensors. The package's own writer makes temporary files of another name, which only their owner may read
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-         torch.int64: "I64", torch.bool: "BOOL"}  # dtypes, as safetensors calls them
+         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+         torch.bool: "BOOL"}  # dtypes, as safetensors calls them
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple], metadata: dict[str, str], chunks) -> None:
