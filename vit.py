@@ -40,7 +40,8 @@ class ViTConfig:
     layer_scale: bool = False  # a learned factor per channel on the output of each sublayer
     pre_norm: bool = False  # a norm before the first block
     post_norm: bool = True  # a norm after the last block
-    antialias: bool = False  # when position embeddings are interpolated
+    interpolation: str = "bicubic"  # of position embeddings, for pictures of another size
+    antialias: bool = False  # when they are interpolated
     window: int = 0  # SAM: patches along a side of an attention window; 0: attention over the whole picture
     global_blocks: tuple[int, ...] = ()  # SAM: indices of the blocks without windows
     relative_positions: bool = False  # SAM: attention scores depend on the distance between patches
@@ -293,7 +294,7 @@ class ViT(nn.Module):
         if self.config.grid != old.grid:
             x = self.positions.detach().float().T.unflatten(1, (old.grid, old.grid))[None]  # (1,D,G,G)
             size = (self.config.grid, self.config.grid)
-            x = F.interpolate(x, size, mode="bicubic", antialias=old.antialias)
+            x = F.interpolate(x, size, mode=old.interpolation, antialias=old.antialias)
             x = x[0].flatten(1).T  # (G²,D)
             self.positions = nn.Parameter(x.to(self.positions.dtype).contiguous())
 

@@ -1,4 +1,6 @@
 """Image encoders: each family's config.json and tensor names, as data."""
+import math
+
 import torch
 
 from formats.weights import Family, name_table, projection_names
@@ -151,6 +153,21 @@ CLIP_NAMES = name_table({
     "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
 }, "encoder.layers.{}.")
 SIGLIP_NAMES = CLIP_NAMES | {"positions": "embeddings.position_embedding.weight"}
+
+
+def naflex_names(config: dict) -> dict:
+    """A `Family.names`. On disk a patch's weight is a row for its pixels, line by line, each its three
+    colours."""
+    side = config["patch_size"]
+
+    def as_kernel(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+
+    patches = "embeddings.patch_embedding"
+    names = {"patches.weight": (as_kernel, f"{patches}.weight"), "patches.bias": f"{patches}.bias"}
+    return SIGLIP_NAMES | names
+
+
 EVA_NAMES = name_table(CLIP_NAMES | {
     "prefix": (take_prefix, "embeddings.position_embedding", "embeddings.class_embedding"),
     "positions": (skip_positions(1), "embeddings.position_embedding"),
@@ -197,6 +214,17 @@ clip = Family(reader(CLIP, processor="CLIP", patch_bias=False, pre_norm=True, po
 SIGLIP = dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh")
 siglip = Family(reader(SIGLIP, processor="Siglip", class_tokens=0), SIGLIP_NAMES,
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids", "vision_model.")
+
+
+def naflex_config(c: dict) -> dict:
+    """SigLIP 2's NaFlex takes any number of patches up to `num_patches`: here that square of them."""
+    c = c.get("vision_config") or c
+    side = math.isqrt(c.get("num_patches", 256)) * c.get("patch_size", 16)
+    return read_naflex(c | {"image_size": side})
+
+
+read_naflex = reader(SIGLIP, processor="Siglip2", class_tokens=0, antialias=True, interpolation="bilinear")
+naflex = Family(naflex_config, naflex_names, siglip.unused, "vision_model.")
 IDEFICS3 = SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
 idefics3 = Family(reader(IDEFICS3, processor="Idefics3", class_tokens=0), SIGLIP_NAMES, "")
 
@@ -232,7 +260,7 @@ FAMILIES = {  # config.json's model_type -> family
     "vit": vit, "deit": deit,
     "clip": clip, "clip_vision_model": clip._replace(path=""),
     "siglip": siglip, "siglip_vision_model": siglip._replace(path=""), "idefics3_vision": idefics3,
-    "nanovlm": nanovlm,
+    "nanovlm": nanovlm, "siglip2": naflex, "siglip2_vision_model": naflex._replace(path=""),
     "dinov2": dinov2, "dinov2_with_registers": registers,
     "blip-2": eva, "blip_2_vision_model": eva._replace(path=""),
     "sam": sam, "sam_vision_model": sam,

@@ -21,6 +21,7 @@ PROCESSORS = {
     "CLIP": dict(resample=3, do_center_crop=True, edges=("shortest_edge",), **OPENAI),
     "Bit": dict(resample=3, do_center_crop=True, edges=("shortest_edge",), **OPENAI),
     "Siglip": dict(resample=3),
+    "Siglip2": dict(resample=2),
     "Blip": dict(resample=3, **OPENAI),
     **dict.fromkeys(("Idefics3", "SmolVLM"), dict(
         resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364),
