@@ -197,8 +197,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
                             log_probability=round(text.log_probability, 4))
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
-                text_left = text[len(typed.shown):] if typed else text
-                print(text_left if len(files) == size else f"{' '.join(names)}: {text}", flush=True)
+                said = typed.rest(text) if typed else text
+                print(said if len(files) == size else f"{' '.join(names)}: {said}", flush=True)
             if args.attention:
                 mine = slice(i * views, (i + 1) * views)
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
@@ -215,7 +215,7 @@ def as_read(vlm: VLM, ids: list[int]) -> str:
 
 
 class Typed:
-    """Prints an answer while its tokens come: called with each id. `shown` is what it has printed."""
+    """Prints an answer while its tokens come: called with each id."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -227,9 +227,13 @@ class Typed:
             return
         self.ids.append(id)
         text = self.processor.text(self.ids).strip()
-        if not text.endswith("\ufffd"):  # a half of a letter
+        if not text.endswith("\ufffd") and text.startswith(self.shown):  # else a letter isn't whole yet
             print(text[len(self.shown):], end="", flush=True)
             self.shown = text
+
+    def rest(self, text: str) -> str:
+        """What is left to print of an answer."""
+        return text[len(self.shown):] if text.startswith(self.shown) else f"\n{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -314,7 +318,7 @@ def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -
             elif question.strip():
                 typed = Typed(vlm.processor)
                 answer = talk.ask(question.strip(), pictures, typed if sys.stdout.isatty() else None)
-                print(answer[len(typed.shown):], flush=True)
+                print(typed.rest(answer), flush=True)
                 pictures = []
         except InputError as error:  # what came with the question is forgotten
             complain(error)
