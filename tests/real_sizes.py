@@ -28,6 +28,7 @@ from formats.vlms import PUBLIC
 from formats.weights import Family
 from llm import LLM, LLMConfig
 from make import randomise
+from pictures import naflex_inputs
 from start import disk
 from vit import ViT, ViTConfig
 
@@ -66,6 +67,8 @@ ENCODERS = {  # row -> (class, config, where in the model the encoder is), pixel
     "siglip-so400m-patch14-384": (siglip(**SO400M, image_size=384), 384),
     "siglip2-base-patch16-256": (siglip(image_size=256), 256),
     "siglip2-base-patch16-256 at 512": (siglip(image_size=256), 512),
+    "siglip2-base-patch16-naflex": ((tf.Siglip2VisionModel, tf.Siglip2VisionConfig(), ""), 256),
+    "siglip2-base-patch16-naflex at 384": ((tf.Siglip2VisionModel, tf.Siglip2VisionConfig(), ""), 384),
     "dinov2-small at 224": (
         (tf.Dinov2Model, tf.Dinov2Config(**DINOV2, hidden_size=384, num_attention_heads=6), ""), 224),
     "dinov2-base at 518": ((tf.Dinov2Model, tf.Dinov2Config(**DINOV2), ""), 518),
@@ -91,9 +94,12 @@ def encoder(name: str) -> str:
         model.save_pretrained(folder)
         tower = model.get_submodule(where)
         pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2))
-        interpolate = side != tower.config.image_size and "dinov2" not in name
-        out = tower(pixels, output_hidden_states=True,
-                    **dict(interpolate_pos_encoding=True) if interpolate else {})
+        if "naflex" in name:
+            inputs = naflex_inputs(pixels, config.patch_size)
+        else:
+            interpolate = side != tower.config.image_size and "dinov2" not in name
+            inputs = dict(pixel_values=pixels, **dict(interpolate_pos_encoding=True) if interpolate else {})
+        out = tower(**inputs, output_hidden_states=True)
         last, middle = out.last_hidden_state, out.hidden_states[-2]
         if last.dim() == 4:  # SAM: (B,C,G,G) and (B,G,G,D)
             last, middle = last.flatten(2).transpose(1, 2), middle.flatten(1, 2)
