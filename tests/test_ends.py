@@ -104,7 +104,9 @@ def test_a_token_without_an_embedding_is_named(fixtures, tmp_path, monkeypatch, 
         (llm / path.name).write_bytes(path.read_bytes())
     file = json.loads((llm / "tokenizer.json").read_text())
     token = file["added_tokens"][0] | dict(special=False)
-    file["added_tokens"] += [token | dict(id=374, content="<loc>"), token | dict(id=375, content="<box>")]
+    known = json.loads((llm / "config.json").read_text())["vocab_size"]
+    file["added_tokens"] += [token | dict(id=known, content="<loc>"),
+                             token | dict(id=known + 1, content="<box>")]
     (llm / "tokenizer.json").write_text(json.dumps(file))
     for i in range(6):
         picture(20 + i, 30).save(f"{i}.png")
@@ -114,8 +116,8 @@ def test_a_token_without_an_embedding_is_named(fixtures, tmp_path, monkeypatch, 
     options = ["--llm", llm, *QUICK_SET, "--adapter", "linear", "--workers", "0"]
     # before the first step, and in a prompt; never as the marker that has the same id elsewhere
     assert command(monkeypatch, train, *options, "--data", "odd.csv", "--out", "odd") == 2
-    reason = ("token '<box>' (375) has no embedding: the tokenizer was extended, the language model wasn't "
-              "(it has 374)")
+    reason = (f"token '<box>' ({known + 1}) has no embedding: the tokenizer was extended, the language model "
+              f"wasn't (it has {known})")
     assert f"5.png: {reason}" in capsys.readouterr().err and not Path("odd/metrics.jsonl").exists()
     assert command(monkeypatch, train, *options, "--data", "plain.csv", "--out", "run") == 0
     capsys.readouterr()
