@@ -1,5 +1,5 @@
 """Makes the built-in backbones from scratch: `assets/vit`, which never saw a caption, and `assets/llm`, which
-never saw a picture; and the example pictures. Seeded; about 45 minutes on one CPU core.
+never saw a picture but maps of words; and the example pictures. Seeded; about an hour on one CPU core.
 
     python assets/make.py [vit] [llm] [pictures]
 """
@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import time
+import zlib
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent
@@ -26,8 +27,7 @@ from formats import encoders, languages
 from formats.tokenizer import GPT2_SPLIT, ByteLevel, Tokenizer
 import llm as llm_module
 import vit as vit_module
-from formats.captions import flat
-from support.shapes import COLOURS, SHAPES, SIDE, SIZES, Scene, judge
+from support.shapes import COLOURS, RULES, SHAPES, SIDE, SIZE_WORDS, SIZES, Scene, judge
 from formats.files import write_json
 
 SEED = 1234
@@ -200,21 +200,46 @@ def make_vit(scenes: int = 60_000, steps: int = 4_800, batch: int = 128) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The LLM: captions alone, those of one scene after each other, so that it learns to read what came before
+# The LLM: text alone. Captions, questions, rules; and maps, which stand where a picture's embeddings will
+
+
+def lines(scene: Scene, rng: random.Random, most: int = 4) -> list[str]:
+    """Some questions of a scene, each with its answer."""
+    asked = scene.questions(rng)
+    chosen = rng.sample(asked, min(rng.randint(1, most), len(asked)))
+    return [f"{question} {answer}" for question, answer in chosen]
+
+
+def draw_rule(rng: random.Random):
+    """A function that says of a scene what one of RULES asks for, or at times any of the four wordings."""
+    if rng.random() < 0.2:
+        return lambda scene: scene.by_rule(rng.choice(RULES[:4]), rng)
+    rule = rng.choice(RULES)
+    return lambda scene: scene.by_rule(rule, rng)
 
 
 def document(seed: str) -> str:
-    """Two to seven captions of one scene, each ended by a newline."""
+    """Lines about a scene: one to seven captions, at times questions with their answers. Or of several scenes
+    a caption each, and what one rule says of it."""
     rng = random.Random(seed)
     scene = Scene.draw_from(seed, unseen=None)
-    captions = [scene.caption(rng, rng.randrange(4)) for _ in range(rng.randint(2, 7))]
-    return "".join(f"{flat(caption)}\n" for caption in captions)
+    kind = rng.random()
+    if kind < 0.25:
+        said, rule = [], draw_rule(rng)
+        for i in range(rng.randint(2, 6)):
+            scene = Scene.draw_from(f"{seed} {i}", unseen=None)
+            said += [scene.wording(rng.randrange(4), rng), rule(scene)]
+    else:
+        said = [scene.wording(rng.randrange(4), rng) for _ in range(rng.randint(1 if kind < 0.5 else 2, 7))]
+        said += lines(scene, rng, 8) if kind < 0.5 else []
+    return "".join(f"{line}\n" for line in said)
 
 
 def make_tokenizer(folder: Path, documents: int = 2_000) -> Tokenizer:
     """Byte-level BPE: merges the commonest pair until every word is one token; <|endoftext|> is id 0."""
     alphabet = {b: c for c, b in ByteLevel.alphabet.items()}
     text = "".join(document(f"tokenizer {i}") for i in range(documents))
+    text += " match? yes\n match? no\n" + "\n".join(sorted(set(regex.findall("[a-z]+", text))))
     words = collections.Counter(regex.findall(GPT2_SPLIT, text))
     words = {tuple(alphabet[b] for b in word.encode()): n for word, n in words.items()}
     merges = []
@@ -289,45 +314,287 @@ def make_tokenizer(folder: Path, documents: int = 2_000) -> Tokenizer:
     return Tokenizer.from_pretrained(str(folder))
 
 
-def make_llm(steps: int = 4_000, batch: int = 16, length: int = 256) -> None:
+GRID = 8  # cells of a map's side, as the ViT has patches
+LISTED = 32  # places of a caption that stands where a picture's embeddings will
+
+
+class Texts:
+    """Draws texts for the LLM, in ids and maps.
+
+    A map has 64 cells, row by row. A cell is the sum of the embeddings of a size, a colour and a shape, or
+    that of "." where nothing is; or the map has 16 cells, means of 2 × 2. It is noisy, for an adapter's
+    embeddings won't be words: words are replaced by others of their kind, words and cells are dropped, and
+    noise is added, all times `noise`, 0 to 1. In its place there may be a caption of the scene. Random
+    vectors stand before and behind it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, seed, scenes: int = 40_000, noise: float = 1):
+        self.encode = tokenizer.encode
+        self.zero = vocabulary  # the id of no word
+        self.dot = self.word(".")
+        self.kinds = [np.array([self.word(f" {word}") for word in words])
+                      for words in (SIZE_WORDS, COLOURS, SHAPES)]
+        self.random = random.Random(seed)
+        self.numpy = np.random.default_rng(zlib.crc32(str(seed).encode()))
+        self.noise = noise
+        self.scenes = [Scene.draw_from(f"llm {seed} {i}", unseen=None) for i in range(scenes)]
+        self.maps: list[np.ndarray] = []  # (64,3) ids of the words of each cell
+        self.sizes: list[int] = []  # 64 cells, 16 or LISTED
+
+    def word(self, text: str) -> int:
+        (id,) = self.encode(text)
+        return id
+
+    def scene(self) -> Scene:
+        return self.random.choice(self.scenes)
+
+    def add_map(self, scene: Scene, size: int) -> list[int]:
+        """Keeps a map of the scene, or a caption in its place. Returns what stands for its vectors in a row:
+        the map's number k and place i as -1 - (66 k + i); 0 and 1 are the random vectors."""
+        cells = np.full((GRID * GRID, 3), self.zero)
+        if size == LISTED:
+            ids = self.encode(self.caption(scene) + "\n")[:LISTED]
+            cells[:LISTED, 0] = ids + [ids[-1]] * (LISTED - len(ids))
+        else:
+            # Which thing each cell belongs to: the nearest, if it is near enough
+            centres = (np.arange(GRID) + 0.5) * SIDE / GRID
+            margin = self.random.uniform(-2, 4) if self.noise else 1
+            away = np.stack([np.hypot(np.tile(centres, GRID) - thing.x, np.repeat(centres, GRID) - thing.y)
+                             - thing.radius for thing in scene.things])
+            on = away < margin
+            on[np.arange(len(on)), away.argmin(1)] = True  # each thing has a cell
+            cells[:, 0] = self.dot
+            for thing, mine in zip(scene.things, on & (away == away.min(0))):
+                same = [word for word, meaning in SIZE_WORDS.items() if meaning == thing.size]
+                cells[mine] = [self.word(f" {word}") for word in (self.random.choice(same), *thing[1:3])]
+        first = -1 - 66 * len(self.maps)
+        self.maps.append(cells)
+        self.sizes.append(size)
+        return [first, *range(first - 2, first - 2 - size, -1), first - 1]
+
+    def caption(self, scene: Scene) -> str:
+        return scene.wording(self.random.randrange(4), self.random)
+
+    def about_a_map(self, kind: str, size: int) -> list[tuple[list[int], bool]]:
+        """A text as parts (ids, whether they are learned)."""
+        scene, rng = self.scene(), self.random
+        seen, caption = self.add_map(scene, size), self.caption(scene)
+        if kind == "caption":
+            return [([0, *seen], False), (self.encode(caption + "\n"), True)]
+        if kind == "rest":
+            words = caption.split(" ")
+            at = rng.randrange(len(words))
+            head = self.encode(" ".join(words[:at])) if at else []
+            return [([0, *head, *seen], False), (self.encode(" ".join(words[at:]) + "\n"), True)]
+        if kind == "match":
+            answer = rng.random() < 0.5
+            if not answer and rng.random() < 0.5:
+                other = self.scene()
+                caption = self.caption(other)
+                answer = sorted(x[:3] for x in other.things) == sorted(x[:3] for x in scene.things)
+            elif not answer:
+                # One changed colour or shape, of one thing, wherever it is named
+                thing = rng.choice(scene.things)
+                colour, shape = rng.choice([(colour, shape) for colour in COLOURS for shape in SHAPES
+                                            if (colour == thing.colour) != (shape == thing.shape)])
+                changed = [thing._replace(colour=colour, shape=shape) if x is thing else x
+                           for x in scene.things]
+                caption = self.caption(scene._replace(things=tuple(changed)))
+            return [([0, *self.encode(caption), *seen, *self.encode(" match?")], False),
+                    (self.encode(" yes\n" if answer else " no\n"), True)]
+        parts = [([0, *seen], False)]
+        asked = scene.questions(rng)
+        for question, answer in rng.sample(asked, min(4, len(asked))):
+            parts += [(self.encode(question), False), (self.encode(f" {answer}\n"), True)]
+        return parts
+
+    def examples(self, size: int, count: int) -> list[tuple[list[int], bool]]:
+        """Maps of `count` scenes, each with what one rule says of it; learned from the second on."""
+        rule = draw_rule(self.random)
+        parts = [([0], False)]
+        for i in range(count):
+            scene = self.scene()
+            parts += [(self.add_map(scene, size), False), (self.encode(rule(scene) + "\n"), i > 0)]
+        return parts
+
+    def table(self, embedding: torch.Tensor) -> torch.Tensor:
+        """What the ids of rows stand for (N,D): the words' embeddings (V,D), a zero, and the maps' vectors,
+        66 a map, noisy. Forgets the maps."""
+        words = F.pad(embedding, (0, 0, 0, 1))
+        return torch.cat([words, self.vectors(words)]) if self.maps else words
+
+    def vectors(self, table: torch.Tensor) -> torch.Tensor:
+        """The maps' vectors (N,D) from the words' (V + 1,D)."""
+        draw, M = self.numpy, len(self.maps)
+        words, size = np.stack(self.maps), torch.tensor(self.sizes)
+        listed = (np.array(self.sizes) == LISTED)[:, None, None]
+
+        def share(most: float) -> np.ndarray:
+            return draw.uniform(0, most, (M, 1, 1)) * self.noise
+
+        # Replace words by others of their kind, drop words, drop cells
+        empty = (words == self.zero) | (words == self.dot)
+        others = np.stack([draw.choice(kind, (M, GRID * GRID)) for kind in self.kinds], 2)
+        words = np.where((draw.random(words.shape) < share(0.4)) & ~empty & ~listed, others, words)
+        words = np.where((draw.random(words.shape) < share(0.2)) & ~(empty | listed), self.zero, words)
+        gone = (draw.random((M, GRID * GRID, 1)) < share(0.2)) & ~listed
+        words = np.where(gone, np.array([self.dot, self.zero, self.zero]), words)
+
+        # Sum, and take the means of 2 × 2 cells of some
+        cells = F.embedding(torch.from_numpy(words), table).sum(2)  # (M,64,D)
+        pooled = cells.view(M, GRID // 2, 2, GRID // 2, 2, -1).mean((2, 4)).flatten(1, 2)
+        pooled = F.pad(pooled, (0, 0, 0, GRID * GRID - 16))
+        cells = torch.where((size == 16)[:, None, None], 2 * pooled, cells)
+
+        # Noise, scale, and what stands before and behind
+        rms = table[:-1].detach().pow(2).mean().sqrt()
+        noise = draw.standard_normal(cells.shape, np.float32) * share(0.75).astype(np.float32)
+        scale = np.exp(0.3 * self.noise * draw.standard_normal((M, 1, 1), np.float32))
+        cells = (cells + torch.from_numpy(noise) * rms) * torch.from_numpy(scale)
+        ends = torch.from_numpy(draw.standard_normal((M, 2, cells.shape[-1]), np.float32)) * rms
+        self.maps, self.sizes = [], []
+        return torch.cat([ends, cells], 1).flatten(0, 1)
+
+    def embed(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of ids and of places in the maps, to embeddings."""
+        return F.embedding(torch.where(rows < 0, self.zero - rows, rows), table)
+
+
+def padded(texts: list, length: int, zero: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of parts as rows (B,length), and which of their ids are learned."""
+    rows = torch.full((len(texts), length), zero)
+    learned = torch.zeros(len(texts), length, dtype=torch.bool)
+    for i, parts in enumerate(texts):
+        ids = [id for part, _ in parts for id in part][:length]
+        rows[i, :len(ids)] = torch.tensor(ids)
+        learned[i, :len(ids)] = torch.tensor([flag for part, flag in parts for _ in part][:length])
+    return rows, learned
+
+
+# What a step reads: (kind, cells of a map; rows), of a row's tokens
+DIET = [
+    (104, [("caption", 64)] * 16 + [("rest", 64)] + [("match", 64)] * 5 + [("ask", 64)] * 3),
+    (72, [("caption", 16)] * 5 + [("match", 16)] * 2 + [("ask", 16)]
+     + [("caption", LISTED)] * 2 + [("match", LISTED)] + [("ask", LISTED)]),
+]
+WEIGHTS = dict(caption=1.0, rest=0.1, match=0.4, ask=0.4, examples=0.3, plain=0.3)
+
+
+def make_llm(first: int = 3_000, steps: int = 6_000, length: int = 256) -> None:
+    """`first` steps of plain texts alone, from which it learns to look back; then `steps` of everything."""
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
     raw = {**LLM, "vocab_size": len(tokenizer.bytes)}
     family = languages.FAMILIES["llama"]
     model = llm_module.LLM(llm_module.LLMConfig(**family.config(raw)))
     initialise(model)
+    print(f"llm: {sum(p.numel() for p in model.parameters()):,} parameters, {raw['vocab_size']} tokens")
+    texts = Texts(tokenizer, raw["vocab_size"], SEED)
 
     def stream(label: str):
         """The ids of one document after the other, <|endoftext|> (id 0) before each."""
         for i in itertools.count():
             yield from [0, *tokenizer.encode(document(f"llm {label} {i}"))]
 
-    def rows(source, count: int) -> torch.Tensor:
-        return torch.tensor(list(itertools.islice(source, count * (length + 1)))).view(count, length + 1)
+    def plain(source, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.tensor(list(itertools.islice(source, count * length))).view(count, length)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
 
-    def loss_of(tokens):
-        return F.cross_entropy(forward(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+    def draw():
+        """The rows of a step, [(kinds, rows, learned)]; a kind for each row."""
+        groups = []
+        for size, wanted in DIET:
+            drawn = [texts.about_a_map(*one) for one in wanted]
+            groups.append(([kind for kind, _ in wanted], *padded(drawn, size, texts.zero)))
+        few = [texts.examples(*one) for one in ((64, 3), texts.random.choice(((16, 6), (LISTED, 4))))]
+        few = zip(padded(few, length, texts.zero), plain(train, 2))
+        groups.append((["examples"] * 2 + ["plain"] * 2, *(torch.cat(both) for both in few)))
+        return groups
 
-    def step(_):
-        loss = loss_of(rows(train, batch))
-        return loss, f"loss {loss.item():.3f} a token"
+    def losses(groups) -> dict[str, torch.Tensor]:
+        """The loss a token of each kind."""
+        table = texts.table(model.embedding.weight)
+        found = collections.defaultdict(list)
+        for kinds, rows, learned in groups:
+            states = hidden(texts.embed(rows, table))[:, :-1]
+            learned = learned[:, 1:]
+            logits = model.logits(states[learned])
+            loss = F.cross_entropy(logits.float(), rows[:, 1:][learned], reduction="none")
+            owner = torch.arange(len(rows))[:, None].expand_as(learned)[learned]
+            for kind in dict.fromkeys(kinds):
+                mine = torch.tensor([kind == one for one in kinds])
+                found[kind].append(loss[mine[owner]])
+        return {kind: torch.cat(parts).mean() for kind, parts in found.items()}
 
-    train, forward = stream(f"{SEED}"), torch.compile(model)
+    seen = collections.Counter()
+
+    def step(i):
+        texts.noise = min(1, 0.1 + i / steps / 0.25)  # little at first, so that reading begins
+        found = losses(draw())
+        for kind, loss in found.items():
+            seen[kind] += loss.item() / 100
+        shown = ", ".join(f"{kind} {loss:.3f}" for kind, loss in seen.items())
+        if i % 100 == 99:
+            seen.clear()
+        return sum(WEIGHTS[kind] * loss for kind, loss in found.items()), shown
+
+    def first_step(_):
+        loss = losses([(["plain"] * 16, *plain(train, 16))])["plain"]
+        return loss, f"plain {loss.item():.3f}"
+
+    train, hidden = stream(f"{SEED}"), torch.compile(model.hidden, dynamic=False)
+    optimise(model, first_step, first, 2e-3, "llm, plain texts")
     optimise(model, step, steps, 2e-3, "llm")
     save(model, family, "model.", ASSETS / "llm", raw)
-    model = llm_module.LLM.from_pretrained(str(ASSETS / "llm"))
-    forward = model
-    with torch.no_grad():
-        print(
-            f"llm: {loss_of(rows(stream('held-out'), 500)).item():.4f} a token on held-out documents"
-        )
-    scenes = [Scene.draw_from(f"llm held-out {i}", unseen=None) for i in range(500)]
-    prompts = [
-        torch.tensor([0, *tokenizer.encode(scene.captions()[i % 4] + "\n")]) for i, scene in enumerate(scenes)
-    ]
-    said = model.generate(prompts, max_tokens=40, end_tokens=tuple(tokenizer.encode("\n")))
-    right = sum(judge(tokenizer.decode(ids), scene)["exact"] for ids, scene in zip(said, scenes))
-    print(f"llm: having read one caption of a scene, it gives another: {right} of 500 right and complete")
+    examine(tokenizer)
+
+
+def examine(tokenizer: Tokenizer, count: int = 300) -> None:
+    """Prints what the LLM makes of clean maps of held-out scenes."""
+    model = llm_module.LLM.from_pretrained(str(ASSETS / "llm")).float()
+    newline = tuple(tokenizer.encode("\n"))
+
+    def said(draw, seed: int) -> list[tuple[str, str]]:
+        """What it says and what it should, of `count` texts, each up to the last part."""
+        texts = Texts(tokenizer, model.config.vocabulary, f"examine {seed}", 2_000, 0)
+        drawn = [draw(texts) for _ in range(count)]
+        prompts = [[id for part, _ in parts[:-1] for id in part] for parts, _ in drawn]
+        with torch.no_grad():
+            table = texts.table(model.embedding.weight)
+            embeddings = [texts.embed(torch.tensor(row), table) for row in prompts]
+            ids = model.generate(embeddings=embeddings, max_tokens=40, end_tokens=newline)
+        return [(tokenizer.decode(row).strip(), truth) for row, (_, truth) in zip(ids, drawn)]
+
+    for size in (64, 16, LISTED):
+        def last(texts, kind):
+            parts = texts.about_a_map(kind, size)
+            return parts, tokenizer.decode(parts[-1][0]).strip()
+
+        def caption(texts):
+            scene = texts.scene()
+            return [([0, *texts.add_map(scene, size)], False), ([], True)], scene
+
+        right = sum(judge(text, scene)["exact"] for text, scene in said(caption, 0))
+        scores = [f"caption {right}"]
+        for kind in ("match", "ask"):
+            scores.append(f"{kind} {sum(a == b for a, b in said(lambda texts: last(texts, kind), 1))}")
+        print(f"llm: of {count} maps of {size}, right: {', '.join(scores)}", flush=True)
+
+    # What a rule is, only the examples before tell
+    def by_rule(texts, size, shots):
+        rule = texts.random.choice(RULES[4:])
+        parts = [([0], False)]
+        for _ in range(shots + 1):
+            scene = texts.scene()
+            answer = scene.by_rule(rule)
+            parts += [(texts.add_map(scene, size), False), (tokenizer.encode(answer + "\n"), True)]
+        return parts, answer
+
+    for size, most in ((64, 2), (16, 4), (LISTED, 4)):
+        for shots in (0, 1, 2, 4)[:most.bit_length() + 1]:
+            right = sum(a == b for a, b in said(lambda texts: by_rule(texts, size, shots), 2))
+            print(f"llm: maps of {size}, colours, shapes, sizes or count: after {shots} examples {right} of "
+                  f"{count} right", flush=True)
 
 
 def make_pictures() -> None:
