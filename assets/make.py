@@ -480,7 +480,7 @@ DIET = [
 WEIGHTS = dict(caption=1.0, rest=0.1, match=0.4, ask=0.4, examples=0.3, plain=0.3)
 
 
-def make_llm(first: int = 3_000, steps: int = 6_000, length: int = 256) -> None:
+def make_llm(first: int = 3_000, steps: int = 8_000, length: int = 256) -> None:
     """`first` steps of plain texts alone, from which it learns to look back; then `steps` of everything."""
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
