@@ -1,5 +1,5 @@
 """Makes the built-in backbones from scratch: `assets/vit`, which never saw a caption, and `assets/llm`, which
-never saw a picture but maps of words; and the example pictures. Seeded; about an hour on one CPU core.
+never saw a picture but maps of words; and the example pictures. Seeded; 75 minutes on one CPU core.
 
     python assets/make.py [vit] [llm] [pictures]
 """
