@@ -164,9 +164,17 @@ class Words(nn.Module):
         return torch.cat([x, words], 1), mask
 
 
+# On the meta device weights have no values, and to draw some takes a second: torch would import its compiler
+
+def drawn(*shape: int) -> torch.Tensor:
+    """Small random numbers to begin with."""
+    x = torch.empty(shape)
+    return x if x.is_meta else torch.randn(shape) * 0.02
+
+
 def initialise(module: nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
+        if isinstance(part, (nn.Linear, nn.Embedding)) and not part.weight.is_meta:
             nn.init.normal_(part.weight, std=0.02)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
@@ -237,7 +245,8 @@ class QFormer(Adapter):
             words = text > 0 and i + 1 < layers  # no one reads what words the last block would return
             self.blocks.append(QFormerBlock(width, source, heads, mlp or 4 * width, dropout, eps, words))
         self.projection = nn.Linear(width, llm_width)
-        nn.init.normal_(self.query, std=0.02)
+        if not self.query.is_meta:
+            nn.init.normal_(self.query, std=0.02)
         initialise(self)
 
     def forward(self, features: torch.Tensor, words: torch.Tensor | None = None,
@@ -289,8 +298,8 @@ class Resampler(Adapter):
                  width: int = 256, heads: int = 8, mlp: int | None = None, eps: float = 1e-5):
         super().__init__()
         self.queries = queries
-        self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
-        self.places = nn.Parameter(torch.randn(grid ** 2, width) * 0.02)
+        self.query = nn.Parameter(drawn(queries, width))
+        self.places = nn.Parameter(drawn(grid ** 2, width))
         self.project_in = nn.Linear(vision_width, width)
         self.blocks = nn.ModuleList(
             ResamplerBlock(width, heads, mlp or 4 * width, eps) for _ in range(layers))
@@ -368,7 +377,7 @@ class TwoWay(Adapter):
             raise InputError(f"twoway: the width {width} is not even")
         self.queries = queries
         self.text = text
-        self.query = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.query = nn.Parameter(drawn(queries, width))
         self.words = Words(llm_width, width, text) if text else None
         self.project_in = nn.Linear(vision_width, width)
         fixed = torch.Generator().manual_seed(0)  # the same frequencies in every run
@@ -792,8 +801,8 @@ class VLM(nn.Module):
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
         if score:
-            for answer, score in zip(answers, self.log_probabilities(rows, found, images)):
-                answer.log_probability = score
+            for answer, mean in zip(answers, self.log_probabilities(rows, found, images)):
+                answer.log_probability = mean
         return answers
 
     def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],

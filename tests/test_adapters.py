@@ -1,6 +1,8 @@
 """Every adapter turns features into embeddings, and those of public models equal the reference (see
 fixtures/make.py)."""
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fixtures.pictures import picture
 from llm import LLM
 from test_vlm import QUICK, Letters, command, small
 from vit import ViT
+from conftest import ROOT
 
 SMALL = {adapter: dict(width=16, heads=2) for adapter in ("qformer", "resampler", "twoway", "flamingo")}
 KEEP_A_GRID = ("linear", "mlp", "pixelshuffle")
@@ -65,6 +68,20 @@ def test_adapters_learn(adapter):
         (loss.mean() + spelled.sum() / 16).backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+def test_an_adapter_without_weights_imports_no_compiler():
+    """As each start does, to compare sizes; the import takes a second."""
+    script = """if True:
+        import sys, torch
+        from adapters import LLM, ViT, make_adapter
+        vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
+        with torch.device("meta"):
+            for adapter in ("linear", "mlp", "pixelshuffle", "qformer", "resampler", "flamingo"):
+                make_adapter(dict(adapter=adapter, adapter_sizes={}), vit, llm)
+        sys.exit("torch._dynamo" in sys.modules)"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
