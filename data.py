@@ -206,10 +206,13 @@ class Processor:
             self.ends += tuple(i for i, token in tokenizer.bytes.items() if b"\n" in token)
             tokenizer.add(BEGIN, self.marker, special=True)
             tokenizer.add(END, self.marker + 1, special=True)
-        self.one_end = [[id] for id in self.ends]
         self.end = tokenizer.encode("\n", special=False) if format is OURS else []
-        if self.end not in self.one_end:
+        if len(self.end) != 1 or not self.ended(self.end):
             self.end = list(self.end_tokens[:1])
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether an answer's ids have its end."""
+        return bool(ids) and ids[-1] in self.ends
 
     def prompt_for(self, question: str) -> str:
         """What is asked of a picture: the `question` of its caption set or, without one, the run's prompt."""
@@ -244,7 +247,7 @@ class Processor:
         for asked, said in said_in_all:
             turns.append((asked, said, [next(tiles) for _ in range(asked.count(IMAGE))]))
             prompt, answer = self.turn(*turns[-1], max_tokens, not rows, raw)
-            if rows and rows[-1][1][-1:] not in self.one_end:
+            if rows and not self.ended(rows[-1][1]):
                 prompt = self.end + prompt
             rows.append((prompt, answer))
 
@@ -324,8 +327,7 @@ class Processor:
         if len(ids) > max_tokens:
             self.shortened.add(hash(caption))
             return ids[:max_tokens]
-        ended = newline and ids and ids[-1] in self.ends
-        return ids if ended else ids + list(self.end_tokens[:1])
+        return ids if newline and self.ended(ids) else ids + list(self.end_tokens[:1])
 
     def batch(self, examples: list[Conversation], max_tokens: int = 128,
               tiles: list[list[tuple[int, int]]] | None = None, prefix: bool = False,

@@ -90,9 +90,13 @@ def usable(row: Row, text_only: bool = False) -> tuple[list[Conversation], str]:
     the first, have their pictures first."""
     kept, shown = [], 0
     for turns in row.conversations:
-        turns = [(keep_question(question), keep(answer)) for question, answer in turns]
-        answered = [(question, answer) for question, answer in turns if flat(answer)]
-        shown += sum(question.count(IMAGE) for question, answer in turns if not flat(answer))
+        answered = []
+        for question, answer in turns:
+            question, answer = keep_question(question), keep(answer)
+            if join_lines(answer):
+                answered.append((question, answer))
+            else:
+                shown += question.count(IMAGE)
         if answered:
             kept.append(answered)
     asked = bool(kept) and bool(kept[0][0][0])
