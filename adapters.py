@@ -499,14 +499,13 @@ def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
     kind = one_of(ADAPTERS, "adapter", config["adapter"])
     sizes = config["adapter_sizes"]
     layer = config.get("layer")
-    vit.check_layer(layer)
+    _, width = vit.feature_shape(layer)
     known = ADAPTERS[kind].__init__.__kwdefaults__ or {}
     for size in sizes:
         if size not in known:
             raise InputError(f"the {kind} adapter has no size {size!r}")
     try:
         depth(sizes.get("layers", 1))
-        _, width = vit.feature_shape(layer)
         adapter = ADAPTERS[kind](width, llm.config.hidden, vit.config.grid, **sizes)
     except (TypeError, ValueError) as error:
         raise InputError(f"the {kind} adapter: {error}") from None
@@ -535,7 +534,7 @@ class VLM(nn.Module):
     `config` is what config.json of a run's folder holds:
     - "vit" and "llm" (names), or "from": the name of a public VLM, whose parts it takes
     - "adapter" (a name in ADAPTERS), "adapter_sizes"
-    - "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT; null: the last)
+    - "image_size" (pixels; null: the checkpoint's own), "layer" (of the ViT, or a list; null: the last)
     - "image_position", see below
     - "prompt", and "split": whether pictures are seen in tiles too, where the family does so
     - "train": what was trained whole, of "adapter", "llm" and "vit"; where it is missing, the adapter
@@ -575,10 +574,16 @@ class VLM(nn.Module):
                                  f"which {config['adapter']} doesn't")
             if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
+        _, width = vit.feature_shape(config.get("layer"))
         self.places = None
         if position in ("xy", "sequence+xy"):
-            _, width = vit.feature_shape(config.get("layer"))
             self.places = nn.Parameter(torch.randn(2, vit.config.grid, width) * 0.02)  # rows, columns
+
+        # Several layers: a factor and a summand of each channel, for layers differ in size
+        self.channel_scale = self.channel_shift = None
+        if format is OURS and isinstance(config.get("layer"), list):
+            self.channel_scale = nn.Parameter(torch.ones(width))
+            self.channel_shift = nn.Parameter(torch.zeros(width))
 
         # What begins and what ends an image
         self.markers = None
@@ -592,8 +597,8 @@ class VLM(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """What a run trains: the adapter, the markers, the embeddings of places, and the LoRA of the
-        backbones, if they have one, or a backbone as a whole."""
+        """What a run trains: the adapter, the markers, the embeddings of places, the channels' factors
+        and summands, and the LoRA of the backbones, if they have one, or a backbone as a whole."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def weights(self, part: str) -> dict[str, nn.Parameter]:
@@ -641,6 +646,15 @@ class VLM(nn.Module):
             with self.autocast(self.vit.positions.dtype):
                 return self.vit(pixels, self.config.get("layer"))
 
+    @torch.no_grad()
+    def standardise(self, features: torch.Tensor) -> None:
+        """Where several layers are read: from now on, each channel of these features (P,N,Dv) comes to the
+        adapter with mean 0 and standard deviation 1."""
+        if self.channel_scale is not None:
+            std, mean = torch.std_mean(features.float(), (0, 1))
+            self.channel_scale.copy_(1 / std.clamp(min=1e-6))
+            self.channel_shift.copy_(-mean * self.channel_scale)
+
     def prompt_words(self, tokens: torch.Tensor, pictures: int | None = None,
                      target_positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """Ids (P,L) that the adapter may read with each of P pictures, then -1: the words in its row of the
@@ -669,6 +683,8 @@ class VLM(nn.Module):
         if features is None:
             return None
         features = features.float()
+        if self.channel_scale is not None:
+            features = features * self.channel_scale + self.channel_shift
 
         # xy: a patch gets embeddings of its row and of its column
         if self.places is not None:
@@ -963,7 +979,8 @@ CHECKPOINT = "checkpoint.safetensors"  # of a run: trained weights and the optim
 
 # What config.json of a run may hold, beside what train.py adds
 KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,
-         "prompt": str, "train": list, "layer": int, "image_size": int, "placeholder": int, "split": bool}
+         "prompt": str, "train": list, "layer": (int, list), "image_size": int, "placeholder": int,
+         "split": bool}
 
 
 def check_run(config: dict) -> None:
@@ -974,6 +991,8 @@ def check_run(config: dict) -> None:
             raise ValueError(f"{name!r} is missing")
     values = [(config.get(name), kind) for name, kind in KINDS.items()]
     values += [(size, (int, float)) for size in (config.get("adapter_sizes") or {}).values()]
+    layer = config.get("layer")
+    values += [(one, int) for one in layer] if isinstance(layer, list) else []
     for value, kind in values:
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{value!r} is out of place")

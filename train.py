@@ -58,6 +58,7 @@ LONG_RUN = 1e14
 # Options
 
 # Ranges of several options
+LAYER = Number(int, -1000, 1000)
 COUNT = Number(int, 1, 10 ** 9)
 SIZE = Number(int, 1, 1000)
 RATE = Number(float, 0, 100)
@@ -76,6 +77,12 @@ ADAPTER_SIZES = {  # option -> type, help; "adapter_NAME" or "NAME" is the adapt
 }
 
 
+def layers(text: str) -> int | list[int]:
+    """The type of --layer: a number, or several with commas between. Raises InputError."""
+    found = [LAYER(one) for one in text.split(",")]
+    return found if len(found) > 1 else found[0]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
 
@@ -87,8 +94,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="see a picture in tiles too, as the family of --from does, which takes more time and memory")
     add("--image-size", type=Number(int, 1, 4096), metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
-    add("--layer", type=Number(int, -1000, 1000), metavar="I",
-        help="encoder's layer to read: hidden_states[I] (default: its output)")
+    add("--layer", type=layers, metavar="I",
+        help="encoder's layer to read: hidden_states[I] (default: its output); of several, as in 12,10,7, "
+             "each patch's features are joined")
     add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
     for name, (type_, text) in ADAPTER_SIZES.items():
         optional = dict(nargs="?", const=32, metavar="N") if name == "adapter_text" else {}
@@ -299,12 +307,14 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
             raise InputError(f"{path}: {name} can't be {value!r}")
         if value is option.default is None:
             continue
-        kinds = (int, float) if isinstance(option.type, Number) else bool if option.nargs == 0 else str
+        numbers = (int, list) if option.type is layers else (int, float)
+        kinds = numbers if option.type is layers or isinstance(option.type, Number) else (
+            bool if option.nargs == 0 else str)
         if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
             raise InputError(f"{path}: {name} can't be {value!r}")
         if option.type:
             with named(f"{path}: {name}"):
-                option.type(str(value))
+                option.type(str(value).strip("[]"))
     return saved
 
 
@@ -408,8 +418,8 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
 
     layer = vlm.config.get("layer")
     if layer is not None:  # no gradient reaches what isn't read
-        blocks = vlm.vit.blocks
-        for unread in (blocks[layer % (len(blocks) + 1):], vlm.vit.norm, vlm.vit.neck):
+        read = max(vlm.vit.states_of(layer))
+        for unread in (vlm.vit.blocks[read:], vlm.vit.norm, vlm.vit.neck):
             unread.requires_grad_(False)
 
 
@@ -625,6 +635,9 @@ class Run:
             write_json(self.folder / "config.json", vlm.config)
         self.kept = Encoded(vlm, self.train, args) if cache else None
         self.bad = self.kept.bad if self.kept else {}  # {picture: reason} of what can't be read
+        if not args.resume and vlm.channel_scale is not None:
+            _, views = next(self.val.batches(256))  # the same in all processes
+            vlm.standardise(views.x)
 
     def keeps_features(self) -> bool:
         """Whether the features of the pictures to train on are kept: in all processes, or in none."""

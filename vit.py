@@ -230,7 +230,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, config.eps) if config.post_norm else nn.Identity()
         self.neck = Neck(config) if config.neck else nn.Identity()
 
-    def forward(self, pixels: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, layer: int | list[int] | None = None) -> torch.Tensor:
         """Encodes pixels (B,3,S,S) as features (B,N,Dv).
 
         The N features are those of the class and register tokens, then those of the patches, row by row. S is
@@ -238,15 +238,15 @@ class ViT(nn.Module):
 
         layer: which hidden state to return, numbered as `hidden_states` in `transformers`. 0 is the input of
             the first block, i the output of the i-th block, -1 the output of the last, without the final norm
-            and the neck; their width is `config.width`. None returns `last_hidden_state`: the output of the
-            final norm and the neck, of width `config.hidden`.
+            and the neck; their width is `config.width`. Of several, each patch's features are joined in the
+            order of the list. None returns `last_hidden_state`: the output of the final norm and the neck,
+            of width `config.hidden`.
         Raises InputError if the pixels have another size, or if there is no such layer.
         """
         size = tuple(pixels.shape[-2:])
         side = self.config.image_size
         if size != (side, side):
             raise InputError(f"the encoder takes {side} px squares, not {size}")
-        self.check_layer(layer)
 
         # Patches to tokens
         x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B,G²,D)
@@ -254,27 +254,33 @@ class ViT(nn.Module):
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
 
-        # Through the blocks, all of them or the first few
+        # Through the blocks, all of them or as many as are read
         x = self.pre_norm(x)
-        if layer is not None:
-            for block in self.blocks[:layer % (len(self.blocks) + 1)]:
-                x = block(x)
-            return x
-        for block in self.blocks:
+        wanted = self.states_of(layer)
+        states = {0: x}
+        for i, block in enumerate(self.blocks[:max(wanted)], start=1):
             x = block(x)
-        return self.neck(self.norm(x))
+            if i in wanted:
+                states[i] = x
+        if layer is None:
+            return self.neck(self.norm(x))
+        return torch.cat([states[i] for i in wanted], -1)
 
-    def check_layer(self, layer: int | None) -> None:
-        """Raises InputError if the encoder has no such `layer`; see `forward`."""
+    def states_of(self, layer: int | list[int] | None) -> list[int]:
+        """After how many blocks the states lie that `layer` asks for; see `forward`. Raises InputError."""
         count = len(self.blocks)
-        if layer is not None and not -count - 1 <= layer <= count:
-            raise InputError(f"layer {layer} of an encoder with {count} blocks")
+        found = []
+        for one in [count] if layer is None else layer if isinstance(layer, list) else [layer]:
+            if not -count - 1 <= one <= count:
+                raise InputError(f"layer {one} of an encoder with {count} blocks")
+            found.append(one % (count + 1))
+        return found
 
-    def feature_shape(self, layer: int | None = None) -> tuple[int, int]:
-        """Returns (N,Dv), the shape of one picture's features; `layer` as in `forward`."""
+    def feature_shape(self, layer: int | list[int] | None = None) -> tuple[int, int]:
+        """Returns (N,Dv), the shape of one picture's features; `layer` as in `forward`. Raises InputError."""
         config = self.config
         tokens = config.class_tokens + config.registers + config.grid ** 2
-        width = config.hidden if layer is None else config.width
+        width = config.hidden if layer is None else config.width * len(self.states_of(layer))
         return tokens, width
 
     def resize(self, image_size: int) -> None:

@@ -110,7 +110,7 @@ def llava_config(c: dict) -> tuple[dict, dict, dict]:
     if c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
         raise ValueError("a projector without GELU or bias is not supported")
     layer = c.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
+    if not all(isinstance(one, int) for one in (layer if isinstance(layer, list) and layer else [layer])):
         raise ValueError(f"vision_feature_layer {layer} is not supported")
     vision = {"model_type": "clip_vision_model"} | c["vision_config"]
     text = text_config(c)

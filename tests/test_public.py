@@ -118,7 +118,8 @@ def test_blip2_without_an_image_token(fixtures, tmp_path):
 
 def test_what_cannot_be_is_said(fixtures, tmp_path):
     for fixture, change, message in (
-            ("llava", dict(vision_feature_layer=[-2, -5]), "vision_feature_layer"),
+            ("llava", dict(vision_feature_layer=[-2, "-5"]), "vision_feature_layer"),
+            ("llava", dict(vision_feature_layer=[-2, -3]), "multi_modal_projector.linear_1.weight"),
             ("llava", dict(multimodal_projector_bias=False), "not supported"),
             ("idefics3", dict(scale_factor=3), "squares of 3 × 3"),
             ("nanovlm", dict(vit_cls_flag=True), "vit_cls_flag")):

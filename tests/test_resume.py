@@ -166,7 +166,8 @@ def test_a_run_that_is_killed_loses_nothing(unbroken):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, cache", (
-    (signal.SIGINT, ["--cache-features"]), (signal.SIGTERM, ["--no-cache-features", "--workers", "2"])))
+    (signal.SIGINT, ["--cache-features", "--layer", "6,2"]),
+    (signal.SIGTERM, ["--no-cache-features", "--workers", "2"])))
 def test_signals_save_first(number, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [*RUN, *cache, "--log-every", "5", "--save-every", "5"]

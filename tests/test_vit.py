@@ -30,6 +30,9 @@ def test_encoder_equals_reference(name, fixtures):
     assert 0 <= golden["last"].shape[1] - vit.config.grid ** 2 <= 3
     for layer in (0, 1, -1, -2):
         close(vit(golden["pixels"], layer=layer), golden[f"layer{layer}"])
+    several = vit(golden["pixels"], layer=[-1, 0, 1])
+    close(several, torch.cat([golden[f"layer{layer}"] for layer in (-1, 0, 1)], -1))
+    assert several.shape[1:] == vit.feature_shape([-1, 0, 1])
     with pytest.raises(InputError, match="layer 4"):
         vit(golden["pixels"], layer=4)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+import layers
 import sample
 import train
 from adapters import ADAPTERS, VLM
@@ -327,6 +328,46 @@ def test_encoder_options_reach_the_run(tmp_path, monkeypatch, capsys):
     assert vlm.vit.preprocess(picture(90, 60)).shape == (3, 48, 48)
     pixels = torch.randn(1, 3, 48, 48)
     assert torch.equal(vlm.features(pixels), vlm.vit(pixels, layer=-2))
+
+
+def test_layers_are_ranked(tmp_path, monkeypatch, capsys):
+    """The built-in encoder's last layers tell a scene's words, its patches hardly; joining is no loss."""
+    monkeypatch.chdir(tmp_path)
+    scenes = Shapes(200)
+    for i in range(200):
+        scenes.picture(i).save(f"{i}.png")
+    rows = (f'{i}.png,"{scenes.scene(i).captions()[0]}"\n' for i in range(200))
+    Path("c.csv").write_text("image,caption\n" + "".join(rows))
+    Path("7.png").write_text("no picture")
+    vit = str(Path(__file__).resolve().parents[1] / "assets" / "vit")
+    assert command(monkeypatch, layers, "--vit", vit, "--data", "c.csv") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("199 pictures, 1 that can't be read\n")
+    found = [(row[0], float(row[1])) for row in re.findall(r"^([\d,]+) +([\d.]+) %$", out, re.M)]
+    alone, joined = found[:7], found[7:]
+    assert sorted(layer for layer, _ in alone) == [*"0123456"]
+    assert [share for _, share in alone] == sorted((share for _, share in alone), reverse=True)
+    assert alone[0][1] > 30 and dict(alone)["0"] < alone[0][1] / 2
+    assert [layer.count(",") for layer, _ in joined] == [1, 2, 3]
+    assert command(monkeypatch, layers, "--vit", vit, "--data", "c.csv", "--pictures", "1") == 2
+
+
+@pytest.mark.parametrize("adapter", ("qformer", "flamingo", "pixelshuffle"))
+def test_several_layers_reach_the_run(adapter, tmp_path, monkeypatch, capsys):
+    """Each channel comes to the adapter standardised, whatever its layer's size."""
+    monkeypatch.chdir(tmp_path)
+    sizes = SMALL if adapter != "pixelshuffle" else ()
+    if adapter == "flamingo":
+        sizes = ["--queries", "4", "--adapter-layers", "1"]
+    options = ["--adapter", adapter, *sizes, *QUICK, "--layer", "6,-3,1"]
+    assert command(monkeypatch, train, *options, "--out", "new", "--lr", "1e-9") == 0
+    vlm = VLM.from_pretrained("new")
+    seen = []
+    monkeypatch.setattr(vlm.adapter, "forward", lambda features, *_: seen.append(features) or features)
+    pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
+    vlm.images(vlm.features(pixels))
+    std, mean = torch.std_mean(seen[0], (0, 1))
+    assert seen[0].shape[2] == 3 * 128 and (std - 1).abs().max() < 0.1 and mean.abs().max() < 0.1
 
 
 @pytest.mark.slow
