@@ -957,7 +957,7 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Rebuilds a run from its folder, or a public VLM (a folder or a hub name): backbones in `dtype`,
+        """Rebuilds a run from its folder, with its best weights, or a public VLM (a folder or a hub name): backbones in `dtype`,
         adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         path = folder / "config.json"
@@ -966,7 +966,8 @@ class VLM(nn.Module):
             if family_of(config) in PUBLIC:
                 return build({"from": name}, dtype).eval()
             check_run(config)
-        checkpoint = folder / CHECKPOINT
+        best = folder / BEST
+        checkpoint = best if best.is_file() else folder / CHECKPOINT
         if not checkpoint.is_file():
             raise InputError(f"{checkpoint}: no such file (was the run stopped before its first checkpoint?)")
         with guard(path, "not the config of a run"):
@@ -976,6 +977,7 @@ class VLM(nn.Module):
 
 
 CHECKPOINT = "checkpoint.safetensors"  # of a run: trained weights and the optimizer's state
+BEST = "best.safetensors"  # those of the validation with the lowest loss, where they aren't the last
 
 # What config.json of a run may hold, beside what train.py adds
 KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adapters import ADAPTERS, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build, resume_state
+from adapters import (ADAPTERS, BEST, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build,
+                      resume_state)
 from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
                   few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation
@@ -186,8 +187,9 @@ def make_parser() -> argparse.ArgumentParser:
              "name of one that a run writes")
     add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
     add("--log-every", type=COUNT, default=50, help="steps between lines of progress and of metrics.jsonl")
-    add("--save-every", type=COUNT, default=500,
-        help="steps between validations and checkpoints; these come every ten minutes too")
+    add("--save-every", type=COUNT,
+        help="steps between validations and checkpoints (default: about a fifth of the run, at most 500); "
+             "checkpoints come every ten minutes too")
     add("--tensorboard", action="store_true", help="log to the run's folder for TensorBoard too")
     add("--quiet", action="store_true", help="print the scores and errors alone")
     return parser
@@ -212,6 +214,8 @@ def read_options() -> argparse.Namespace:
     # What they mean together
     check_meaning(args, parser, meanings(args, whole, with_lora))
     args.out = args.resume or args.out
+    if args.save_every is None:
+        args.save_every = min(500, 50 * math.ceil(args.steps / 250))
     if args.spell is None:
         args.spell = float(args.data == "shapes" and not args.origin)
     if "adapter" not in whole and not args.origin:
@@ -856,6 +860,8 @@ class Run:
             asked, due = signals.agreed(step, self.device)
             if asked or save or due:
                 if not RANK:
+                    if save:
+                        self.keep_best(step + 1, line["val"])
                     save_checkpoint(self.folder, step + 1, self.vlm, self.optimizer, self.scaler,
                                     progress.losses)
                 signals.saved()
@@ -869,6 +875,34 @@ class Run:
         if self.first == args.steps and not RANK:  # it was killed before it could
             self.report([])
 
+    def keep_best(self, step: int, loss: float) -> None:
+        """Writes the weights to best.safetensors, if no earlier validation gave so low a loss. The last step's
+        lie in the checkpoint. It comes before the checkpoint: a run that is killed between does it again."""
+        earlier = [entry["val"] for entry in self.log.entries() if entry["step"] < step and entry.get("val")]
+        if loss < min(earlier, default=math.inf):
+            if step < self.args.steps:
+                write_tensors(self.folder / BEST, self.vlm.state(), {"step": str(step)})
+            else:
+                (self.folder / BEST).unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Takes up the weights with the lowest validation loss, if they aren't the last."""
+        path = self.folder / BEST
+        there = torch.tensor(int(not RANK and path.is_file()), device=self.device)
+        if not total(there):
+            return
+        if not RANK:
+            found = read_tensors(path)
+            compare(self.vlm.state(), found, path)
+            self.say(f"{self.folder}: the lowest validation loss was that of step "
+                     f"{read_metadata(path).get('step')}: scores and sample.py take its weights")
+        for name, p in self.vlm.trained.items():
+            if not RANK:
+                p.copy_(found[f"weight.{name}"])
+            if WORLD > 1:
+                dist.broadcast(p, 0)
+
     def report(self, bad: list[dict[int, str]]) -> None:
         """Draws the curves, and lists the pictures that couldn't be read."""
         with only_warn(self.folder / "curves.png"):
@@ -881,6 +915,7 @@ class Run:
     def score(self) -> dict[str, dict[str, float]]:
         """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""
         args, vlm, val = self.args, self.vlm, self.val.captions
+        self.take_best()
         vlm.eval()
         for part in {"llm", "vit"} & {*args.train.split(",")}:
             getattr(vlm, part).to(vlm.dtype)

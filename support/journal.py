@@ -17,8 +17,8 @@ from formats.files import InputError, guard, remove_leftovers
 from support.processes import RANK, WORLD
 
 # What a run writes to its folder, beside TensorBoard's files, which get a new name each time
-WRITTEN = ("config.json", "checkpoint.safetensors", "metrics.jsonl", "curves.png", "samples.png",
-           "captions-*.jsonl", "unreadable.txt", "lora")
+WRITTEN = ("config.json", "checkpoint.safetensors", "best.safetensors", "metrics.jsonl", "curves.png",
+           "samples.png", "captions-*.jsonl", "unreadable.txt", "lora")
 MOST_LOST = 600  # seconds of steps, when a run is killed
 
 

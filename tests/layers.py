@@ -24,7 +24,7 @@ from support.console import MANY, PROCESSES, Parser, run  # noqa: E402
 from support.words import words  # noqa: E402
 from vit import ViT  # noqa: E402
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, as shares of the count of pictures
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the ridge, in means of the eigenvalues
 
 
 class Encoder:

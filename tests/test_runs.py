@@ -203,6 +203,57 @@ def test_what_cannot_be_drawn_costs_a_warning(tmp_path, monkeypatch, capsys):
     assert "| test (4) " in captured.out and Path("run/checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize("options", ((), ("--lora", "2", "--train", "adapter"), ("--train", "adapter,llm")))
+def test_the_best_weights_are_kept_and_taken(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = [*TINY, *options, "--steps", "6", "--save-every", "2"]
+
+    def weights(file: str) -> dict:
+        return {name: x for name, x in load_file(file).items() if name.startswith(("weight.", "scale."))}
+
+    def same(vlm: VLM, kept: dict) -> bool:
+        state = vlm.state()
+        return state.keys() == kept.keys() and all(torch.equal(state[name], x) for name, x in kept.items())
+
+    def validated(*losses: float | None):
+        said = iter(losses)
+        monkeypatch.setattr(train.Run, "validate", lambda this: {"val": next(said)})
+
+    # As good as never again after step 2: its weights are kept, scored, and taken
+    validated(0.5, 0.9, 0.7)
+    assert command(monkeypatch, train, *common, "--out", "run") == 0
+    assert "the lowest validation loss was that of step 2" in capsys.readouterr().out
+    best, last = weights("run/best.safetensors"), weights("run/checkpoint.safetensors")
+    assert best.keys() == last.keys() and not all(torch.equal(best[name], last[name]) for name in best)
+    assert same(VLM.from_pretrained("run"), best) and not same(VLM.from_pretrained("run"), last)
+
+    # Its scores are those of a run that ends there, and asked for again they are the same
+    scored = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["scores"]
+    assert command(monkeypatch, train, "--resume", "run") == 0
+    assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["scores"] == scored
+
+    # Killed between, it ends with the same best
+    validated(0.5, 0.9, 0.7)
+    save = train.save_checkpoint
+
+    def saved(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as once:
+        once.setattr(train, "save_checkpoint", saved)
+        assert command(once, train, *common, "--out", "parts") == 130
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    again = weights("parts/best.safetensors")
+    assert all(torch.equal(best[name], again[name]) for name in best)
+
+    # Where the last are the best there is one file; a loss that is no number is no best
+    validated(0.5, float("nan"), 0.4)
+    assert command(monkeypatch, train, *common, "--out", "last") == 0
+    assert not Path("last/best.safetensors").exists()
+
+
 def caption_file(count: int = 24) -> None:
     Path("photos").mkdir()
     for i in range(count):
