@@ -957,8 +957,8 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
-        """Rebuilds a run from its folder, with its best weights, or a public VLM (a folder or a hub name): backbones in `dtype`,
-        adapter in float32, eval mode. Raises InputError."""
+        """Rebuilds a run with its best weights from its folder, or a public VLM (a folder or a hub name):
+        backbones in `dtype`, adapter in float32, eval mode. Raises InputError."""
         folder = find_checkpoint(name)
         path = folder / "config.json"
         config = read_json(path)

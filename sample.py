@@ -477,22 +477,29 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     return [(word.decode(errors="replace").strip(), torch.stack(at).mean(0)) for word, at in found]
 
 
+WARM = torch.tensor([1.0, 0.45, 0.0])[:, None, None]
+LITTLE_WORDS = "a an the of in on at to is are and with by for from its it his her their there that".split()
+
+
 def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
                side: int = 150) -> list[tuple[Image.Image, list]]:
-    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then bright where a word
-    of `looks` paid a larger share than words do on average: all pay the most to the same few patches."""
+    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then in grey, and warm
+    where a word of `looks` paid a larger share than words do on average: all pay the most to the same few
+    patches. All words have one scale, and those that name something come first."""
     black = vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), "black"))
     white = vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), "white"))
     size = (side, side)
     views = F.interpolate((pixels - black) / (white - black), size, mode="bilinear", antialias=True)
-    cells = [(views, [("the picture", INK), ("bright: where a word looked more than the others", GREY)])]
+    cells = [(views, [("the picture", INK), ("warm: where a word looked more than the others", GREY)])]
 
     shares = [at / at.sum() for _, at in looks]
     usual = torch.stack(shares).mean(0) if len(shares) > 1 else torch.tensor(0.0)
-    for (word, _), share in zip(looks, shares):
-        light = (share / usual.clamp(min=1e-9) - 1).clamp(min=0)
-        light = F.interpolate((light / light.max().clamp(min=1e-9))[:, None], size, mode="bicubic")
-        cells.append((views * (0.15 + 0.85 * light.clamp(0, 1)), [(word, INK)]))
+    more = [(share - usual).clamp(min=0) for share in shares]
+    most = max((at.max().item() for at in more), default=0.0) or 1.0
+    grey = 0.8 * views.clamp(0, 1).mean(1, keepdim=True)  # (P,1,side,side)
+    for (word, _), at in sorted(zip(looks, more), key=lambda cell: cell[0][0].lower() in LITTLE_WORDS):
+        heat = F.interpolate(at[:, None] / most, size, mode="bicubic").clamp(0, 1).sqrt()
+        cells.append((grey + (WARM - grey) * 0.8 * heat, [(word, INK if at.max() > most / 4 else GREY)]))
 
     pictures = []
     for view, lines in cells:

@@ -876,8 +876,8 @@ class Run:
             self.report([])
 
     def keep_best(self, step: int, loss: float) -> None:
-        """Writes the weights to best.safetensors, if no earlier validation gave so low a loss. The last step's
-        lie in the checkpoint. It comes before the checkpoint: a run that is killed between does it again."""
+        """Writes the weights to best.safetensors, if no earlier validation gave so low a loss; those of the
+        last step lie in the checkpoint. It comes before it: a run that is killed between does it again."""
         earlier = [entry["val"] for entry in self.log.entries() if entry["step"] < step and entry.get("val")]
         if loss < min(earlier, default=math.inf):
             if step < self.args.steps:

@@ -123,14 +123,23 @@ def test_spotlights_show_what_the_encoder_sees():
     shown = picture(96, 96)
     usual = torch.full((1, 8, 8), 0.01)
     usual[0, 7, 7] = 1  # where all words look
-    at = usual.clone()
+    at, less = usual.clone(), usual.clone()
     at[0, 2, 5] = 0.05
+    less[0, 5, 1] = 0.03
     pixels = vlm.vit.preprocess(shown)[None]
-    (whole, _), (lit, lines), _ = sample.spotlights(vlm, pixels, [("circle", at), ("a", usual)], 96)
-    assert lines == [("circle", sample.INK)]
+    looks = [("a", usual), ("circle", at), ("of", usual), ("star", less)]
+    (whole, _), *cells = sample.spotlights(vlm, pixels, looks, 96)
+    assert [lines[0][0] for _, lines in cells] == ["circle", "star", "a", "of"]  # what names something first
+    assert cells[0][1] == [("circle", sample.INK)]
     assert np.abs(np.array(whole).astype(int) - np.array(shown)).max() <= 1
-    light = (np.array(lit).astype(float) + 1) / (np.array(whole).astype(float) + 1)
-    assert light[24:36, 60:72].mean() > 0.7 and light[:, :48].mean() < 0.2 and light[84:, 84:].mean() < 0.2
+
+    # Grey, and warm where it looked: of all words' scale
+    warmth = [np.array(lit).astype(int)[..., 0] - np.array(lit)[..., 2] for lit, _ in cells]
+    assert warmth[0][24:36, 60:72].mean() > 100 and abs(warmth[0][:, :34]).max() < 2
+    assert abs(warmth[0][84:, 84:]).max() < 40  # all words look there
+    assert 30 < warmth[1][60:72, 12:24].mean() < 0.9 * warmth[0][24:36, 60:72].mean()
+    grey = np.array(cells[0][0])[:, :48, 0] / np.maximum(1, np.array(shown)[:, :48].mean(-1))
+    assert 0.7 < grey.mean() < 0.9  # the picture is seen
     sample.spotlights(vlm, pixels, [("one", at)])  # of one word, where it looked
 
 
