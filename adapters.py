@@ -90,10 +90,12 @@ class MLP(Adapter):
 
 class PixelShuffle(Adapter):
     """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features
-    of each square of `scale` × `scale` patches, row by row, become one long vector; then one projection.
-    Raises InputError where the patch grid can't be cut in such squares."""
+    of each square of `scale` × `scale` patches, row by row, become one long vector; then one projection. With
+    `deep` that of InternVL (Chen et al., 2024, arXiv:2404.16821): a norm, then two layers with GELU. Raises
+    InputError where the patch grid can't be cut in such squares."""
 
-    def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False):
+    def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False,
+                 deep: bool = False):
         super().__init__()
         if scale < 1 or grid % scale:
             raise InputError(
@@ -101,13 +103,16 @@ class PixelShuffle(Adapter):
         self.scale = scale
         self.side = grid // scale
         self.queries = self.side ** 2
+        self.norm = nn.LayerNorm(vision_width * scale ** 2) if deep else nn.Identity()
         self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
+        self.down = nn.Linear(width, width) if deep else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         # Patches row by row to squares of s × s, each one long vector
         x = features[:, -self.queries * self.scale ** 2:]
         x = x.unflatten(1, (self.side, self.scale, self.side, self.scale)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
-        return self.projection(x.flatten(3).flatten(1, 2))
+        x = self.projection(self.norm(x.flatten(3).flatten(1, 2)))
+        return x if self.down is None else self.down(F.gelu(x))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -704,10 +709,11 @@ class VLM(nn.Module):
 
     def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
         """Ids (B,T), in which placeholders stand for the embeddings of P pictures (P,Q,D) (None if P is 0),
-        to embeddings (B,T,D)."""
+        to embeddings (B,T,D). -1 - placeholder is that token as a word."""
         # Words, by the LLM's own embedding
         marker = self.processor.marker
-        x = self.llm.embed(tokens.clamp(0, self.llm.config.vocabulary - 1))  # (B,T,D)
+        ids = torch.where(tokens < 0, -1 - tokens, tokens)
+        x = self.llm.embed(ids.clamp(0, self.llm.config.vocabulary - 1))  # (B,T,D)
 
         # What begins and ends an image
         if self.markers is not None:
@@ -829,6 +835,9 @@ class VLM(nn.Module):
         for row, ids in zip(rows, answers):
             examples.append((row + ids, [False] * len(row) + [True] * len(ids)))
         tokens, positions, targets = [x.to(self.device) for x in stack(examples)]
+        for row, prompt in zip(tokens, rows):  # an answer may hold the placeholder, where it is no picture
+            said = row[len(prompt):]
+            said[said == self.processor.placeholder] = -1 - self.processor.placeholder
         with self.autocast(self.llm.dtype):
             states = self.states(tokens, images, positions)
             losses = token_losses(states, targets, self.llm.logits, self.llm.config.vocabulary)

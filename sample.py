@@ -542,7 +542,7 @@ def main() -> None:
 
     # What depends on it
     args.split = not args.attention and (vlm.processor.split if args.split is None else args.split)
-    args.split = args.split and "max_image_size" in vlm.vit.preprocess.settings
+    args.split = args.split and vlm.vit.preprocess.has_tiles
     args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
     generator = torch.Generator(device).manual_seed(args.seed)
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,

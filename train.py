@@ -383,7 +383,7 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
 
     # The model, and what of it learns
     vlm = build(config, dtype, config["train"])
-    if args.split and "max_image_size" not in vlm.vit.preprocess.settings:
+    if args.split and not vlm.vit.preprocess.has_tiles:
         raise InputError("--split: this model sees every picture as a whole alone")
     choose_trained(vlm, args)
     vlm.llm.recomputes = args.recompute

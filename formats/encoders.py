@@ -211,6 +211,32 @@ CLIP = dict(intermediate_size=3072, patch_size=32, hidden_act="quick_gelu", laye
 clip = Family(reader(CLIP, processor="CLIP", patch_bias=False, pre_norm=True, post_norm=False), CLIP_NAMES,
               r"(text_model|(text|visual)_projection|classifier|post_layernorm)\..*|logit_scale"
               r"|.*\.position_ids", "vision_model.")
+INTERN_NAMES = name_table(VIT_NAMES, {
+    "norm1": "layernorm_before", "norm2": "layernorm_after",
+    **projection_names("attention", "projection_layer"),
+    "scale1.weight": "lambda_1", "scale2.weight": "lambda_2",
+    "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+}, "encoder.layer.{}.")
+
+
+def intern_config(c: dict) -> dict:
+    """InternVL's encoder. Its file gives height and width, and the larger ones have other norms."""
+    if c.get("norm_type", "layer_norm") != "layer_norm" or c.get("use_qk_norm"):
+        raise ValueError("an encoder with RMS norms or norms of queries and keys is not supported")
+    sizes = {"image_size": 448, "patch_size": 14}
+    for key, default in sizes.items():
+        size = c.get(key, default)
+        size = size if isinstance(size, list) else [size, size]
+        if len({*size}) != 1:
+            raise ValueError(f"{key} {size} is not a square")
+        sizes[key] = size[0]
+    post_norm = not c.get("use_mean_pooling", True)
+    return read_intern(c | sizes | {"qkv_bias": c.get("attention_bias", False)}) | {"post_norm": post_norm}
+
+
+read_intern = reader(dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, qkv_bias=False,
+                          intermediate_size=4096), processor="GotOcr2", layer_scale=True)
+intern = Family(intern_config, INTERN_NAMES, r"embeddings\.mask_token")
 SIGLIP = dict(intermediate_size=3072, hidden_act="gelu_pytorch_tanh")
 siglip = Family(reader(SIGLIP, processor="Siglip", class_tokens=0), SIGLIP_NAMES,
                 r"(text_model|head|classifier)\..*|logit_(scale|bias)|.*\.position_ids", "vision_model.")
@@ -263,5 +289,5 @@ FAMILIES = {  # config.json's model_type -> family
     "nanovlm": nanovlm, "siglip2": naflex, "siglip2_vision_model": naflex._replace(path=""),
     "dinov2": dinov2, "dinov2_with_registers": registers,
     "blip-2": eva, "blip_2_vision_model": eva._replace(path=""),
-    "sam": sam, "sam_vision_model": sam,
+    "sam": sam, "sam_vision_model": sam, "internvl_vision": intern,
 }

@@ -26,6 +26,7 @@ PROCESSORS = {
     **dict.fromkeys(("Idefics3", "SmolVLM"), dict(
         resample=1, edges=("longest_edge",), size=4 * 364, max_image_size=dict(longest_edge=364),
         do_image_splitting=True)),
+    "GotOcr2": dict(resample=3, size=384, do_image_splitting=True, min_patches=1, max_patches=12, **OPENAI),
     "nanoVLM": dict(resample=2, do_normalize=False),
     "Sam": dict(resample=2, do_pad=True, edges=("longest_edge",), **IMAGENET),
 }
@@ -37,8 +38,8 @@ class Preprocessor:
 
     S is `image_size` or, if that is None, the size in the settings, else `default`. An `image_size` scales
     all lengths in the settings alike, so that the same part of the picture is seen: if they resize to 256 px
-    and crop to 224, S = 448 resizes to 512 and crops to 448. In a family with tiles (`max_image_size`), S is
-    the side of a tile; see `tiles`. Raises ValueError if the settings don't make squares, or a length is
+    and crop to 224, S = 448 resizes to 512 and crops to 448. In a family with tiles (`has_tiles`), S is the
+    side of a tile; see `tiles`. Raises ValueError if the settings don't make squares, or a length is
     above MOST.
     """
     MOST = 8192  # pixels
@@ -78,6 +79,10 @@ class Preprocessor:
         for length in [self.image_size] + list(self.size.values()):
             if not 0 < length <= self.MOST:
                 raise ValueError(f"{length} px is not within 1 and {self.MOST}")
+
+    @property
+    def has_tiles(self) -> bool:
+        return "max_image_size" in self.settings or "max_patches" in self.settings
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Turns a whole picture into pixels (3,S,S)."""
@@ -131,15 +136,16 @@ class Preprocessor:
 
         Idefics3 and SmolVLM: the longest edge becomes `size`, then both edges are stretched to whole tiles;
         the whole picture comes last. nanoVLM (`upscale`): the longest edge becomes `size`, or, without
-        `upscale`, no more than it takes to fill the tiles; the whole picture comes first.
+        `upscale`, no more than it takes to fill the tiles; the whole picture comes first. InternVL: as many
+        tiles as `nearest_grid` says; the whole picture comes last.
         """
         settings = self.settings
         side = self.image_size
-        if "max_image_size" not in settings:
+        if not self.has_tiles:
             return self(picture)[None], 0, 0
-        nanovlm = "upscale" in settings
-        picture = rgb(picture)
-        longest = self.size["longest_edge"]
+        nanovlm, intern = "upscale" in settings, "max_patches" in settings
+        picture = shown = rgb(picture)
+        longest = self.size.get("longest_edge")
         w, h = picture.size
 
         def oriented(longer: int, shorter: int) -> tuple[int, int]:
@@ -151,7 +157,7 @@ class Preprocessor:
         def shorter_edge(longer: int) -> int:  # as the reference rounds it
             return int(longer / (w / h) if w >= h else longer * (w / h))
 
-        if not nanovlm:
+        if not nanovlm and not intern:
             shorter = shorter_edge(longest)
             picture = picture.resize(oriented(longest, max(1, shorter + shorter % 2)), self.resample)
             w, h = picture.size
@@ -159,13 +165,15 @@ class Preprocessor:
             return self.pixels(picture.resize((side, side), self.resample))[None], 0, 0
 
         # Stretch to whole tiles
-        if nanovlm:
+        if intern:
+            size = tuple(count * side for count in self.nearest_grid(w, h))
+        elif nanovlm:
             longer = longest if settings["upscale"] else min(longest, whole_tiles(max(w, h)))
-            shorter = whole_tiles(min(w, h) * (longer / max(w, h)))
+            size = oriented(longer, whole_tiles(min(w, h) * (longer / max(w, h))))
         else:
             longer = whole_tiles(max(w, h))
-            shorter = whole_tiles(shorter_edge(longer))
-        picture = picture.resize(oriented(longer, shorter), self.resample)
+            size = oriented(longer, whole_tiles(shorter_edge(longer)))
+        picture = picture.resize(size, self.resample)
 
         # Cut into tiles
         x = self.pixels(picture)
@@ -179,9 +187,22 @@ class Preprocessor:
             whole = F.interpolate(x[None], (side, side), mode="bilinear", antialias=True)
             views = torch.cat([whole, tiles])
         else:
-            whole = self.pixels(picture.resize((side, side), self.resample))[None]
-            views = torch.cat([tiles, whole])
+            whole = shown if intern else picture
+            views = torch.cat([tiles, self.pixels(whole.resize((side, side), self.resample))[None]])
         return views, picture.height // side, picture.width // side
+
+    def nearest_grid(self, w: int, h: int) -> tuple[int, int]:
+        """The columns and rows of tiles, `min_patches` to `max_patches` of them, whose shape is nearest to
+        that of a picture of w × h. Of two that are as near, the one with more tiles, unless the picture has
+        less than half of their pixels."""
+        least, most = self.settings["min_patches"], self.settings["max_patches"]
+        grids = [(x, y) for x in range(1, most + 1) for y in range(1, most + 1) if least <= x * y <= most]
+        nearest, best = math.inf, (1, 1)
+        for x, y in sorted(grids, key=math.prod):
+            off = abs(w / h - x / y)
+            if off < nearest or off == nearest and w * h > 0.5 * x * y * self.image_size ** 2:
+                nearest, best = off, (x, y)
+        return best
 
 
 def read_preprocessor(checkpoint: Checkpoint, kind: str, default: int,

@@ -247,6 +247,31 @@ def nanovlm_format(c: dict) -> Format:
     return Format(chat, image, end="<|im_end|>", between="\n")
 
 
+def internvl_config(c: dict) -> tuple[dict, dict, dict]:
+    layer = c.get("vision_feature_layer", -1)
+    if not isinstance(layer, int) or c.get("vision_feature_select_strategy", "default") != "default":
+        raise ValueError("several feature layers, or features with the class token, are not supported")
+    ratio = c.get("downsample_ratio", 0.5)
+    if c.get("projector_hidden_act", "gelu") != "gelu" or ratio <= 0 or 1 / ratio % 1:
+        raise ValueError(f"downsample_ratio {ratio} or a projector without GELU is not supported")
+    text = text_config(c, "qwen2")
+    tied = text.get("tie_word_embeddings", c.get("tie_word_embeddings", True))
+    vision = c.get("vision_config", {}) | {"model_type": "internvl_vision"}
+    return vision, text | {"tie_word_embeddings": tied}, dict(
+        adapter="pixelshuffle",
+        adapter_sizes=dict(scale=int(1 / ratio), bias=True, deep=True),
+        layer=None if layer == -1 else layer,
+        placeholder=c.get("image_token_id", 151667),
+    )
+
+
+INTERNVL = Format(
+    lambda images, text: (
+        f"<|im_start|>user\n{IMAGE_LINE * images}{text}<|im_end|>\n<|im_start|>assistant\n"),
+    lambda queries, rows, columns: f"<img>{IMAGE * queries * (rows * columns + 1)}</img>",
+    between="\n")
+
+
 blip2 = Public(
     blip_config,
     vision=r"vision_model\.",
@@ -276,6 +301,14 @@ nanovlm = Public(
     adapter=r"MP\.",
     names={"projection": "proj"},
     formats={})
+internvl = Public(
+    internvl_config,
+    vision=r"(model\.)?vision_tower\.",
+    language=r"(model\.)?language_model\.|lm_head\.",
+    adapter=r"(model\.)?multi_modal_projector\.",
+    names={"norm": "layer_norm", "projection": "linear_1", "down": "linear_2"},
+    formats={"": INTERNVL})
 
 PUBLIC = {  # config.json's model_type -> family
-    "blip-2": blip2, "llava": llava, "idefics3": idefics3, "smolvlm": idefics3, "nanovlm": nanovlm}
+    "blip-2": blip2, "llava": llava, "idefics3": idefics3, "smolvlm": idefics3, "nanovlm": nanovlm,
+    "internvl": internvl}

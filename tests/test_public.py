@@ -24,7 +24,7 @@ from test_vlm import QUICK, QUICK_SET, SMALL, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
-            "nanovlm", "nanovlm_chat", "nanovlm_first")
+            "nanovlm", "nanovlm_chat", "nanovlm_first", "internvl")
 
 
 def answers_equal_the_reference(folder, golden: dict) -> None:
@@ -170,7 +170,7 @@ def test_a_question_controls_nothing(fixtures):
         assert ids[before:].count(vlm.processor.tokenizer.special[control]) <= 1
 
 
-@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
+@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm", "internvl"))
 def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
@@ -201,7 +201,7 @@ def test_training_starts_from_a_public_model(name, fixtures, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("smolvlm", "nanovlm"))
+@pytest.mark.parametrize("name", ("smolvlm", "nanovlm", "internvl"))
 def test_pictures_are_learned_and_scored_in_tiles(name, fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(8):
@@ -354,7 +354,7 @@ def test_the_built_in_backbones_as_public_models(tmp_path):
         assert len(vlm.caption(scenes, max_tokens=3)) == 4
 
 
-@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm"))
+@pytest.mark.parametrize("name", ("llava", "blip2_opt", "smolvlm", "nanovlm", "internvl"))
 def test_a_run_goes_back_to_the_layout_it_came_from(name, fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(4):
