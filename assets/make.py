@@ -54,7 +54,7 @@ LLM = dict(
     intermediate_size=352,
     num_hidden_layers=4,
     num_attention_heads=4,
-    num_key_value_heads=2,
+    num_key_value_heads=4,
     head_dim=32,
     hidden_act="silu",
     max_position_embeddings=512,
@@ -77,20 +77,26 @@ def initialise(module: nn.Module) -> None:
             )
 
 
-def optimise(module: nn.Module, loss_of_step, steps: int, lr: float, label: str) -> None:
-    """AdamW with warm-up and cosine, bfloat16 autocast; `loss_of_step(step)` gives the loss and what to
-    print."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
+def optimise(module: nn.Module, loss_of_step, steps: int, lr: float, label: str, matrices=(), matrix_lr=0.0):
+    """Warm-up and cosine, bfloat16 autocast; `loss_of_step(step)` gives the loss and what to print.
+    `matrices` are parameters for Muon, at `matrix_lr`; AdamW takes the others, at `lr`."""
+    taken = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.05)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, matrix_lr, weight_decay=0.05,
+                                           adjust_lr_fn="match_rms_adamw"))
     start = time.time()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16):
             loss, shown = loss_of_step(step)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (lr, matrix_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99 or step == steps - 1:
             print(f"{label} {step + 1}/{steps}: {shown}, {time.time() - start:.0f} s", flush=True)
 
@@ -417,6 +423,18 @@ class Texts:
             parts += [(self.add_map(scene, size), False), (self.encode(rule(scene) + "\n"), i > 0)]
         return parts
 
+    def places(self) -> torch.Tensor | None:
+        """Column and row (N,2) of the maps' vectors, -1 to 1; nan for what is no cell. None without maps."""
+        if not self.maps:
+            return None
+        found = torch.full((len(self.maps), 2 + GRID * GRID, 2), math.nan)
+        for one, size in zip(found, self.sizes):
+            side = {GRID * GRID: GRID, GRID * GRID // 4: GRID // 2}.get(size, 0)
+            middles = (torch.arange(side) + 0.5) / max(side, 1) * 2 - 1
+            columns, rows = torch.meshgrid(middles, middles, indexing="xy")
+            one[2:2 + side * side] = torch.stack([columns.flatten(), rows.flatten()], 1)
+        return found.flatten(0, 1)
+
     def table(self, embedding: torch.Tensor) -> torch.Tensor:
         """What the ids of rows stand for (N,D): the words' embeddings (V,D), a zero, and the maps' vectors,
         66 a map, noisy. Forgets the maps."""
@@ -473,21 +491,27 @@ def padded(texts: list, length: int, zero: int) -> tuple[torch.Tensor, torch.Ten
 
 # What a step reads: (kind, cells of a map; rows), of a row's tokens
 DIET = [
-    (104, [("caption", 64)] * 16 + [("rest", 64)] + [("match", 64)] * 5 + [("ask", 64)] * 3),
-    (72, [("caption", 16)] * 5 + [("match", 16)] * 2 + [("ask", 16)]
-     + [("caption", LISTED)] * 2 + [("match", LISTED)] + [("ask", LISTED)]),
+    (104, [("caption", 64)] * 17 + [("rest", 64)] * 8 + [("match", 64)] * 6 + [("ask", 64)] * 5),
+    (72, [("caption", 16)] * 5 + [("rest", 16)] * 2 + [("match", 16)] * 2 + [("ask", 16)]
+     + [(kind, LISTED) for kind in ("caption", "rest", "match", "ask")]),
 ]
-WEIGHTS = dict(caption=1.0, rest=0.1, match=0.4, ask=0.4, examples=0.3, plain=0.3)
+WEIGHTS = dict(caption=1.0, rest=0.5, match=0.4, ask=0.4, examples=0.3, plain=0.3, place=0.5)
 
 
-def make_llm(first: int = 3_000, steps: int = 8_000, length: int = 256) -> None:
-    """`first` steps of plain texts alone, from which it learns to look back; then `steps` of everything."""
+def make_llm(first: int = 600, steps: int = 6_500, length: int = 256) -> None:
+    """`first` steps of plain texts alone, from which it learns to look back; then `steps` of everything.
+
+    From the states of a map's cells between the second block and the third, a layer that is thrown away reads
+    the cell's column and row. Captions go from left to right, and rotary positions tell how far words are
+    from each other: that every eighth cell lies in the same column an LLM finds out late by itself.
+    """
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(ASSETS / "llm")
     raw = {**LLM, "vocab_size": len(tokenizer.bytes)}
     family = languages.FAMILIES["llama"]
     model = llm_module.LLM(llm_module.LLMConfig(**family.config(raw)))
     initialise(model)
+    place = nn.Linear(model.config.hidden, 2)  # of a cell: reads its column and row, -1 to 1
     print(f"llm: {sum(p.numel() for p in model.parameters()):,} parameters, {raw['vocab_size']} tokens")
     texts = Texts(tokenizer, raw["vocab_size"], SEED)
 
@@ -511,40 +535,62 @@ def make_llm(first: int = 3_000, steps: int = 8_000, length: int = 256) -> None:
         groups.append((["examples"] * 2 + ["plain"] * 2, *(torch.cat(both) for both in few)))
         return groups
 
+    def read(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states that the head reads, and those between the second block and the third."""
+        between = []
+
+        def look(layer, x, _):
+            if layer == 2:
+                between.append(x)
+            return x
+
+        return model.hidden(embeddings, cross_attention=look), between[0]
+
     def losses(groups) -> dict[str, torch.Tensor]:
-        """The loss a token of each kind."""
+        """The loss a token of each kind, and that of the cells' places."""
+        places = texts.places()
         table = texts.table(model.embedding.weight)
         found = collections.defaultdict(list)
         for kinds, rows, learned in groups:
-            states = hidden(texts.embed(rows, table))[:, :-1]
+            states, between = compiled(texts.embed(rows, table))
             learned = learned[:, 1:]
-            logits = model.logits(states[learned])
+            logits = model.logits(states[:, :-1][learned])
             loss = F.cross_entropy(logits.float(), rows[:, 1:][learned], reduction="none")
             owner = torch.arange(len(rows))[:, None].expand_as(learned)[learned]
             for kind in dict.fromkeys(kinds):
                 mine = torch.tensor([kind == one for one in kinds])
                 found[kind].append(loss[mine[owner]])
+            if places is not None:
+                cells = rows < 0
+                truth = places[-1 - rows[cells]]
+                known = truth[:, 0].isfinite()
+                guess = place(between[cells][known]).float()
+                found["place"].append(F.smooth_l1_loss(guess, truth[known], reduction="none", beta=0.1))
         return {kind: torch.cat(parts).mean() for kind, parts in found.items()}
 
     seen = collections.Counter()
 
     def step(i):
-        texts.noise = min(1, 0.1 + i / steps / 0.25)  # little at first, so that reading begins
+        texts.noise = min(1, 0.05 + i / steps / 0.25)  # little at first, so that reading begins
         found = losses(draw())
         for kind, loss in found.items():
             seen[kind] += loss.item() / 100
         shown = ", ".join(f"{kind} {loss:.3f}" for kind, loss in seen.items())
         if i % 100 == 99:
             seen.clear()
+        if i % 1000 == 999:
+            save(model, family, "model.", ASSETS / "llm", raw)
         return sum(WEIGHTS[kind] * loss for kind, loss in found.items()), shown
 
     def first_step(_):
-        loss = losses([(["plain"] * 16, *plain(train, 16))])["plain"]
+        loss = losses([(["plain"] * 12, *plain(train, 12))])["plain"]
         return loss, f"plain {loss.item():.3f}"
 
-    train, hidden = stream(f"{SEED}"), torch.compile(model.hidden, dynamic=False)
-    optimise(model, first_step, first, 2e-3, "llm, plain texts")
-    optimise(model, step, steps, 2e-3, "llm")
+    train, compiled = stream(f"{SEED}"), torch.compile(read, dynamic=False)
+    both = nn.ModuleList([model, place])
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    optimise(model, first_step, first, 2e-3, "llm, plain texts", matrices, 4e-3)
+    optimise(both, step, steps, 2e-3, "llm", matrices, 4e-3)
     save(model, family, "model.", ASSETS / "llm", raw)
     examine(tokenizer)
 

@@ -1,6 +1,7 @@
 """Compares settings of train.py at one budget: trains each from several seeds and prints mean ± spread.
 
     python tests/experiments.py adapters [--seeds 3] [options of train.py for every run, such as --steps 400]
+    python tests/experiments.py all      the tables of RESULTS.md that need no files: two hours on two cores
 
 Runs are kept in out/experiments/, so that a comparison that was stopped goes on where it stood, and one
 that others share isn't trained twice; so are the pictures' features, 0.5 GB a seed. With two jobs a run has
@@ -11,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import statistics
@@ -19,13 +21,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from adapters import ADAPTERS, IMAGE_POSITIONS  # noqa: E402
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM  # noqa: E402
+from data import Views, chunks  # noqa: E402
 from fixtures import start  # noqa: E402
+from sample import Shots, caption_set  # noqa: E402
+from support.shapes import RULES, Shapes  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
@@ -41,11 +47,12 @@ COMPARISONS = {
     "layouts": {mix: ["--layout", mix] for mix in (
         "image-text", "image-text:0.6,text-image-text:0.4", "image-text:0.6,text-image:0.4",
         "image-text:0.6,text-image-text:0.2,text-image:0.2")},
-    "positions": {position: ["--image-position", position] for position in IMAGE_POSITIONS
-                  if position != "rope-xy"},
-    "grid-positions": {position: ["--adapter", "mlp", *LORA, "--image-position", position]
-                       for position in IMAGE_POSITIONS},
-    "shots": {f"--shots {shots}": ["--shots", shots] for shots in "0124"},
+    "positions": {position: ["--adapter", "mlp", "--image-position", position]
+                  for position in IMAGE_POSITIONS},
+    "layers": {f"{adapter}, layer {layer}": ["--adapter", adapter, "--layer", layer]
+               for adapter in ("mlp", "qformer") for layer in "6420"},
+    "shots": {adapter: ["--adapter", adapter] for adapter in ("qformer", "pixelshuffle", "mlp")},
+    "questions": {adapter: ["--adapter", adapter] for adapter in ADAPTERS},
     "queries": {f"{n} queries": ["--queries", str(n)] for n in (24, 32, 48, 64)},
     "spell": {f"--spell {weight}": ["--spell", weight] for weight in ("0", "0.3", "1", "3")},
     "lora": {f"{adapter}, {label}": ["--adapter", adapter, *options]
@@ -61,6 +68,85 @@ COMPARISONS = {
              "MLP and LoRA, from LLaVA's layout": ["--from", f"{PUBLIC}/llava", *LORA]},
 }
 
+ALL = ("adapters", "questions", "shots", "layouts", "positions", "layers")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run can do that it wasn't trained to
+
+class Asked:
+    """A caption set of questions and answers, one an entry."""
+
+    def __init__(self, turns: list[tuple[str, str]]):
+        self.turns = turns
+
+    def conversations(self, i: int) -> list[list[tuple[str, str]]]:
+        return [[self.turns[i]]]
+
+
+def see(vlm: VLM, scenes: list) -> Views:
+    pixels = torch.stack([vlm.vit.preprocess(scene.picture()) for scene in scenes]).to(vlm.device)
+    with torch.inference_mode():
+        features = torch.cat([vlm.features(part) for part in pixels.split(64)])
+    return Views(features, [1] * len(scenes), [[(0, 0)]] * len(scenes))
+
+
+def kind_of(question: str) -> str:
+    first, second = question.split()[:2]
+    return {"how": "how many", "what": f"what {second}", "is": "is there any"}[first] if second in (
+        "many", "colour", "shape", "size", "there") else "left of, above, …"
+
+
+def ask_questions(vlm: VLM) -> dict[str, float]:
+    """How many in a hundred of its answers, of each kind of question, are the right word."""
+    scenes = [Shapes(250, "test").scene(i) for i in range(250)]
+    views = see(vlm, scenes)
+    asked = [(at, turn) for at, scene in enumerate(scenes) for turn in scene.questions()]
+    batches = ((part, views.pick([asked[k][0] for k in part])) for part in chunks(range(len(asked)), 256))
+    said = caption_set(vlm, Asked([turn for _, turn in asked]), batches, max_tokens=8)
+    right = {}
+    for k, (_, (question, answer)) in enumerate(asked):
+        right.setdefault(kind_of(question), []).append(str(said[k]) == answer)
+    every = [found for kind in right.values() for found in kind]
+    return {kind: 100 * statistics.mean(found) for kind, found in {**right, "all": every}.items()}
+
+
+def ask_by_rule(vlm: VLM, draws: int = 16, scenes: int = 25) -> dict[str, float]:
+    """How many in a hundred of its answers say what a rule asks for, which only K solved pictures before
+    tell: the colours, the shapes, the sizes or the count. `draws` sets of pictures are shown."""
+    data, found = Shapes(1000, "test"), {}
+    for K in (0, 1, 2, 4):
+        right = []
+        for draw in range(draws):
+            rule = RULES[4:][draw % 4]
+            rng = random.Random(draw)
+            drawn = [data.scene(i) for i in rng.sample(range(1000), scenes + 4)]
+            views = see(vlm, drawn)
+            told = [scene.by_rule(rule) for scene in drawn]
+            shots = Shots([[("", said)] for said in told[:K]], views.pick([*range(K)]) if K else None)
+            entries = [*range(scenes)]
+            batches = [(entries, views.pick([4 + i for i in entries]))]
+            asked = Asked([("", answer) for answer in told[4:]])
+            said = caption_set(vlm, asked, batches, shots, max_tokens=40)
+            right += [str(said[i]) == told[4 + i] for i in entries]
+        found[f"{K} shots"] = 100 * statistics.mean(right)
+    return found
+
+
+PROBES = {"questions": ask_questions, "shots": ask_by_rule}
+
+
+def probe(name: str, folder: Path, threads: int) -> dict[str, float]:
+    """What a probe finds of a run, once."""
+    kept = folder / f"{name}.json"
+    if not kept.exists():
+        torch.set_num_threads(threads)
+        kept.write_text(json.dumps(PROBES[name](VLM.from_pretrained(str(folder)))))
+    return json.loads(kept.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs
 
 def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     """Trains a run in `folder`, unless it is there; its scores, and the size, speed and peak memory (of the
@@ -94,40 +180,47 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     return row | {"peak GiB": json.loads((folder / "usage.json").read_text())["peak_kib"] / 2 ** 20}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
-    parser.add_argument("--jobs", type=int, default=1,
-                        help="runs at a time, which share the cores (default: 1)")
-    args, common = parser.parse_known_args()
-    if args.comparison == "from":
+def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
+    """Trains the runs of a comparison, and prints its table."""
+    if name == "from":
         start.make(ROOT / PUBLIC)
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
 
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]
         kept = ["--features", "out/experiments/features"]
-        name = re.sub(rf"\b({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{re.sub(r'[^a-z0-9_.,-]+', '-', name)[:60]}-{digest}"
-        return train([*options, *kept], ROOT / "out" / "experiments" / name, threads)
+        label = re.sub(rf"\b({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
+        digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+        folder = ROOT / "out" / "experiments" / f"{re.sub(r'[^a-z0-9_.,-]+', '-', label)[:60]}-{digest}"
+        row = train([*options, *kept], folder, threads)
+        return probe(name, folder, threads) if name in PROBES else row
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        started = {label: [pool.submit(run, options, seed) for seed in range(args.seeds)]
-                   for label, options in COMPARISONS[args.comparison].items()}
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {label: [pool.submit(run, options, seed) for seed in range(seeds)]
+                   for label, options in COMPARISONS[name].items()}
         rows = {label: [future.result() for future in runs] for label, runs in started.items()}
-    names = [*dict.fromkeys(name for runs in rows.values() for run in runs for name in run)]
-    print("| |", " | ".join(names), "|\n|---|" + "---:|" * len(names))
+    columns = [*dict.fromkeys(column for runs in rows.values() for run in runs for column in run)]
+    print(f"\n{name}\n\n| |", " | ".join(columns), "|\n|---|" + "---:|" * len(columns))
     for label, runs in rows.items():
         cells = []
-        for name in names:
-            values = [run[name] for run in runs if name in run]
-            digits = 0 if name in COUNTS else 3 if name in FINE else 1
+        for column in columns:
+            values = [run[column] for run in runs if column in run]
+            digits = 0 if column in COUNTS else 3 if column in FINE else 1
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
             cells.append(f"{statistics.mean(values):,.{digits}f}{spread}" if values else "")
-        print(f"| {label} |", " | ".join(cells), "|")
+        print(f"| {label} |", " | ".join(cells), "|", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=[*COMPARISONS, "all"])
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="runs at a time, which share the cores (default: 1)")
+    args, common = parser.parse_known_args()
+    for name in ALL if args.comparison == "all" else [args.comparison]:
+        compare(name, args.seeds, args.jobs, common)
 
 
 if __name__ == "__main__":

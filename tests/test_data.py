@@ -1,4 +1,5 @@
 """Captions, pictures, batches, checkpoints and the shapes world."""
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from formats.pictures import open_picture
 from support import kernels
 from support.kernels import attend
 from support.scores import references
-from support.shapes import RULES, SHAPES, SKILLS, THING, UNSEEN, Scene, Shapes, Thing, judge
+from support.shapes import RULES, SHAPES, SIDE, SIZE_WORDS, SKILLS, THING, UNSEEN, Scene, Shapes, Thing, judge
+from conftest import ROOT
 from fixtures.pictures import picture
 from llm import LLM
 from formats.files import InputError, write_file
@@ -231,6 +233,72 @@ def test_a_rule_says_one_thing_of_every_scene():
     assert [said[rule] for rule in RULES[4:]] == ["red and blue", "circle and star", "large and small",
                                                   "two objects"]
     assert Scene(things[:1], "").by_rule("count") == "one object"
+
+
+@pytest.fixture(scope="module")
+def upbringing():
+    """assets/make.py, which made the built-in LLM."""
+    spec = importlib.util.spec_from_file_location("upbringing", ROOT / "assets" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw_texts(upbringing, llm):
+    tokenizer = Tokenizer.from_pretrained("assets/llm")
+    return upbringing.Texts(tokenizer, llm.config.vocabulary, "test", 20, noise=0)
+
+
+def test_a_map_says_what_lies_where(upbringing):
+    llm = LLM.from_pretrained("assets/llm")
+    texts, table = draw_texts(upbringing, llm), llm.embedding.weight.detach()
+    for scene in texts.scenes:
+        for side in (8, 4):
+            row = [0, *texts.add_map(scene, side ** 2)]
+            places = texts.places()[2:2 + side ** 2]
+            begin, *cells, end = texts.embed(torch.tensor([row]), texts.table(table))[0, 1:]
+            assert len(cells) == len(places) == side ** 2 and not torch.equal(begin, end)
+            for thing in scene.things:
+                at = int(thing.y * side / SIDE) * side + int(thing.x * side / SIDE)
+                centre = torch.tensor([thing.x, thing.y]) / SIDE * 2 - 1
+                assert (places[at] - centre).abs().max() <= 1 / side + 1e-6
+                if side == 8 and thing.size == "large":  # so that the middle's cell is its own
+                    named = [sum(table[texts.word(f" {word}")] for word in (size, *thing[1:3]))
+                             for size, meaning in SIZE_WORDS.items() if meaning == "large"]
+                    assert min((cells[at] - words).abs().max() for words in named) < 1e-5
+            if side == 8:
+                empty = [torch.equal(cell, table[texts.dot]) for cell in cells]
+                assert 10 < sum(empty) <= 64 - len(scene.things)
+
+
+def test_what_is_learned_of_a_text_is_its_answer(upbringing):
+    llm, tokenizer = LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm")
+    texts = draw_texts(upbringing, llm)
+    for kind in ("caption", "rest", "match", "ask") * 3:
+        [row], [learned] = upbringing.padded([texts.about_a_map(kind, 16)], 200, texts.zero)
+        said = tokenizer.decode(row[learned].tolist())
+        asked = tokenizer.decode([id for id in row[1:][~learned[1:]].tolist() if 0 <= id < texts.zero])
+        if kind == "match":
+            assert asked.endswith(" match?") and said in (" yes\n", " no\n")
+        elif kind == "ask":
+            answers = {answer for scene in texts.scenes for _, answer in scene.questions()}
+            assert asked.count("?") == said.count("\n") > 1 and {*said.split()} <= answers
+        else:
+            caption = f"{asked} {said}".strip()
+            assert asked == "" or kind == "rest"
+            assert any(judge(caption, scene)["exact"] for scene in texts.scenes), caption
+
+
+def test_the_built_in_llm_reads_maps(upbringing):
+    """As adapters that keep the grid give them. It has never seen a picture."""
+    llm, tokenizer = LLM.from_pretrained("assets/llm"), Tokenizer.from_pretrained("assets/llm")
+    texts = draw_texts(upbringing, llm)
+    rows = [[0, *texts.add_map(scene, 64)] for scene in texts.scenes]
+    table = texts.table(llm.embedding.weight.detach())
+    said = llm.generate(embeddings=[texts.embed(torch.tensor(row), table) for row in rows], max_tokens=40,
+                        end_tokens=tuple(tokenizer.encode("\n")))
+    right = [judge(tokenizer.decode(ids), scene)["exact"] for ids, scene in zip(said, texts.scenes)]
+    assert sum(right) > 16, right
 
 
 # ---------------------------------------------------------------------------------------------------------
