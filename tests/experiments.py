@@ -49,8 +49,7 @@ COMPARISONS = {
         "image-text:0.6,text-image-text:0.2,text-image:0.2")},
     "positions": {position: ["--adapter", "mlp", "--image-position", position]
                   for position in IMAGE_POSITIONS},
-    "layers": {f"{adapter}, layer {layer}": ["--adapter", adapter, "--layer", layer]
-               for adapter in ("mlp", "qformer") for layer in "6420"},
+    "layers": {f"layer {layer}": ["--adapter", "mlp", "--layer", layer] for layer in "6420"},
     "shots": {adapter: ["--adapter", adapter] for adapter in ("qformer", "pixelshuffle", "mlp")},
     "questions": {adapter: ["--adapter", adapter] for adapter in ADAPTERS},
     "queries": {f"{n} queries": ["--queries", str(n)] for n in (24, 32, 48, 64)},
@@ -129,7 +128,7 @@ def ask_by_rule(vlm: VLM, draws: int = 16, scenes: int = 25) -> dict[str, float]
             asked = Asked([("", answer) for answer in told[4:]])
             said = caption_set(vlm, asked, batches, shots, max_tokens=40)
             right += [str(said[i]) == told[4 + i] for i in entries]
-        found[f"{K} shots"] = 100 * statistics.mean(right)
+        found["1 shot" if K == 1 else f"{K} shots"] = 100 * statistics.mean(right)
     return found
 
 
@@ -189,7 +188,7 @@ def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]
         kept = ["--features", "out/experiments/features"]
-        label = re.sub(rf"\b({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
+        label = re.sub(rf"(?<![^_])({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
         digest = hashlib.sha256(label.encode()).hexdigest()[:8]
         folder = ROOT / "out" / "experiments" / f"{re.sub(r'[^a-z0-9_.,-]+', '-', label)[:60]}-{digest}"
         row = train([*options, *kept], folder, threads)
