@@ -188,7 +188,8 @@ def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]
         kept = ["--features", "out/experiments/features"]
-        label = re.sub(rf"(?<![^_])({USUAL})(_|$)", "", "_".join(option.removeprefix("--") for option in options))
+        label = "_".join(option.removeprefix("--") for option in options)
+        label = re.sub(rf"(?<![^_])({USUAL})(_|$)", "", label)
         digest = hashlib.sha256(label.encode()).hexdigest()[:8]
         folder = ROOT / "out" / "experiments" / f"{re.sub(r'[^a-z0-9_.,-]+', '-', label)[:60]}-{digest}"
         row = train([*options, *kept], folder, threads)
