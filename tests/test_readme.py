@@ -196,7 +196,7 @@ def test_a_comparison(here, monkeypatch, capfd):
 def test_names_in_the_text():
     """Options, comparisons of experiments.py, rows of real_sizes.py; and commands to be run elsewhere."""
     known = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (
-        "train", "sample", "tests/experiments", "tests/bench", "tests/real_sizes"))
+        "train", "sample", "tests/experiments", "tests/bench", "tests/real_sizes", "tests/layers"))
     found = [{*re.findall(pattern, README, re.M)} for pattern in (
         r"(?<![\w-])--[a-z][\w-]*", r"experiments\.py ([a-z-]+)",
         r"^\| ([\w.-]+(?: --no-split)?)[^|]*\| [\d,]+ M \|")]

@@ -109,6 +109,7 @@ def changed(state: dict):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_the_run_would_not_write_is_refused(run, monkeypatch, capsys):
+    (run / "best.safetensors").unlink(missing_ok=True)  # which would be taken
     path = run / "checkpoint.safetensors"
     state = load_file(path)
     for said, tensors in changed(state):
