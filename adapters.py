@@ -653,12 +653,11 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: torch.Tensor) -> None:
-        """Where several layers are read: from now on, each channel of these features (P,N,Dv) comes to the
-        adapter with mean 0 and standard deviation 1."""
-        if self.channel_scale is not None:
-            std, mean = torch.std_mean(features.float(), (0, 1))
-            self.channel_scale.copy_(1 / std.clamp(min=1e-6))
-            self.channel_shift.copy_(-mean * self.channel_scale)
+        """Sets the channels' factors and summands, which a VLM that reads several layers has: each channel of
+        these features (P,N,Dv) then comes to the adapter with mean 0 and standard deviation 1."""
+        std, mean = torch.std_mean(features.float(), (0, 1))
+        self.channel_scale.copy_(1 / std.clamp(min=1e-6))
+        self.channel_shift.copy_(-mean * self.channel_scale)
 
     def prompt_words(self, tokens: torch.Tensor, pictures: int | None = None,
                      target_positions: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -335,14 +335,18 @@ class Shots(NamedTuple):
     views: Views | None = None  # features of their pictures
 
 
+def see_whole(vlm: VLM, pictures: list[Image.Image]) -> Views:
+    """The features of pictures, each seen as a whole."""
+    pixels = torch.stack([vlm.vit.preprocess(picture) for picture in pictures]).to(vlm.device)
+    return Views(vlm.features(pixels), [1] * len(pictures), [[(0, 0)]] * len(pictures))
+
+
 def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse.Namespace) -> None:
     """Captions whole sets, each picture after `shots`, prints scores, and writes the captions to --save."""
     scores, lines = {}, ""
     solved = Shots()
     if shots:
-        pixels = torch.stack([vlm.vit.preprocess(picture) for picture, _ in shots]).to(vlm.device)
-        views = Views(vlm.features(pixels), [1] * len(shots), [[(0, 0)]] * len(shots))
-        solved = Shots([[("", said)] for _, said in shots], views)
+        solved = Shots([[("", said)] for _, said in shots], see_whole(vlm, [picture for picture, _ in shots]))
 
     for label, captions in sets.items():
         bad = {}

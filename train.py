@@ -311,9 +311,12 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
             raise InputError(f"{path}: {name} can't be {value!r}")
         if value is option.default is None:
             continue
-        numbers = (int, list) if option.type is layers else (int, float)
-        kinds = numbers if option.type is layers or isinstance(option.type, Number) else (
-            bool if option.nargs == 0 else str)
+        if option.type is layers:
+            kinds = (int, list)
+        elif isinstance(option.type, Number):
+            kinds = (int, float)
+        else:
+            kinds = bool if option.nargs == 0 else str
         if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
             raise InputError(f"{path}: {name} can't be {value!r}")
         if option.type:

@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM  # noqa: E402
-from data import Views, chunks  # noqa: E402
+from data import chunks  # noqa: E402
 from fixtures import start  # noqa: E402
-from sample import Shots, caption_set  # noqa: E402
+from sample import Shots, caption_set, see_whole  # noqa: E402
 from support.shapes import RULES, Shapes  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
@@ -83,13 +83,6 @@ class Asked:
         return [[self.turns[i]]]
 
 
-def see(vlm: VLM, scenes: list) -> Views:
-    pixels = torch.stack([vlm.vit.preprocess(scene.picture()) for scene in scenes]).to(vlm.device)
-    with torch.inference_mode():
-        features = torch.cat([vlm.features(part) for part in pixels.split(64)])
-    return Views(features, [1] * len(scenes), [[(0, 0)]] * len(scenes))
-
-
 def kind_of(question: str) -> str:
     first, second = question.split()[:2]
     return {"how": "how many", "what": f"what {second}", "is": "is there any"}[first] if second in (
@@ -99,7 +92,7 @@ def kind_of(question: str) -> str:
 def ask_questions(vlm: VLM) -> dict[str, float]:
     """How many in a hundred of its answers, of each kind of question, are the right word."""
     scenes = [Shapes(250, "test").scene(i) for i in range(250)]
-    views = see(vlm, scenes)
+    views = see_whole(vlm, [scene.picture() for scene in scenes])
     asked = [(at, turn) for at, scene in enumerate(scenes) for turn in scene.questions()]
     batches = ((part, views.pick([asked[k][0] for k in part])) for part in chunks(range(len(asked)), 256))
     said = caption_set(vlm, Asked([turn for _, turn in asked]), batches, max_tokens=8)
@@ -120,7 +113,7 @@ def ask_by_rule(vlm: VLM, draws: int = 16, scenes: int = 25) -> dict[str, float]
             rule = RULES[4:][draw % 4]
             rng = random.Random(draw)
             drawn = [data.scene(i) for i in rng.sample(range(1000), scenes + 4)]
-            views = see(vlm, drawn)
+            views = see_whole(vlm, [scene.picture() for scene in drawn])
             told = [scene.by_rule(rule) for scene in drawn]
             shots = Shots([[("", said)] for said in told[:K]], views.pick([*range(K)]) if K else None)
             entries = [*range(scenes)]
