@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import OURS, Batch, Processor, stack
-from formats.export import export
+from formats.export import export, export_run
 from formats.files import InputError, compare, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
 from formats.languages import tie
@@ -886,14 +886,18 @@ class VLM(nn.Module):
             fold_lora(self.adapter, folder, Tensors(config, found["adapter"]))
 
     def export(self, target: Path) -> None:
-        """Writes a run that began `from` a public VLM to the folder `target` in that one's own layout, its
-        LoRA merged. Raises InputError."""
-        if not self.prefixes:
-            raise InputError(f"{target}: only a run that began with --from has a layout to be written in")
+        """Writes a run to the folder `target` in a public layout, its LoRA merged: in that of the public VLM
+        that it began `from`, else in that of the family that computes the same. Raises InputError."""
+        with guard(target, "can't be written"):
+            if target.exists():
+                raise InputError(f"{target}: there is something already")
         merge_lora(self)
         if self.llm.config.tied and self.llm.head.weight is not self.llm.embedding.weight:
             raise InputError(f"{target}: the head was trained apart from the embedding, and the layout ties "
                              "them")
+        if not self.prefixes:
+            export_run(target, self)
+            return
         llm_family = tie(self.llm.family) if self.llm.config.tied else self.llm.family
         families = {"vit": self.vit.family, "llm": llm_family, "adapter": self.adapter.family}
         parts = []

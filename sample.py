@@ -8,7 +8,7 @@
     python sample.py photo.jpg --attention seen.png     # and where each of its words looked
     python sample.py photos/ "*.png" --json             # a line of JSON for each picture
     python sample.py --data captions.csv --images DIR   # caption a whole set and score it
-    python sample.py --model RUN --export FOLDER        # write a run in the layout of its --from
+    python sample.py --model RUN --export FOLDER        # write a run in a public layout
 """
 import argparse
 import glob
@@ -52,8 +52,9 @@ def make_parser() -> Parser:
     add("--model", metavar="NAME",
         help="a run's folder, or a public VLM: a folder or a hub name (default: the newest run in out/)")
     add("--export", metavar="FOLDER",
-        help="write the run there in the layout of the public VLM that it began from, LoRA merged, so that "
-             "others open it")
+        help="write the run there in a public layout, LoRA merged, so that others open it: that of its "
+             "--from; else LLaVA's (mlp), Idefics3's (pixelshuffle) or BLIP-2's (qformer), where it computes "
+             "the same")
     add("--merge-lora", action="store_true",
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",

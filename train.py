@@ -13,6 +13,7 @@ import collections
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -147,10 +148,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=MANY, default=128, help="longest caption, tokens; longer ones are cut")
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=COUNT, default=700, help="optimizer steps")
+    add("--steps", type=COUNT, default=400, help="optimizer steps")
     add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
     add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
-    add("--lr", type=RATE, default=1e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr", type=RATE, default=2e-3, help="peak learning rate of adapter and LoRA")
     add("--lr-llm", type=RATE, default=1e-4, help="that of the LLM, if trained whole")
     add("--lr-vit", type=RATE, default=1e-4, help="that of the encoder, if trained whole")
     add("--warmup", type=Number(int, 0, 10 ** 9), default=100,
@@ -777,10 +778,15 @@ class Run:
     # Validation. All processes validate alike: for one of them the others would have to wait
 
     def validate(self) -> dict[str, float]:
-        """The loss of a token on the validation set, one caption a picture, whatever layouts are trained; and
-        how often it is right about which captions match, where it learns that."""
+        """The loss of a token on the validation set, one caption a picture, whatever layouts are trained; of
+        the first 100 scenes of the shapes world, the share that is captioned without an error; and how often
+        it is right about which captions match, where it learns that."""
         self.vlm.eval()
         found = {"val": self.loss(self.val)}
+        if self.unseen is not None:
+            first = itertools.islice(self.val.batches(100), 1)
+            texts = caption_set(self.vlm, self.val.captions, first)
+            found["exact"] = rate(self.val.captions, texts)[0]["exact"]
         if "text-image" in self.layouts:
             found["matching"] = self.matching(self.val)
         self.vlm.train()

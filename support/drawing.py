@@ -114,7 +114,8 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 # colours apart
 PANELS = ({"loss": ("training loss per token", BLUE),
            "val": ("validation loss per token", "#d55e00")},
-          {"matching": ("image-text matching, share that is right", "#009e73")})
+          {"exact": ("share of scenes captioned without an error", BLUE),
+           "matching": ("image-text matching, share that is right", "#009e73")})
 PX = 4  # panels are drawn so much larger, then reduced: edges are smooth
 
 

@@ -280,7 +280,7 @@ class Progress:
 
     def text(self, line: dict) -> str:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}"]
-        parts += [f"{name} {line[name]:.4f}" for name in ("val", "matching") if name in line]
+        parts += [f"{name} {line[name]:.4f}" for name in ("val", "exact", "matching") if name in line]
         if "skipped" in line:
             parts.append(f"{line['skipped']} steps skipped: not finite")
         parts += [f"{line['images_per_s']:.0f} images/s", f"{line['tokens_per_s']:.0f} tokens/s",

@@ -1,7 +1,7 @@
 """Compares settings of train.py at one budget: trains each from several seeds and prints mean ± spread.
 
     python tests/experiments.py adapters [--seeds 3] [options of train.py for every run, such as --steps 400]
-    python tests/experiments.py all      the tables of RESULTS.md that need no files: two hours on two cores
+    python tests/experiments.py all      the tables of RESULTS.md that need no files
 
 Runs are kept in out/experiments/, so that a comparison that was stopped goes on where it stood, and one
 that others share isn't trained twice; so are the pictures' features, 0.5 GB a seed. With two jobs a run has
@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM  # noqa: E402
 from data import chunks  # noqa: E402
 from fixtures import start  # noqa: E402
+from formats.captions import IMAGE  # noqa: E402
 from sample import Shots, caption_set, see_whole  # noqa: E402
-from support.shapes import RULES, Shapes  # noqa: E402
+from support.shapes import RULES, Shapes, judge  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
@@ -125,7 +126,22 @@ def ask_by_rule(vlm: VLM, draws: int = 16, scenes: int = 25) -> dict[str, float]
     return found
 
 
-PROBES = {"questions": ask_questions, "shots": ask_by_rule}
+def finish_captions(vlm: VLM) -> dict[str, float]:
+    """How many in a hundred captions it ends without an error, whose first half came before the picture."""
+    data = Shapes(500, "test")
+    scenes = [data.scene(i) for i in range(500)]
+    views = see_whole(vlm, [scene.picture() for scene in scenes])
+    halves = []
+    for i in range(500):
+        words = data.conversations(i)[0][0][1].split(" ")
+        halves.append((" ".join(words[:len(words) // 2]), " ".join(words[len(words) // 2:])))
+    batches = ((part, views.pick(part)) for part in chunks(range(500), 125))
+    said = caption_set(vlm, Asked([(first + IMAGE, rest) for first, rest in halves]), batches)
+    right = [judge(f"{first} {said[i]}", scenes[i])["exact"] for i, (first, _) in enumerate(halves)]
+    return {"rest exact": 100 * statistics.mean(right)}
+
+
+PROBES = {"questions": ask_questions, "shots": ask_by_rule, "layouts": finish_captions}
 
 
 def probe(name: str, folder: Path, threads: int) -> dict[str, float]:
@@ -160,6 +176,7 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     (label, scores), *others = lines[-1]["scores"].items()
     row = {name: 100 * value if label.startswith("test") else value for name, value in scores.items()}
     row |= {f"{label.split(' (')[0]} exact": 100 * scores["exact"] for label, scores in others}
+    row |= {f"exact at {line['step']}": 100 * line["exact"] for line in lines if "exact" in line}
     row["val loss"] = [line["val"] for line in lines if "val" in line][-1]
     row["trained parameters"] = 0
     with safe_open(folder / "checkpoint.safetensors", framework="pt") as file:
@@ -186,7 +203,8 @@ def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
         digest = hashlib.sha256(label.encode()).hexdigest()[:8]
         folder = ROOT / "out" / "experiments" / f"{re.sub(r'[^a-z0-9_.,-]+', '-', label)[:60]}-{digest}"
         row = train([*options, *kept], folder, threads)
-        return probe(name, folder, threads) if name in PROBES else row
+        found = probe(name, folder, threads) if name in PROBES else {}
+        return found if name in ("questions", "shots") else row | found
 
     with ThreadPoolExecutor(jobs) as pool:
         started = {label: [pool.submit(run, options, seed) for seed in range(seeds)]

@@ -538,7 +538,7 @@ def job_table() -> None:
 def main_job() -> None:
     """Goal: under a minute."""
     job_table()
-    folder = job("qformer, 700 steps: the main job", "--no-compile")
+    folder = job("qformer: the main job", "--no-compile")
     greedy_and_beams(folder)
 
 

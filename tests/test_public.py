@@ -13,14 +13,17 @@ import sample
 import train
 from adapters import VLM
 from support.shapes import Scene
-from formats.files import InputError
-from fixtures import start
+from formats.export import TARGETS
+from formats.files import InputError, read_json
+from formats.tokenizer import Tokenizer
+from formats.vlms import family_of
+from fixtures import exports, start
 from fixtures.compare import close
 from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
 from formats.peft import CONFIG, WEIGHTS
 from lora import lora_layers, merge_lora
-from test_vlm import QUICK, QUICK_SET, SMALL, command
+from test_vlm import QUICK_SET, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
@@ -401,11 +404,56 @@ def test_an_export_changes_every_tensor_that_depends_on_what_was_trained(fixture
     assert torch.allclose(VLM.from_pretrained(str(tmp_path / "llava")).vit.prefix, wanted, atol=0.02)
 
 
-def test_what_has_no_public_layout_is_not_exported(fixtures, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("vit, kind, adapter, config", exports.RUNS)
+@torch.no_grad()
+def test_a_run_of_ours_becomes_a_public_layout(vit, kind, adapter, config, fixtures, tmp_path):
+    """Read back it is a member of the family, whose reading by the reference other tests prove, and says the
+    same. (What transformers says: fixtures/exports.py.)"""
+    torch.manual_seed(0)
+    run = exports.own(fixtures / vit, exports.language_model(tmp_path / "llm", kind), adapter, **config)
+    run.export(tmp_path / "public")
+    again = VLM.from_pretrained(str(tmp_path / "public"))
+    assert family_of(read_json(tmp_path / "public/config.json")) == TARGETS[adapter].kind
+    shown = picture(30, 30)
+    ids, _ = run.processor.encode("a large star", images=1)
+    tokens, where = torch.tensor([ids]), torch.arange(len(ids))
+    logits = []
+    for vlm in (run, again):
+        pixels = vlm.vit.preprocess.tiles(shown, split=False)[0]
+        logits.append(vlm.logits(tokens, vlm.features(pixels), where))
+    close(logits[1][:, :440], logits[0], 1e-3)
+
+    # The tokenizer spells an image as it was trained, and what was none of its words is never said
+    tokenizer = Tokenizer.from_pretrained(str(tmp_path / "public"))
+    template = (tmp_path / "public/chat_template.jinja").read_text()
+    [text] = re.findall(r"'image' %}(.*){% else", template)
+    if adapter == "pixelshuffle":  # Idefics3's processor puts these around an image
+        text = "<fake_token_around_image><global-img><image><fake_token_around_image>"
+    if adapter != "qformer":  # their processors repeat it
+        text = text.replace("<image>", "<image>" * run.adapter.queries)
+    begin = run.processor.marker
+    assert tokenizer.prefix + tokenizer.encode(f"{text}a large star") == ids and begin in ids
+    said = read_json(tmp_path / "public/generation_config.json")
+    assert said["suppress_tokens"] == [begin, begin + 1, begin + 2] and 0 in said["eos_token_id"]
+    assert all(b"\n" in tokenizer.bytes[id] for id in said["eos_token_id"] if id)
+
+
+@pytest.mark.parametrize("vit, adapter, config, reason", (
+    ("clip", "linear", {}, "no public layout has the linear adapter"),
+    ("clip", "pixelshuffle", dict(adapter_sizes=dict(scale=5)), "no place for an encoder of model_type clip"),
+    ("siglip", "mlp", {}, "no place for the output of SigLIP's last norm"),
+    ("siglip", "pixelshuffle", dict(adapter_sizes=dict(scale=5), layer=2), "no place for --layer 2"),
+    ("clip", "mlp", dict(image_size=24), "an encoder of 24 px, whose file has another size"),
+    ("clip", "mlp", dict(image_position="xy"), "no place for --image-position xy")))
+def test_what_has_no_public_layout_is_not_exported(vit, adapter, config, reason, fixtures, tmp_path):
+    run = exports.own(fixtures / vit, "assets/llm", adapter, **config)
+    with pytest.raises(InputError, match=reason):
+        run.export(tmp_path / "public")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_export_takes_no_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, train, *SMALL, *QUICK, "--out", "run", "--quiet") == 0
-    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
-    assert "only a run that began with --from has a layout" in capsys.readouterr().err
     assert command(monkeypatch, sample, "a.png", "--export", "public") == 2
     assert "give one or more pictures, --data, or --export" in capsys.readouterr().err
     assert not Path("public").exists()

@@ -403,7 +403,7 @@ def test_help_is_readable(module, monkeypatch, capsys):
     groups = text.split("\n\n")
     assert max(group.count("\n") for group in groups) < 30
     if module is train:
-        assert "default: 700" in text and "default: 0.001" in text
+        assert "default: 400" in text and "default: 0.002" in text
 
 
 @pytest.mark.slow
