@@ -158,7 +158,7 @@ class Words(nn.Module):
     def __init__(self, llm_width: int, width: int, positions: int):
         super().__init__()
         self.words = nn.Linear(llm_width, width)
-        self.positions = nn.Embedding(positions, width)
+        self.positions = nn.Embedding.from_pretrained(drawn(positions, width), freeze=False)
 
     def forward(self, x, words, seen):
         """Puts words (P,L,D), where they are `seen` (P,L), behind queries x (P,Q,W): (P,Q+L,W), and the mask
@@ -385,9 +385,10 @@ class TwoWay(Adapter):
         self.query = nn.Parameter(drawn(queries, width))
         self.words = Words(llm_width, width, text) if text else None
         self.project_in = nn.Linear(vision_width, width)
-        fixed = torch.Generator().manual_seed(0)  # the same frequencies in every run
-        matrix = torch.randn(2, width // 2, generator=fixed)
-        self.register_buffer("places", fourier_places(matrix, grid), persistent=False)
+        with torch.device("cpu"):  # see `drawn`
+            fixed = torch.Generator().manual_seed(0)  # the same frequencies in every run
+            places = fourier_places(torch.randn(2, width // 2, generator=fixed), grid)
+        self.register_buffer("places", places, persistent=False)
         self.blocks = nn.ModuleList(
             TwoWayBlock(width, heads, mlp or 4 * width, shrink, eps, first=i == 0) for i in range(layers))
         self.to_image = Attention(width, width, heads, shrink=shrink)
@@ -1034,8 +1035,10 @@ def updates_in(state: dict[str, torch.Tensor]) -> dict[str, dict[str, Update]]:
 
 def adamw_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
     """What AdamW keeps of a parameter, as it is before the first step."""
-    return dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                exp_avg_sq=torch.zeros_like(p))
+    def zeros(*shape: int) -> torch.Tensor:  # zeros_like, on the meta device, would import sympy
+        return torch.zeros(shape, dtype=p.dtype, device=p.device)
+
+    return dict(step=zeros(), exp_avg=zeros(*p.shape), exp_avg_sq=zeros(*p.shape))
 
 
 def resume_state(moments: dict[str, dict[str, torch.Tensor]], scaler: torch.amp.GradScaler,
