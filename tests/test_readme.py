@@ -38,7 +38,8 @@ REFERENCE = "needs transformers, peft or tokenizers"
 ELSEWHERE = {  # where a command is run instead, or why it isn't
     "pip install -r requirements.txt": ".ci/run", "pytest": "this is it",
     "python tests/experiments.py": "test_a_comparison", "python tests/fixtures/make.py": REFERENCE,
-    "python tests/real_sizes.py": REFERENCE, "python tests/compare_tokenizers.py": REFERENCE}
+    "python tests/fixtures/exports.py": REFERENCE, "python tests/real_sizes.py": REFERENCE,
+    "python tests/compare_tokenizers.py": REFERENCE}
 LONG = ("python tests/bench.py", "python tests/gpu.py")  # take minutes: their arguments are read, no more
 HUB = {"google/siglip-base-patch16-224": "tests/fixtures/siglip", "HuggingFaceTB/SmolLM2-135M": "assets/llm",
        "HuggingFaceTB/SmolVLM-256M-Instruct": "tests/fixtures/smolvlm",
