@@ -995,7 +995,7 @@ BEST = "best.safetensors"  # those of the validation with the lowest loss, where
 # What config.json of a run may hold, beside what train.py adds
 KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,
          "prompt": str, "train": list, "layer": (int, list), "image_size": int, "placeholder": int,
-         "split": bool}
+         "split": bool, "training": dict}
 
 
 def check_run(config: dict) -> None:

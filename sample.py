@@ -87,8 +87,9 @@ def make_parser() -> Parser:
     add("--top-k", type=Number(int, 0, 10 ** 6), default=0, help="draw among the N likeliest tokens; 0: all")
     add("--top-p", type=Number(float, 1e-6, 1), default=1.0,
         help="draw among the fewest tokens of this probability together")
-    add("--beams", type=Number(int, 1, 1000), default=1,
-        help="search for the likeliest text with N beams; 1: off")
+    add("--beams", type=Number(int, 1, 1000), metavar="N",
+        help="search for the likeliest text with N beams; 1: off (default: 3 for a caption, where the run "
+             "learned captions of your own; else 1)")
     add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
@@ -127,7 +128,7 @@ def read_options() -> argparse.Namespace:
         ("attention show_prompt raw_prompt shot beams batch json", not args.chat, "with --chat"),
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
-        ("temperature", args.beams == 1, "with --beams"),
+        ("temperature", args.beams in (None, 1), "with --beams"),
         ("top_k top_p seed", args.temperature, "without --temperature"),
     ))
     return args
@@ -513,6 +514,13 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
     return pictures
 
 
+def usual_beams(vlm: VLM, args: argparse.Namespace) -> int:
+    """Captions of photographs get better by beam search; an answer to a question is read while it comes."""
+    learned = vlm.config.get("training", {}).get("data", "shapes")
+    asked = args.prompt is not None or args.chat or args.temperature
+    return 1 if learned == "shapes" or vlm.config.get("from") or asked else 3
+
+
 def main() -> None:
     args = read_options()
     for file in (args.save, args.attention):
@@ -549,6 +557,7 @@ def main() -> None:
     args.split = not args.attention and (vlm.processor.split if args.split is None else args.split)
     args.split = args.split and vlm.vit.preprocess.has_tiles
     args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
+    args.beams = args.beams or usual_beams(vlm, args)
     generator = torch.Generator(device).manual_seed(args.seed)
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, generator=generator)

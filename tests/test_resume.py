@@ -355,7 +355,7 @@ def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch,
     monkeypatch.chdir("run")  # what stays the same may be said again, from anywhere
     monkeypatch.setattr(train, "build", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        command(monkeypatch, train, "--resume", ".", "--lr", "0.001", "--batch", "6")
+        command(monkeypatch, train, "--resume", ".", "--lr", "0.002", "--batch", "6")
 
 
 @pytest.mark.parametrize("name, value", (("steps", "x"), ("steps", None), ("batch", 1.5), ("lr", [1]),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -277,6 +278,21 @@ def test_a_chat_on_the_command_line(trained, monkeypatch, capsys):
     assert "error: nowhere.png: no such picture" in captured.err
     assert command(monkeypatch, sample, "a.png", "--chat", "--json", *ask) == 2
     assert "--json means nothing with --chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data, more, beams", (
+    ("shapes", (), 1), ("/photos/captions.csv", (), 3), ("/photos/captions.csv", ("--beams", "1"), 1),
+    ("/photos/captions.csv", ("--prompt", "What is it?"), 1),
+    ("/photos/captions.csv", ("--temperature", "0.5"), 1)))
+def test_captions_of_photographs_are_searched_with_beams(data, more, beams, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["training"]["data"] = data
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    used = []
+    monkeypatch.setattr(sample, "caption_files", lambda *args: used.append(args[3]))
+    assert command(monkeypatch, sample, str(trained / "a.png"), "--model", tmp_path / "run", *more) == 0
+    assert used[0]["beams"] == beams
 
 
 def test_words_appear_as_they_come_on_a_terminal(trained, monkeypatch, capsys):
