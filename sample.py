@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from adapters import CHECKPOINT, VLM
+from adapters import VLM
 from data import Views, chunks, encode_pictures, few_shot, place, stack
 from formats.captions import IMAGE, Captions, Conversation, flat
 from formats.files import InputError, check_writable, write_text
@@ -36,6 +36,7 @@ from support.drawing import GREY, INK, contact_sheet, write_picture
 from support.journal import counted
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
+from support.runs import CHECKPOINT
 from support.scores import rate, references, table
 from support.shapes import Shapes
 

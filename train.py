@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adapters import (ADAPTERS, BEST, CHECKPOINT, IMAGE_POSITIONS, VLM, adamw_state, build,
-                      resume_state)
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
 from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
                   few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation
@@ -43,6 +42,7 @@ from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, send, start_processes
 from support.processes import RANK, WORLD, total, united
+from support.runs import BEST, CHECKPOINT, adamw_state, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
 

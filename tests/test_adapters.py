@@ -75,7 +75,8 @@ def test_an_adapter_without_weights_imports_no_compiler():
     """As each start does, to compare sizes, a run's with its optimizer's state: the import takes a second."""
     script = """if True:
         import sys, torch
-        from adapters import ADAPTERS, LLM, ViT, adamw_state, make_adapter
+        from adapters import ADAPTERS, LLM, ViT, make_adapter
+        from support.runs import adamw_state
         vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
         with torch.device("meta"):
             for adapter in ADAPTERS:
