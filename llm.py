@@ -445,7 +445,7 @@ class LLM(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens=None, *, embeddings=None, positions=None,
                  cross_attention: Callable | None = None, max_tokens: int = 50, temperature: float = 0.0,
-                 top_k: int = 0, top_p: float = 1.0, beams: int = 1,
+                 top_k: int = 0, top_p: float = 1.0, beams: int = 1, length_penalty: float = 1.0,
                  end_tokens: tuple[int, ...] | None = None, keep_end: bool = False,
                  generator: torch.Generator | None = None, cache: KVCache | None = None,
                  on_token: Callable[[int], None] | None = None) -> list[list[int]]:
@@ -462,6 +462,8 @@ class LLM(nn.Module):
         top_p: draws among the fewest tokens whose probabilities sum to p (nucleus sampling: Holtzman et al.,
             2020, arXiv:1904.09751).
         beams: above 1, beam search for the likeliest text, with this many beams.
+        length_penalty: of texts that ended the search takes that with the highest sum of log-probabilities
+            divided by its length to this power: 1 is their mean, less favours shorter texts.
         end_tokens: ids that end a text; by default the checkpoint's own. keep_end: returns them too.
         generator: what tokens are drawn with.
         cache: of one text, what was read of it before; the embeddings are those that follow. Afterwards it
@@ -523,7 +525,7 @@ class LLM(nn.Module):
 
         # Decode, token by token
         ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
-        search = BeamSearch(B, beams, max_tokens, ends) if beams > 1 else None
+        search = BeamSearch(B, beams, max_tokens, ends, length_penalty) if beams > 1 else None
         done = torch.zeros(B, dtype=torch.bool, device=device)
         ids = []
         for n in range(1, max_tokens + 1):

@@ -91,6 +91,9 @@ def make_parser() -> Parser:
     add("--beams", type=Number(int, 1, 1000), metavar="N",
         help="search for the likeliest text with N beams; 1: off (default: 3 for a caption, where the run "
              "learned captions of your own; else 1)")
+    add("--length-penalty", type=Number(float, 0, 10), default=0.5, metavar="P",
+        help="with beams: the best text has the highest log-probability divided by its length to this power; "
+             "1 favours long ones, 0 short ones")
     add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
@@ -124,12 +127,14 @@ def read_options() -> argparse.Namespace:
         ("images split_name save workers", args.data, "without --data"),
         ("images split_name", args.data != "shapes", "with the shapes world"),
         ("attention show_prompt chat", not args.data, "with --data"),
-        ("chat json quiet merge_lora split batch beams max_tokens temperature shot compile", not args.export,
-         "with --export"),
-        ("attention show_prompt raw_prompt shot beams batch json", not args.chat, "with --chat"),
+        ("chat json quiet merge_lora split batch beams length_penalty max_tokens temperature shot compile",
+         not args.export, "with --export"),
+        ("attention show_prompt raw_prompt shot beams length_penalty batch json", not args.chat,
+         "with --chat"),
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
         ("temperature", args.beams in (None, 1), "with --beams"),
+        ("length_penalty", args.beams != 1 and not args.temperature, "without --beams"),
         ("top_k top_p seed", args.temperature, "without --temperature"),
     ))
     return args
@@ -561,7 +566,8 @@ def main() -> None:
     args.beams = args.beams or usual_beams(vlm, args)
     generator = torch.Generator(device).manual_seed(args.seed)
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-                    top_p=args.top_p, beams=args.beams, generator=generator)
+                    top_p=args.top_p, beams=args.beams, length_penalty=args.length_penalty,
+                    generator=generator)
     shots = [(open_picture(name), flat(caption)) for name, caption in args.shot]
     if args.chat:
         chat(vlm, files, decoding, args)

@@ -23,11 +23,12 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
 
 class BeamSearch:
     """Continues the `beams` likeliest texts of each of B rows. Keeps, of the texts that ended, the `beams`
-    best by mean log-probability. A row is done when no text that goes on is better than the worst of
-    these."""
+    best by log-probability divided by length to the power of `length_penalty`. A row is done when no text
+    that goes on is better than the worst of these."""
 
-    def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor):
+    def __init__(self, B: int, beams: int, max_tokens: int, ends: torch.Tensor, length_penalty: float):
         self.beams = beams
+        self.length_penalty = length_penalty
         self.max_tokens = max_tokens
         self.ends = ends
         self.end_tokens = set(ends.tolist())
@@ -69,13 +70,14 @@ class BeamSearch:
     def end(self, b: int, scores: list[float], texts: list[list[int]], best_on: float) -> None:
         """Keeps those texts of row b that ended, and decides whether the row is done."""
         length = len(texts[0])
+        divisor = length ** self.length_penalty
         last = length == self.max_tokens
         for score, text in zip(scores, texts):
             if text[-1] in self.end_tokens or last:
-                self.ended[b].append((score / length, text))
+                self.ended[b].append((score / divisor, text))
         self.ended[b] = sorted(self.ended[b], reverse=True)[:self.beams]
         full = len(self.ended[b]) == self.beams
-        self.done[b] = last or full and best_on / length <= self.ended[b][-1][0]
+        self.done[b] = last or full and best_on / divisor <= self.ended[b][-1][0]
 
     def best(self) -> list[list[int]]:
         return [ended[0][1] if ended else [] for ended in self.ended]

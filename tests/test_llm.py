@@ -58,6 +58,17 @@ def test_family_equals_reference(name, fixtures):
     assert (half - golden["logits"]).abs().mean() < 0.2 * golden["logits"].abs().mean()
 
 
+@pytest.mark.parametrize("penalty, wanted", (
+    (0.0, [12]), (0.5, [48, 51, 18, 48, 54, 48, 10]),
+    (2.0, [48, 51, 18, 48, 54, 48, 48, 48, 58, 20, 20, 48, 48, 48, 50])))
+def test_a_length_penalty_is_the_reference_s(penalty, wanted, fixtures):
+    """What transformers 5.24 gives for generate(num_beams=3, length_penalty=…)."""
+    llm = LLM.from_pretrained(str(fixtures / "qwen2"))
+    found = llm.generate(torch.tensor([[26, 60, 25, 9, 44]]), beams=3, length_penalty=penalty, max_tokens=15,
+                         end_tokens=(41, 12, 1, 10, 4), keep_end=True)
+    assert found == [wanted]
+
+
 TIED = {"gpt2": ("transformer.wte", "lm_head"), "opt": ("model.decoder.embed_tokens", "lm_head"),
         "llama": ("model.embed_tokens", "lm_head"), "gemma3": ("model.embed_tokens", "lm_head"),
         "gpt_neox_serial": ("gpt_neox.embed_in", "embed_out")}
