@@ -135,8 +135,6 @@ def make_parser() -> argparse.ArgumentParser:
              "shard)")
     add("--split-name", metavar="NAME", help="the rows of this split of --data alone, where it has splits")
     add("--val-split", metavar="NAME", help="the same of --val")
-    add("--flip", action=argparse.BooleanOptionalAction,
-        help="see each picture mirrored too, unless a text says left or right (default: where no text asks)")
     add("--val-size", type=MANY, default=500, help="pictures to validate on, at most")
     add("--scenes", type=MANY, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
@@ -265,8 +263,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
         ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
         ("scenes", shapes, "with --data"),
-        ("images val split_name flip", not shapes, "without --data"),
-        ("flip", not shards, "with shards"),
+        ("images val split_name", not shapes, "without --data"),
         ("images", not shards or args.val and not is_shards(args.val), "with shards, which hold their own"),
         ("val_split", args.val, "without --val"),
         ("buffer", shards, "without shards"),
@@ -361,15 +358,13 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     if args.val:
         val = caption_data(args.val, args.images, split=args.val_split)
         _, val = val.held_out(args.val_size, args.seed)
-    else:
-        train, val = train.held_out(args.val_size, args.seed, 20)
-        val.note = " (held out)"
+        return train, val.by_question(), None
+    train, val = train.held_out(args.val_size, args.seed, 20)
+    val.note = " (held out)"
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
         raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")
-    if args.flip is None:
-        args.flip = isinstance(train, Captions) and not train.asks
-    return train.mirrored() if args.flip else train, val.by_question(), None
+    return train, val.by_question(), None
 
 
 def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:

@@ -13,7 +13,6 @@ import copy
 import csv
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -22,13 +21,12 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from formats.files import InputError, guard, named, warn, whole
 from formats.pictures import open_picture
 
 IMAGE = "<image>"  # where a picture stands in a text
-SIDE = re.compile(r"\b(left|right)", re.I)
 COLUMNS = {  # what a column of a table, or a key in JSON, may be called
     "image": ("image", "images", "file_name", "filename", "filepath", "image_name", "image_path", "img",
               "path"),
@@ -134,7 +132,6 @@ class Captions(torch.utils.data.Dataset):
     """
 
     note = ""  # which part of its file it is
-    plain = math.inf  # pictures from this one on are mirrored
 
     def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None,
                  text_only: bool = False):
@@ -215,16 +212,10 @@ class Captions(torch.utils.data.Dataset):
 
     def picture(self, p: int) -> Image.Image:
         path = self.paths[p]
-        picture = open_picture(path, getattr(path, "file", None))  # of a shard's pair it is in memory
-        return ImageOps.mirror(picture) if p >= self.plain else picture
+        return open_picture(path, getattr(path, "file", None))  # of a shard's pair it is in memory
 
     def name(self, p: int) -> str:
         return str(self.paths[p])
-
-    @property
-    def asks(self) -> bool:
-        """Whether any of its texts has a question."""
-        return any(question for said in self.said for turns in said for question, _ in turns)
 
     def contents(self) -> str:
         """A stamp of which pictures, by name, have which captions: the same wherever the files lie."""
@@ -253,21 +244,6 @@ class Captions(torch.utils.data.Dataset):
         part.shown = [tuple(place[p] for p in self.shown[i]) for i in indices]
         part.said = [self.said[i] for i in indices]
         return part
-
-    def mirrored(self) -> "Captions":
-        """The set with each entry a second time, its pictures mirrored, but for those of which something is
-        said of left or right."""
-        both = copy.copy(self)
-        both.plain = len(self.paths)
-        both.paths, both.shown, both.said = self.paths.copy(), self.shown.copy(), self.said.copy()
-        places: dict[int, int] = {}  # of each picture, that of its mirror image
-        for shown, conversations in zip(self.shown, self.said):
-            if shown and not SIDE.search(str(conversations)):
-                both.shown.append(tuple(both.plain + places.setdefault(p, len(places)) for p in shown))
-                both.said.append(conversations)
-        both.paths += [self.paths[p] for p in places]
-        both.note = f"{self.note}, and mirrored"
-        return both
 
     def by_question(self) -> "Captions":
         """The same set with an entry for each question that comes after a picture: to score all of them. In a

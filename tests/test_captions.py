@@ -684,33 +684,3 @@ def test_every_question_of_a_picture_is_asked(tmp_path, monkeypatch, capsys):
         ("is it 1?", ["no"]),
     ]
     assert len(lines) == 12
-
-
-def test_pictures_are_mirrored_too_unless_a_side_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for i in range(3):
-        picture(30 + i, 20).save(f"{i}.png")
-    said = "0.png,A dog\n0.png,A pup\n1.png,A cat on the Left\n2.png,A cow\n"
-    Path("c.csv").write_text(f"image,caption\n{said}")
-    captions = Captions("c.csv")
-    both = captions.mirrored()
-    assert len(captions) == 3 and (len(both), both.count) == (5, 5) and both.stamp() != captions.stamp()
-    assert [both.pictures(i) for i in range(5)] == [(0,), (1,), (2,), (3,), (4,)]
-    assert [both.name(p) for p in (3, 4)] == ["0.png", "2.png"]
-    for p, plain in ((0, 0), (3, 0), (4, 2)):
-        wanted = captions.picture(plain)
-        wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if p > 2 else wanted
-        assert both.picture(p).tobytes() == wanted.tobytes()
-    assert both.conversations(3) == captions.conversations(0)
-
-    # Captions are, by default; questions and whoever says no are not
-    asked = "".join(f"{i}.png,What?,A dog\n" for i in range(3))
-    Path("q.csv").write_text(f"image,question,answer\n{asked}")
-    for file, more, seen in (("c.csv", (), 5), ("c.csv", ("--no-flip",), 3), ("q.csv", (), 3),
-                             ("q.csv", ("--flip",), 6)):
-        options = [*SMALL, *QUICK_SET, "--data", file, "--val", "c.csv", "--batch", "4", *more]
-        assert command(monkeypatch, train, *options, "--out", f"{file}{more}") == 0
-        out = capsys.readouterr().out
-        assert f"encoded {seen} pictures of {file}{', and mirrored' * (seen > 3)}" in out
-    assert command(monkeypatch, train, *SMALL, "--flip", "--out", "other") == 2
-    assert "--flip means nothing without --data" in capsys.readouterr().err
