@@ -305,6 +305,7 @@ def test_train_then_sample(adapter, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 8]
     assert [i for i, line in enumerate(lines) if "val" in line] == [1, 3]
+    assert lines[3]["exact"] == lines[4]["scores"]["test (8)"]["exact"] and "exact" not in lines[2]
     assert lines[3]["val"] != lines[1]["val"] and lines[4]["scores"]["test (8)"]["exact"] <= 1
     assert {path.name for path in folder.iterdir()} - {"best.safetensors"} == {
         "config.json", "checkpoint.safetensors", "metrics.jsonl", "captions-test.jsonl",
