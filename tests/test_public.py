@@ -23,7 +23,7 @@ from fixtures.pictures import ASKED, ASKED_OF_ONE, picture
 from llm import LLM
 from formats.peft import CONFIG, WEIGHTS
 from lora import lora_layers, merge_lora
-from test_vlm import QUICK_SET, command
+from test_vlm import QUICK, QUICK_SET, command
 from vit import ViT
 
 FAMILIES = ("llava", "llava_qwen", "llava_llama3", "llava_phi3", "blip2_opt", "idefics3", "smolvlm",
@@ -452,8 +452,20 @@ def test_what_has_no_public_layout_is_not_exported(vit, adapter, config, reason,
     assert not [*tmp_path.iterdir()]
 
 
-def test_export_takes_no_pictures(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_export_by_the_command_line(fixtures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, sample, "a.png", "--export", "public") == 2
+    options = ["--adapter", "mlp", "--vit", fixtures / "clip", "--out", "run", "--quiet"]
+    assert command(monkeypatch, train, *options, *QUICK) == 0
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 0
+    picture(30, 20).save("a.png")
+    assert command(monkeypatch, sample, "a.png", "--model", "public", "--max-tokens", "3") == 0
+    capsys.readouterr()
+    assert command(monkeypatch, sample, "--model", "run", "--export", "public") == 2
+    assert "public: there is something already" in capsys.readouterr().err
+    assert command(monkeypatch, train, "--adapter", "linear", "--out", "other", "--quiet", *QUICK) == 0
+    assert command(monkeypatch, sample, "--model", "other", "--export", "new") == 2
+    assert "no public layout has the linear adapter" in capsys.readouterr().err
+    assert command(monkeypatch, sample, "a.png", "--export", "new") == 2
     assert "give one or more pictures, --data, or --export" in capsys.readouterr().err
-    assert not Path("public").exists()
+    assert not Path("new").exists()
