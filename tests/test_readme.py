@@ -22,6 +22,7 @@ import experiments
 import sample
 import train
 from adapters import VLM
+from support.console import flag
 from support.shapes import Shapes
 from fixtures import start
 from formats.shards import read_shard
@@ -32,7 +33,8 @@ from test_vlm import SMALL, command, interrupt
 
 README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-TINY_SET = "--steps 2 --val-size 4 --batch 4 --warmup 1 --workers 0 --device cpu".split()  # with --data
+# With --data; after two steps at a lower rate it still says something
+TINY_SET = "--steps 2 --val-size 4 --batch 4 --warmup 1 --lr 1e-3 --workers 0 --device cpu".split()
 TINY = ["--scenes", "8", *TINY_SET]
 REFERENCE = "needs transformers, peft or tokenizers"
 ELSEWHERE = {  # where a command is run instead, or why it isn't
@@ -198,6 +200,7 @@ def test_names_in_the_text():
     """Options, comparisons of experiments.py, rows of real_sizes.py; and commands to be run elsewhere."""
     known = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (
         "train", "sample", "tests/experiments", "tests/bench", "tests/real_sizes", "tests/layers"))
+    known += "".join(f'"{flag(name)}"' for name in train.ADAPTER_SIZES)
     found = [{*re.findall(pattern, README, re.M)} for pattern in (
         r"(?<![\w-])--[a-z][\w-]*", r"experiments\.py ([a-z-]+)",
         r"^\| ([\w.-]+(?: --no-split)?)[^|]*\| [\d,]+ M \|")]
