@@ -43,7 +43,7 @@ ELSEWHERE = {  # where a command is run instead, or why it isn't
     "python tests/fixtures/exports.py": REFERENCE, "python tests/real_sizes.py": REFERENCE,
     "python tests/compare_tokenizers.py": REFERENCE}
 LONG = ("python tests/bench.py", "python tests/gpu.py")  # take minutes: their arguments are read, no more
-HUB = {"google/siglip-base-patch16-224": "tests/fixtures/siglip", "HuggingFaceTB/SmolLM2-135M": "assets/llm",
+HUB = {"google/siglip-base-patch16-224": "assets/vit", "HuggingFaceTB/SmolLM2-135M": "assets/llm",
        "HuggingFaceTB/SmolVLM-256M-Instruct": "tests/fixtures/smolvlm",
        "vit-tiny": "tests/fixtures/vit", "caption-lm-llama": "assets/llm"}
 
