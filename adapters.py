@@ -386,10 +386,10 @@ class TwoWay(Adapter):
         self.query = nn.Parameter(drawn(queries, width))
         self.words = Words(llm_width, width, text) if text else None
         self.project_in = nn.Linear(vision_width, width)
-        with torch.device("cpu"):  # see `drawn`
+        self.register_buffer("places", torch.empty(grid ** 2, width), persistent=False)
+        if not self.places.is_meta:  # see `drawn`
             fixed = torch.Generator().manual_seed(0)  # the same frequencies in every run
-            places = fourier_places(torch.randn(2, width // 2, generator=fixed), grid)
-        self.register_buffer("places", places, persistent=False)
+            self.places = fourier_places(torch.randn(2, width // 2, generator=fixed), grid)
         self.blocks = nn.ModuleList(
             TwoWayBlock(width, heads, mlp or 4 * width, shrink, eps, first=i == 0) for i in range(layers))
         self.to_image = Attention(width, width, heads, shrink=shrink)
