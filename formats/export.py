@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from formats.files import InputError, guard, read_json, write_json, write_tensors, write_text
-from formats.hub import find_file
+from formats.files import InputError, guard, write_json, write_tensors, write_text
 from formats.languages import tie
 from formats.vlms import PUBLIC
 from formats.weights import Checkpoint, Family, find_tensors
@@ -120,8 +119,8 @@ TARGETS = {
     "qformer": Target("blip-2", "Blip2", ("blip-2", "blip_2_vision_model"), "model.decoder.",
                       "vision_model.", "language_model.model.decoder.", "language_model.", "qformer."),
 }
-# What begins and ends an image, and an embedding of it, as each family's processor spells them. Idefics3's
-# puts these two before an image, and the first of them behind it: tokenizers take the longest token
+# The tokens that begin an image, end it, and stand for an embedding of it. Idefics3's processor itself writes
+# the first two around an image; a tokenizer takes the longest token that fits, so that it tells them apart
 SPELLED = {"idefics3": ("<fake_token_around_image><global-img>", "<fake_token_around_image>", "<image>")}
 OTHERS = ("<image begin>", "<image end>", "<image>")
 
@@ -138,8 +137,7 @@ def export_run(target: Path, vlm) -> None:
     shown = vlm.vit.preprocess.settings
     layer = config.get("layer")
     clip = encoder.config["model_type"].startswith("clip")
-    path = find_file(language.folder, "tokenizer.json")
-    tokenizer = read_json(path) if path else {}
+    tokenizer = language.json("tokenizer.json")
     plain = not (shown.get("do_center_crop") or shown.get("do_pad")) and shown.get("do_resize", True)
     wants = {  # what this layout can't say -> whether the run needs it
         f"an encoder of model_type {encoder.config['model_type']}":
