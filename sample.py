@@ -92,8 +92,8 @@ def make_parser() -> Parser:
         help="search for the likeliest text with N beams; 1: off (default: 3 for a caption, where the run "
              "learned captions of your own; else 1)")
     add("--length-penalty", type=Number(float, 0, 10), default=0.5, metavar="P",
-        help="with beams: the best text has the highest log-probability divided by its length to this power; "
-             "1 favours long ones, 0 short ones")
+        help="with --beams: the best text has the highest log-probability divided by its length to this "
+             "power; 1 favours long ones, 0 short ones")
     add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
@@ -134,7 +134,7 @@ def read_options() -> argparse.Namespace:
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
         ("temperature", args.beams in (None, 1), "with --beams"),
-        ("length_penalty", args.beams != 1 and not args.temperature, "without --beams"),
+        ("length_penalty", args.beams not in (None, 1), "without --beams"),
         ("top_k top_p seed", args.temperature, "without --temperature"),
     ))
     return args

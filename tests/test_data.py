@@ -424,7 +424,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 @pytest.mark.parametrize("amx", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("T, S, mask", (
-    (1, 7, None), (5, 5, None), (5, 7, "bool"), (1, 7, "bool"), (5, 7, "added")))
+    (1, 7, None), (5, 5, None), (129, 129, None), (300, 300, None), (5, 7, "bool"), (1, 7, "bool"),
+    (5, 7, "added")))
 def test_attention_is_the_same_by_every_kernel(T, S, mask, dtype, amx, monkeypatch):
     """Of heads that share keys, with a backward pass to follow or without one, whatever the CPU can do."""
     monkeypatch.setattr(kernels, "AMX", amx)

@@ -97,6 +97,8 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (sample, ["--split", "a.png", "--attention", "seen.png"], "with --attention"),
     (sample, ["--raw-prompt", "a.png"], "without --prompt"),
     (sample, ["--temperature", "1", "--beams", "3", "a.png"], "with --beams"),
+    (sample, ["--length-penalty", "0", "a.png"], "without --beams"),
+    (sample, ["--length-penalty", "0", "a.png", "--beams", "1"], "without --beams"),
     (sample, ["--top-k", "3", "a.png"], "without --temperature"),
     (sample, ["--top-p", "0.5", "a.png"], "without --temperature"),
     (sample, ["--seed", "3", "--beams", "3", "a.png"], "without --temperature")))
