@@ -819,7 +819,7 @@ class VLM(nn.Module):
         for name in ("embeddings", "positions"):  # without the padding
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        room = processor.positions - max(map(len, rows))
+        room = processor.max_positions - max(map(len, rows))
         found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]

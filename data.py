@@ -1,11 +1,17 @@
 """From pictures and captions to what the model reads: layouts, the processor, batches, kept features.
 
-A *caption set* has `len(s)` entries. Entry i has pictures, `s.pictures(i)`, one as a rule, and conversations
-about them, `s.conversations(i)`, of which one is learned at a time. A conversation is a list of turns
-(question, answer); a caption is one turn without a question. Picture p, of `s.count`, is `s.picture(p)`, and
-`s.name(p)` its name. i and p are numbers or, in `Shards`, a `Pair`. `s.label` is what progress calls the set,
-which `Shards` needn't have. There are three kinds: `Captions` in formats/captions.py, `Shards` in
-formats/shards.py and `Shapes`, the built-in world, in support/shapes.py.
+A *caption set* `s` has entries, each of one picture as a rule:
+
+    len(s), s.count       how many entries there are, and how many pictures
+    s.pictures(i)         the pictures of entry i
+    s.conversations(i)    what is said of them: conversations, of which one is learned at a time
+    s.picture(p)          picture p, a PIL.Image
+    s.name(p)             its name
+    s.label               what a line of progress calls the set
+
+A conversation is a list of turns (question, answer). A caption is one turn without a question. There are three
+kinds of sets: `Captions` in formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the built-in
+world, in support/shapes.py. In `Shards`, i and p are not numbers but a `Pair`, and there is no label.
 """
 import collections
 import hashlib
@@ -70,20 +76,22 @@ def place(turns: Conversation, pictures: int) -> Conversation:
 
 def is_caption(captions, index: int) -> bool:
     """Whether an entry is one picture and its captions: only these can be learned in other layouts."""
-    return (len(captions.pictures(index)) == 1
-            and all(len(turns) == 1 and IMAGE not in turns[0][0] for turns in captions.conversations(index)))
+    one = len(captions.pictures(index)) == 1
+    return one and all(len(turns) == 1 and not turns[0][0] for turns in captions.conversations(index))
 
 
 def arrange(layout: str, captions, index: int, seed: int, epoch: int,
             prompt_for: Callable[[str], str], others: list | None = None) -> Conversation:
-    """Returns what is learned of entry `index`: turns of a text, with IMAGE where a picture stands, and the
-    answer. A pure function of its arguments.
+    """Returns the conversation that is learned of entry `index`, with IMAGE where a picture stands. A pure
+    function of its arguments.
 
-    image-text: `prompt_for(question)`; the caption. So are all conversations, whatever the layout.
-    text-image-text: the caption up to a word that is drawn, then the picture; the rest of the caption.
-    text-image: a caption, half the time that of any picture (of `others` or, by default, of the whole set),
-        the picture, and "match?", which tells this layout from the last; "yes" or "no". It is the image-text
-        matching of BLIP (Li et al., 2022, arXiv:2201.12086), but by next token.
+    image-text: the picture and `prompt_for(question)`; the caption is the answer. What isn't a caption always
+        has this layout.
+    text-image-text: the first words of a caption, as many as are drawn, and the picture; the other words are
+        the answer.
+    text-image: a caption, the picture, and "match?", which tells this layout from the last; "yes" or "no" is
+        the answer. Half of the captions are drawn from the entries `others`, by default from all. It is the
+        image-text matching of BLIP (Li et al., 2022, arXiv:2201.12086), but by next token.
     """
     # Every draw has a generator of its own: a resumed run draws what an unbroken one draws
     (question, caption), *later = draw_conversation(captions, index, seed, epoch)
@@ -110,8 +118,8 @@ def gap(text: str) -> str:
 
 
 def few_shot(examples: list[Conversation]) -> Conversation:
-    """Joins conversations that say where their pictures stand in one: the last comes after the others, which
-    are solved, a line for each turn."""
+    """Joins conversations into one. The last is the one to be answered. The others come before it, a line
+    for each turn with its answer. Each says where its pictures stand: see `place`."""
     *solved, ((text, answer), *later) = examples
     lines = ""
     for turns in solved:
@@ -121,8 +129,9 @@ def few_shot(examples: list[Conversation]) -> Conversation:
 
 
 def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) -> list[int]:
-    """Places in a batch of entries, at most `most`, that are shown solved before the one `at`: a pure
-    function of its arguments. They are of the batch, so that no more pictures need be read."""
+    """Draws up to `most` other entries of a batch, which are shown with their answers before the one `at`.
+    Returns where they are in the batch: no further pictures need be read. A pure function of its
+    arguments."""
     rng = random.Random(f"{seed} {epoch} {indices[at]} shots")
     others = [j for j, index in enumerate(indices) if index != indices[at]]
     return rng.sample(others, min(rng.randint(0, most), len(others)))
@@ -135,6 +144,7 @@ BEGIN, END = "<image begin>", "<image end>"
 OURS = Format(lambda images, text: IMAGE * images + text,
               lambda queries, rows, columns: BEGIN + IMAGE * queries + END, question="")
 WHOLE = itertools.repeat((0, 0))  # rows and columns of tiles, of pictures that are seen as a whole
+NOTHING = ([0], [False])  # ids and targets of a text to learn nothing from: every step takes part
 
 
 class Spelling(NamedTuple):
@@ -143,13 +153,20 @@ class Spelling(NamedTuple):
     targets: torch.Tensor  # (K,): ids
 
 
+class Turn(NamedTuple):
+    """A turn of a conversation: what is asked, with IMAGE for each picture, and the answer (None: to come)."""
+    text: str
+    answer: str | None
+    tiles: list[tuple[int, int]]  # rows and columns of tiles of each picture; 0 and 0: seen as a whole
+
+
 class Batch(NamedTuple):
     """B texts to learn from."""
     tokens: torch.Tensor  # ids (B,T), padded on the right
     target_positions: torch.Tensor  # (M,): where, in the flattened ids, the next token is a target
     targets: torch.Tensor  # (M,): these targets
     most_images: int  # of one text, at least 1
-    fits: list[bool]  # of each text: whether it fits the LLM; else nothing stands in its place, no picture
+    fits: list[bool]  # whether each example fits the LLM; else its text is one id, without a picture
     spelling: Spelling | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -178,14 +195,13 @@ class Processor:
         self.format = format
         self.split = config.get("split", True)  # whether pictures are seen in tiles too, if the family does
         self.vocabulary = llm.vocabulary
-        self.positions = llm.max_positions
+        self.max_positions = llm.max_positions
         self.keeps_lines = format is not OURS  # of questions and answers: in a run of ours a newline ends one
 
-        # What didn't fit, each text by its hash: it lost its first turns or words; it didn't fit even so; an
-        # answer was longer than --max-tokens
-        self.cut: set[int] = set()
-        self.skipped: set[int] = set()
-        self.shortened: set[int] = set()
+        # What didn't fit, by its hash
+        self.cut: set[int] = set()  # texts that lost their first turns or words
+        self.skipped: set[int] = set()  # texts that were left out
+        self.shortened: set[int] = set()  # answers that lost their last words to --max-tokens
 
         # Ids of ours: a tokenizer may have tokens for which the LLM has no embedding, so that they come
         # behind
@@ -223,62 +239,57 @@ class Processor:
         return self.tokenizer.encode(self.format.image(self.queries, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128, images: int = 1,
-               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False, prefix: bool = False,
+               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False, learn_prompt: bool = False,
                earlier: Conversation = (), learn_earlier: bool = True) -> tuple[list[int], list[bool]]:
-        """Returns one example's ids, and which of them are targets: start token, `text` in the model's
-        format, caption, end. `<image>` marks a picture's place; without one, `images` pictures come first.
-        Before it come the `earlier` turns of a conversation, each with its answer and its end.
+        """Returns one example's ids, and which of them are targets: start token, the `earlier` turns, `text`
+        in the model's format, caption, end.
 
-        The caption has at most `max_tokens`. Its end is a newline in a run of ours (it may be one token with
-        the sign before it); in a public VLM, or where the vocabulary has no newline, the end token. Targets
-        are the ids of all answers (without `learn_earlier` of the last), with `prefix` those of the text's
-        words too. `tiles` yields rows and columns of each picture. Text is data: a special token that it
-        spells is read as plain text. With `raw` it is the whole prompt: special tokens are read, and there is
-        no format. What doesn't fit the LLM loses its first turns, then its first words; it may be too long
-        all the same. Raises InputError where a token has no embedding.
+        text: the question or prompt. `<image>` marks a picture's place; without one, `images` pictures come
+            first. It is data: a special token that it spells is read as plain text.
+        caption: the answer; None for a prompt that is to be continued.
+        max_tokens: ids of an answer, at most; of a prompt, room for as many is left (a quarter of all, at
+            most).
+        tiles: yields rows and columns of tiles of each picture.
+        raw: `text` is the whole prompt: special tokens are read, and there is no format.
+        learn_prompt: the words of the texts are targets too.
+        earlier: turns before this one. learn_earlier: their answers are targets too.
+        An answer's end is a newline in a run of ours (it may be one token with the sign before it); in a
+        public VLM, or where the vocabulary has no newline, the end token. What doesn't fit the LLM loses its
+        first turns, then its first words; it may be too long all the same. Raises InputError where a token
+        has no embedding.
         """
-        # The ids of each turn. An answer that is cut ends before the next turn, which isn't learned
-        said_in_all = [*earlier, (text, caption)]
-        if not any(IMAGE in asked for asked, _ in said_in_all):
-            said_in_all = place(said_in_all, images)
-        if caption is None:  # a prompt: the answers in it are given
-            most, max_tokens = max_tokens, self.positions
-        turns, rows = [], []
-        for asked, said in said_in_all:
-            turns.append((asked, said, [next(tiles) for _ in range(asked.count(IMAGE))]))
-            prompt, answer = self.turn(*turns[-1], max_tokens, not rows, raw)
-            if rows and not self.ended(rows[-1][1]):
-                prompt = self.end + prompt
-            rows.append((prompt, answer))
+        # The turns, with the tiles of their pictures
+        said = [*earlier, (text, caption)]
+        if not any(IMAGE in question for question, _ in said):
+            said = place(said, images)
+        turns = []
+        for question, answer in said:
+            turns.append(Turn(question, answer, [next(tiles) for _ in range(question.count(IMAGE))]))
 
-        # What is too long loses its first turns, but for their pictures
-        room = self.positions - (min(most, self.positions // 4) if caption is None else 0)
+        # A prompt leaves room for its answer; the answers in it are given, and kept whole
+        room = self.max_positions
+        if caption is None:
+            room -= min(max_tokens, self.max_positions // 4)
+            max_tokens = self.max_positions
+
+        # Their ids. What is too long gets shorter
         whole = turns
-
-        def excess() -> int:
-            return sum(len(prompt) + len(answer) for prompt, answer in rows) - room
-
-        while len(turns) > 1 and excess() > 0:
-            (_, _, seen), (asked, said, sizes), *later = turns
-            turns = [(IMAGE * len(seen) + asked, said, seen + sizes), *later]
-            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[2:]]
-
-        # Then it loses its first words, unless pictures stand among them
-        (asked, said, sizes), *later = turns
-        head, asked = split_images(asked)
-        while asked and IMAGE not in asked and (over := excess()) > 0:
-            asked = asked[over:].partition(" ")[2]
-            turns = [(head + asked, said, sizes), *later]
-            rows = [self.turn(*turns[0], max_tokens, True, raw), *rows[1:]]
-        if turns != whole and excess() <= 0:
-            self.cut.add(hash(str([asked for asked, *_ in whole])))
+        pairs = self.encode_turns(turns, max_tokens, raw)
+        while (excess := sum(len(prompt) + len(answer) for prompt, answer in pairs) - room) > 0:
+            shorter = shorten(turns, excess)
+            if shorter is None:
+                break
+            turns = shorter
+            pairs = self.encode_turns(turns, max_tokens, raw)
+        if turns != whole and excess <= 0:
+            self.cut.add(hash(str([turn.text for turn in whole])))
 
         # All ids, and what is learned of them
         ids, targets = [], []
-        for n, (prompt, answer) in enumerate(rows, start=1):
+        for n, (prompt, answer) in enumerate(pairs, start=1):
             ids += prompt + answer
-            targets += [prefix and id < self.vocabulary and id != self.placeholder for id in prompt]
-            targets += [learn_earlier or n == len(rows)] * len(answer)
+            targets += [learn_prompt and id < self.vocabulary and id != self.placeholder for id in prompt]
+            targets += [learn_earlier or n == len(pairs)] * len(answer)
 
         # An extended tokenizer may have tokens that the LLM doesn't know
         for id in self.no_embedding.intersection(ids):
@@ -287,15 +298,25 @@ class Processor:
                              f"language model wasn't (it has {self.vocabulary})")
         return ids, targets
 
-    def turn(self, text: str, answer: str | None, sizes: list[tuple[int, int]], max_tokens: int, first: bool,
-             raw: bool) -> tuple[list[int], list[int]]:
-        """The ids of a turn's prompt and of its answer. `sizes`: rows and columns of each of its pictures.
-        `first`: whether it begins the conversation. See `encode`."""
-        # What the format puts before the text and behind it
+    def encode_turns(self, turns: list[Turn], max_tokens: int, raw: bool) -> list[tuple[list[int], list[int]]]:
+        """The ids of each turn's prompt and of its answer. An answer that was cut ends before the next turn;
+        this end isn't learned. See `encode`."""
+        pairs = []
+        for turn in turns:
+            prompt, answer = self.encode_turn(turn, max_tokens, raw, first=not pairs)
+            if pairs and not self.ended(pairs[-1][1]):
+                prompt = self.end + prompt
+            pairs.append((prompt, answer))
+        return pairs
+
+    def encode_turn(self, turn: Turn, max_tokens: int, raw: bool, first: bool) -> tuple[list[int], list[int]]:
+        """The ids of a turn's prompt and of its answer. `first`: whether it begins the conversation."""
+        # What the format puts before the text and behind it: it is spelled around a mark, and cut there
         format = OURS if raw else self.format
-        images, text = split_images(text)
+        images, text = split_images(turn.text)
         text = text or format.question
-        head, _, tail = format.chat(len(images) // len(IMAGE), "\0" if text else "").partition("\0")
+        mark = "\0" if text else ""
+        head, _, tail = format.chat(len(images) // len(IMAGE), mark).partition("\0")
         head = (format.begin if first else format.between) + head
 
         # What the format spells may be special tokens, what the text spells is plain
@@ -314,10 +335,13 @@ class Processor:
             ids = ids[:at] + self.start + ids[at:]
 
         # Each picture takes as many ids as it has embeddings
-        found, tiles = [], iter(sizes)
+        found = []
+        tiles = iter(turn.tiles)
         for id in ids:
             found += self.image_tokens(*next(tiles)) if id == self.placeholder else [id]
-        return found, [] if answer is None else self.caption_ids(prompt, answer, max_tokens)
+        if turn.answer is None:
+            return found, []
+        return found, self.caption_ids(prompt, turn.answer, max_tokens)
 
     def caption_ids(self, prompt: str, caption: str, max_tokens: int) -> list[int]:
         """The ids of a caption behind a `prompt`, and of its end; see `encode`."""
@@ -330,7 +354,7 @@ class Processor:
         return ids if newline and self.ended(ids) else ids + list(self.end_tokens[:1])
 
     def batch(self, examples: list[Conversation], max_tokens: int = 128,
-              tiles: list[list[tuple[int, int]]] | None = None, prefix: bool = False,
+              tiles: list[list[tuple[int, int]]] | None = None, learn_prompt: bool = False,
               spelled: list[list[str]] | None = None, queries: int = 0, learn_earlier: bool = True) -> Batch:
         """Conversations, with pictures of these `tiles` (by default one each, seen as a whole), to a Batch on
         the CPU: see `encode`. `spelled`: the caption of each picture, which its `queries` embeddings should
@@ -338,11 +362,13 @@ class Processor:
         rows, fits = [], []
         for n, (*earlier, (text, answer)) in enumerate(examples):
             images, seen = (1, WHOLE) if tiles is None else (len(tiles[n]), iter(tiles[n]))
-            row = self.encode(text, answer, max_tokens, images, seen, False, prefix, earlier, learn_earlier)
-            fits.append(len(row[0]) <= self.positions)
-            rows.append(row if fits[-1] else ([0], [False]))
+            row = self.encode(text, answer, max_tokens, images, seen, False, learn_prompt, earlier,
+                              learn_earlier)
+            fits.append(len(row[0]) <= self.max_positions)
+            rows.append(row if fits[-1] else NOTHING)
             if not fits[-1]:
                 self.skipped.add(hash(str(examples[n])))
+        rows = rows or [NOTHING]
         most = max([1] + [ids.count(self.marker) for ids, _ in rows])
         spelling = None
         if spelled is not None:
@@ -374,8 +400,9 @@ class Processor:
         groups = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in pictures]
         if IMAGE in prompt:
             wanted = prompt.count(IMAGE)
-            if any(len(group) != wanted for group in groups):
-                raise InputError(f"the prompt has room for {wanted} pictures, not {max(map(len, groups))}")
+            for group in groups:
+                if len(group) != wanted:
+                    raise InputError(f"the prompt has room for {wanted} pictures, not {len(group)}")
 
         # Each entry: its views, and a prompt with as many image tokens as they take
         rows, pixels = [], []
@@ -388,7 +415,7 @@ class Processor:
 
     def lost(self) -> str:
         """Tells how many texts didn't fit; "" if all did."""
-        positions = f"for the language model's {self.positions} positions"
+        positions = f"for the language model's {self.max_positions} positions"
         told = []
         if self.cut:
             told.append(f"{len(self.cut)} texts too long {positions} lost their first turns or words")
@@ -410,6 +437,24 @@ def split_images(text: str) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
+def shorten(turns: list[Turn], excess: int) -> list[Turn] | None:
+    """A conversation that is too long, without its first turn, whose pictures the next one takes. A single
+    turn loses its first words, `excess` bytes or more, for no token has less. None: nothing can go, for pictures stand among
+    the words."""
+    first, *later = turns
+    if later:
+        second, *later = later
+        text = IMAGE * len(first.tiles) + second.text
+        return [Turn(text, second.answer, first.tiles + second.tiles), *later]
+    head, words = split_images(first.text)
+    if not words or IMAGE in words:
+        return None
+    left = words.encode()[excess:].decode(errors="ignore")
+    if " " in words:  # not in Chinese
+        left = left.partition(" ")[2]
+    return [first._replace(text=head + left)]
+
+
 def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Joins sequences of (ids, which of them are targets) into a batch: ids (B,T), padded on the right; the
     positions (M,) in the flattened ids whose next token is a target; and these targets (M,). Nothing predicts
@@ -427,16 +472,16 @@ def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, 
 class Views(NamedTuple):
     """What is seen of the pictures of B entries, V views in all, one entry's after the other's."""
     x: torch.Tensor  # pixels (V,3,S,S) or features (V,N,Dv)
-    counts: list[int]  # how many views each entry has
-    tiles: list[list[tuple[int, int]]]  # of each picture, rows and columns of tiles; 0 and 0: seen as a whole
+    counts: list[int]  # (B,): how many views each entry has
+    tiles: list[list[tuple[int, int]]]  # of each of B entries, for each picture, as in Turn
 
     def join(self, other: "Views") -> "Views":
         """The views of these entries, then those of the others."""
         return Views(torch.cat([self.x, other.x]), self.counts + other.counts, self.tiles + other.tiles)
 
     def pick(self, order: list[int]) -> "Views":
-        """The views of these of the entries, of which one may come twice. Where they have none, there is a
-        blank one that no entry has: the encoder and the adapter take part in every step."""
+        """The entries in this order; one may come twice. Where they have no picture at all, x is one blank
+        view, which no entry has: the encoder and the adapter take part in every step."""
         views = self.x[:sum(self.counts)].split(self.counts)
         x = torch.cat([self.x[:0]] + [views[i] for i in order])
         if not len(x):
@@ -465,9 +510,9 @@ class Pixels(torch.utils.data.Dataset):
                 bad[p] = str(error)
         return i, seen, bad
 
-    def collate(self, items: list) -> tuple[list[int], Views | None, dict[int, str]]:
-        """The i of items whose pictures can all be read, their pixels (None of none), and what's wrong with
-        the pictures that can't."""
+    def collate(self, items: list) -> tuple[list[int], Views, dict[int, str]]:
+        """The i of items whose pictures can all be read, their pixels, and what's wrong with the pictures
+        that can't."""
         indices, bad = [], {}
         pixels, counts, tiles = [], [], []
         for i, seen, found in items:
@@ -477,8 +522,6 @@ class Pixels(torch.utils.data.Dataset):
                 pixels += [x for x, _, _ in seen]
                 counts.append(sum(len(x) for x, _, _ in seen))
                 tiles.append([(rows, columns) for _, rows, columns in seen])
-        if not indices:
-            return [], None, bad
         if not pixels:
             blank = self.preprocess(Image.new("RGB", (1, 1)))
             pixels = [blank[None][:0]]
@@ -502,26 +545,31 @@ def count_bad(bad: dict[int, str], found: dict[int, str], captions) -> None:
 def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
                   alone: bool = False):
     """Reads the pictures of a caption set, batch by batch of entries (`alone`: of pictures). Yields the
-    entries whose pictures can be read, and their pixels on the VLM's device (None if there are none). Counts
-    the other pictures in `bad`, {picture: reason}. split: in tiles, where the family does so (by default as
-    the run was trained). Raises InputError as `count_bad` does."""
+    entries whose pictures can be read, and their pixels on the VLM's device. Counts the other pictures in
+    `bad`, {picture: reason}. split: in tiles, where the family does so (by default as the run was trained).
+    Raises InputError as `count_bad` does."""
     split = vlm.processor.split if split is None else split
     pixels = Pixels(captions, vlm.vit.preprocess, split)
-    items = ([(i, (i,) if alone else captions.pictures(i)) for i in batch] for batch in batches)
+
+    def items_of(batch):
+        return [(i, (i,) if alone else captions.pictures(i)) for i in batch]
+
+    items = map(items_of, batches)
     loader = torch.utils.data.DataLoader(
         pixels, batch_sampler=items, collate_fn=pixels.collate, num_workers=workers,
         pin_memory=vlm.device.type == "cuda", worker_init_fn=ignore_signals)
     for indices, views, found in loader:
         count_bad(bad, found, captions)
-        yield indices, views and views._replace(x=send(views.x, vlm.device))
+        yield indices, views._replace(x=send(views.x, vlm.device))
 
 
 def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
                     alone: bool = False):
     """As `read_pictures`, but yields features, without gradients, in place of the pixels."""
     for indices, views in read_pictures(vlm, captions, batches, bad, workers, split, alone):
-        with torch.no_grad():
-            views = views and views._replace(x=vlm.features(views.x))
+        if indices:
+            with torch.no_grad():
+                views = views._replace(x=vlm.features(views.x))
         yield indices, views
 
 

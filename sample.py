@@ -270,9 +270,9 @@ class Chat:
         tiles = self.tiles + [(rows, columns) for _, rows, columns in views]
         text = IMAGE * len(views) + question.replace(IMAGE, " ")
         ids, targets = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
-        room = processor.positions - len(ids)
+        room = processor.max_positions - len(ids)
         if room < 1:
-            raise InputError(f"these pictures don't fit the language model's {processor.positions} positions")
+            raise InputError(f"these pictures don't fit the language model's {processor.max_positions} positions")
 
         # The new pictures' embeddings, behind the others'
         tokens, positions = [x.to(vlm.device) for x in stack([(ids, targets)])[:2]]
@@ -406,7 +406,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             shown = [*range(K), at]
             tiles = (size for j in shown for size in features.tiles[j])
             ids, learned = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
-            if len(ids) < processor.positions:
+            if len(ids) < processor.max_positions:
                 rows.append(ids)
                 targets.append(learned)
                 order += shown
@@ -417,7 +417,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             x = features.pick(order).x
             texts.update(zip(answered, vlm.answer(rows, x, targets=targets, **decoding)))
     if not texts:
-        raise InputError(f"no text fits the language model's {processor.positions} positions")
+        raise InputError(f"no text fits the language model's {processor.max_positions} positions")
     return texts
 
 

@@ -49,7 +49,7 @@ from support.shapes import Shapes
 MOVED = ("data", "images", "val")  # options that may change on --resume where the contents are the same
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
         "quiet")  # options that may change on --resume
-PATIENCE = 10  # steps without finite gradients, one after the other, after which there is no hope
+PATIENCE = 10  # as many steps without finite gradients, one after the other, end a run: see `learn`
 
 # Pictures × parameters from which on a run takes ten minutes of an H100 or more. Compiling takes one or two,
 # and saves a fifth.
@@ -142,6 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layout", default="image-text", metavar="MIX",
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
+    add("--consensus", type=Number(int, 0, 1000), default=0, metavar="N",
+        help="of several captions of a picture learn only the N that share most words with the others "
+             "(default: 0, all)")
     add("--shots", type=Number(int, 0, 1000), default=0, metavar="K",
         help="0 to K other pairs of the batch come solved before each")
     add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
@@ -263,7 +266,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
         ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
         ("scenes", shapes, "with --data"),
-        ("images val split_name", not shapes, "without --data"),
+        ("images val split_name consensus", not shapes, "without --data"),
         ("images", not shards or args.val and not is_shards(args.val), "with shards, which hold their own"),
         ("val_split", args.val, "without --val"),
         ("buffer", shards, "without shards"),
@@ -558,6 +561,7 @@ class Run:
                 captions.make_absolute()  # as they are named when the run is resumed
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
+        self.train.consensus = args.consensus
         self.check_contents(val)
         self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
         self.make_optimizer()
@@ -681,9 +685,7 @@ class Run:
             batches = self.train.batches(size, args.seed, self.first, RANK, WORLD)
         else:
             batches = (batch[mine] for batch in shuffled(len(self.train), args.batch, args.seed, self.first))
-        for indices, views in read_pictures(self.vlm, self.train, batches, self.bad, args.workers):
-            if indices:
-                yield indices, views
+        yield from read_pictures(self.vlm, self.train, batches, self.bad, args.workers)
 
     def draw(self, indices: list[int], epoch: int) -> tuple[list[Conversation], list[list[int]]]:
         """What is learned of each entry to train on, in a layout that is drawn, after its shots; and for
@@ -726,8 +728,8 @@ class Run:
         return [self.train.conversations(i)[0][0][1]] if len(pictures) == 1 else [""] * len(pictures)
 
     def step(self, step: int, indices: list[int], inputs: Views) -> tuple[torch.Tensor, int]:
-        """Trains on this process's share of a batch. Returns the loss of the whole batch, NaN where its
-        gradients weren't finite and changed nothing, and how many tokens were read here."""
+        """Trains on this process's share of a batch. Returns the loss of the whole batch, NaN where nothing
+        changed (its gradients weren't finite, or it had no target), and how many tokens were read here."""
         args, vlm = self.args, self.vlm
 
         # Learning rates of this step; dropout as an unbroken run draws it
@@ -739,15 +741,15 @@ class Run:
         epoch = step if self.streamed else step * args.batch // len(self.train)
         spell = args.spell if step < 0.6 * args.steps else 0.0
         parts = []
-        for places in chunks(range(len(indices)), self.size // args.accumulate):
+        for places in chunks(range(len(indices)), self.size // args.accumulate) or [[]]:
             part = self.part([indices[i] for i in places], inputs.pick(places), epoch, spell)
             parts.append(part)
 
-        # Targets of the whole batch, and tokens to be spelled
+        # Targets of the whole batch, and tokens to be spelled: the loss is the same in one part or in many
         targets = sum(len(part.texts.targets) for part in parts)
         letters = sum(len(part.texts.spelling.targets) for part in parts if part.texts.spelling)
-        counts = send(torch.tensor([targets, letters]), self.device)
-        targets, letters = total(counts).clamp(min=1)
+        counts = total(send(torch.tensor([targets, letters]), self.device))
+        targets, letters = counts.clamp(min=1)
 
         # Forward and backward, part by part
         loss = torch.zeros((), device=self.device)
@@ -763,9 +765,9 @@ class Run:
             # DDP takes the mean over the processes
             self.scaler.scale(WORLD * (mean + spell / letters * spelling.sum())).backward()
 
-        # Update, unless a gradient isn't finite
+        # Update, unless a gradient isn't finite or there was nothing to learn
         self.scaler.unscale_(self.optimizer)
-        broken = ~nn.utils.clip_grad_norm_(self.trained, args.clip).isfinite()
+        broken = ~nn.utils.clip_grad_norm_(self.trained, args.clip).isfinite() | (counts[0] == 0)
         self.optimizer.found_inf = broken.float()  # the fused kernel looks, so that the CPU need not wait
         if self.fused or not broken:
             self.scaler.step(self.optimizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, Conversation, Row, in_one_line, one_turn, read_entry, usable
+from formats.captions import Captions, Conversation, Row, as_read, one_turn, read_entry, usable
 from formats.files import InputError, warn
 from formats.pictures import open_picture
 
@@ -154,7 +154,8 @@ class Shards:
     `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
 
     def __init__(self, names: str, buffer: int = 1000):
-        self.keep_lines = False  # whether texts keep their lines
+        self.keep_lines = False  # these two as in Captions
+        self.consensus = 0
         self.buffer = buffer
         self.size = 1000
         names = [name for part in listed(names) for name in braces(part)]
@@ -186,7 +187,7 @@ class Shards:
         return (pair,)
 
     def conversations(self, pair: Pair) -> list[Conversation]:
-        return pair.said if self.keep_lines else in_one_line(pair.said)
+        return as_read(pair.said, self.keep_lines, self.consensus)
 
     def contents(self) -> str:
         """A stamp of the shards' names: the same wherever they lie."""
@@ -208,7 +209,9 @@ class Shards:
             out.paths.append(pair)
         out.said = [pair.said for pair in out.paths]
         out.shown = [(p,) for p in range(len(out.paths))]
-        out.file, out.keep_lines = str(self.paths[0]), False
+        out.file = str(self.paths[0])
+        out.keep_lines = False
+        out.consensus = 0
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
         return rest, out

@@ -15,9 +15,9 @@ from PIL import Image
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import Views, place, stack
+from data import LAYOUTS, Views, arrange, place, stack
 from fixtures.pictures import picture
-from formats.captions import Captions
+from formats.captions import Captions, agreeing
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import read_shard
@@ -369,14 +369,18 @@ def test_what_does_not_fit_is_cut_from_the_front_but_keeps_its_pictures(fixtures
     turns = [(f"{'<image>' * (i == 1)}word {i}?", "yes") for i in range(90)]
     ids, targets = processor.encode(*turns[-1], earlier=turns[:-1])
     kept = processor.tokenizer.decode(ids).count("?")
-    assert processor.positions - 30 < len(ids) <= processor.positions and 2 < kept < 89
+    assert processor.max_positions - 30 < len(ids) <= processor.max_positions and 2 < kept < 89
     assert ids.count(processor.placeholder) == Q and len(processor.cut) == 1
     first, *later = turns[-kept:-1]
     again, _ = processor.encode(*turns[-1], earlier=[("<image>" + first[0], "yes"), *later])
     assert ids == again and len(processor.cut) == 1  # as if it had begun there
 
+    # Without a space between words it loses its first characters
+    ids, _ = processor.encode("<image>" + "字" * 9 * processor.max_positions, "yes")
+    assert processor.max_positions - 30 < len(ids) <= processor.max_positions
+
     # Pictures can't be cut: nothing stands for such a text, whose pictures are left out
-    many = [[("<image>" * (processor.positions // Q + 1) + "a?", "b")], [("<image>a?", "b")]]
+    many = [[("<image>" * (processor.max_positions // Q + 1) + "a?", "b")], [("<image>a?", "b")]]
     sizes = [[(0, 0)] * turns[0][0].count("<image>") for turns in many]
     batch = processor.batch(many, tiles=sizes)
     assert batch.fits == [False, True] and len(processor.skipped) == 1
@@ -447,6 +451,32 @@ def test_sets_that_share_pictures_are_told(tmp_path, monkeypatch, capsys):
     mix = "image-text:0.5,text-image:0.5"
     assert command(monkeypatch, train, *options, "--warmup", "0", "--layout", mix, "--out", "run") == 0
     assert "1 pictures are in the training and in the validation set, such as " in capsys.readouterr().err
+
+
+def test_captions_that_agree_are_read_alone(tmp_path):
+    said = ["A dog runs .", "Children", "A brown dog runs", "The dog", "dogs are here", "a dog sits"]
+    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"a.png,{text}\n" for text in said)
+                                    + "b.png,One\nb.png,Two\n")
+    captions = Captions(tmp_path / "c.csv")
+    assert [len(captions.conversations(i)) for i in range(2)] == [6, 2]
+    captions.consensus = 3
+    assert captions.conversations(0) == [[("", text)] for text in ("A dog runs", "A brown dog runs", "a dog sits")]
+    assert captions.conversations(1) == [[("", "One")], [("", "Two")]]
+    assert captions.by_question().conversations(0) == captions.conversations(0)
+
+    # Answers agree with those to the same question, after the same turns
+    asked = [("What?", "a cat"), ("Where?", "at home"), ("What?", "a cat"), ("What?", "a dog")]
+    told = [[turn] for turn in asked] + [[asked[0], turn] for turn in asked]
+    assert agreeing(told, 1) == [[asked[0]], [asked[1]], [asked[0]] * 2, [asked[0], asked[1]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_question_keeps_its_layout(layout, tmp_path):
+    picture(20, 30).save(tmp_path / "a.png")
+    (tmp_path / "c.csv").write_text("image,question,answer\na.png,What colour?,red\na.png,What is it?,a car\n")
+    captions = Captions(tmp_path / "c.csv")
+    learned = {arrange(layout, captions, 0, 0, epoch, lambda question: question)[0] for epoch in range(20)}
+    assert learned == {("<image>What colour?", "red"), ("<image>What is it?", "a car")}
 
 
 def test_layouts_of_captions_leave_conversations_as_they_are(tmp_path, monkeypatch, capsys):

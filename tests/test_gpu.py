@@ -33,7 +33,7 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     vlm = small(fixtures, adapter, image_position=PLACES.get(adapter, "shared"), **sizes)
     images = 1 if vlm.processor.queries == 25 else 2  # of 25 patches each, in 40 positions
     examples, captions = [[("a<image>b" * images, "cc")], [("", "ab")]], [["ab", "c"][:images], [""]]
-    batch = vlm.processor.batch(examples, prefix=True, spelled=captions, queries=3)
+    batch = vlm.processor.batch(examples, learn_prompt=True, spelled=captions, queries=3)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tokens, positions, targets = map(mode.from_tensor, batch[:3])

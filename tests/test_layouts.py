@@ -153,7 +153,7 @@ def test_layouts_are_drawn_by_weight():
 
 def test_words_before_the_picture_are_targets_on_request(fixtures):
     vlm = small(fixtures)
-    sequences = [vlm.processor.encode("ab<image>", "c", prefix=prefix) for prefix in (False, True)]
+    sequences = [vlm.processor.encode("ab<image>", "c", learn_prompt=prefix) for prefix in (False, True)]
     assert sequences[0][0] == sequences[1][0] == [0, 20, 21, *vlm.processor.image_tokens(), 22, 52]
     assert stack(sequences[:1])[2].tolist() == [22, 52]
     tokens, where, targets = stack(sequences[1:])
@@ -207,7 +207,7 @@ def test_a_shot_has_the_ids_of_a_caption_that_is_learned():
     [(text, answer)] = few_shot([[(IMAGE, one)], [(IMAGE, two)]])
     ids, targets = vlm.processor.encode(text, answer)
     assert ids == alone[0] + alone[1][start:] and sum(targets) == sum(vlm.processor.encode("", two)[1])
-    every = vlm.processor.encode(text, answer, prefix=True)[1]
+    every = vlm.processor.encode(text, answer, learn_prompt=True)[1]
     assert sum(every[1:]) == sum(sum(vlm.processor.encode("", caption)[1]) for caption in (one, two))
 
 

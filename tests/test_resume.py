@@ -20,7 +20,8 @@ from formats import files
 from support import console, journal
 from adapters import VLM
 from formats.files import write_file
-from test_vlm import SMALL, command
+from fixtures.pictures import picture
+from test_vlm import QUICK_SET, SMALL, command, interrupt
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch")
@@ -189,6 +190,23 @@ def test_signals_save_first(number, cache, tmp_path, monkeypatch):
         assert state.metadata()["step"] == "3"
     assert lines("parts") == []  # step 5 is the first to have a line, of the losses of five steps
     assert finish("--resume", "parts") == 0, Path("said").read_text()
+    assert same("whole", "parts")
+
+
+def test_a_batch_that_can_not_be_read_is_a_step_all_the_same(tmp_path, monkeypatch, capsys):
+    """Or the steps after it had other pictures in a resumed run."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        picture(20 + i, 30).save(f"{i}.png")
+    Path("7.png").write_bytes(b"no picture")
+    Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(12)))
+    Path("val.csv").write_text("image,caption\n1.png,It is 1\n")
+    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--val", "val.csv", "--batch", "1", "--steps", "8",
+               "--warmup", "0", "--no-cache-features", "--save-every", "1", "--log-every", "1"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    assert [line["loss"] is None for line in lines("whole")[:8]] == [False] * 3 + [True] + [False] * 4
+    interrupt(monkeypatch, *options, "--out", "parts", at=5)
+    assert command(monkeypatch, train, "--resume", "parts") == 0
     assert same("whole", "parts")
 
 

@@ -261,7 +261,7 @@ def test_a_chat_goes_on_when_its_first_turns_do_not_fit(fixtures):
     chat = sample.Chat(vlm, False, dict(max_tokens=4, temperature=0.0))
     for turn in range(12):
         assert isinstance(chat.ask("abc", [picture(30, 30)][turn:]), str)
-    assert vlm.processor.cut and len(chat.read) <= vlm.processor.positions
+    assert vlm.processor.cut and len(chat.read) <= vlm.processor.max_positions
     with pytest.raises(InputError, match="don't fit the language model's 40 positions"):
         chat.ask("a", [picture(30, 30)] * 9)
     assert isinstance(chat.ask("abc", []), str)  # as if it had not been asked

@@ -192,8 +192,9 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     pair = vlm.caption([pictures[:2], pictures[1:]], prompt="<image>a<image>b", max_tokens=12)
     assert pair == [vlm.caption([pictures[i:i + 2]], prompt="<image>a<image>b", max_tokens=12)[0]
                     for i in (0, 1)]
-    with pytest.raises(InputError, match="room for 2 pictures, not 1"):
-        vlm.caption(pictures, prompt="<image><image>")
+    for entries, count in ((pictures, 1), ([pictures[:2], pictures[2:]], 1), ([pictures[:2], pictures], 3)):
+        with pytest.raises(InputError, match=f"room for 2 pictures, not {count}"):
+            vlm.caption(entries, prompt="<image><image>")
     assert vlm.caption([]) == []
 
 
@@ -278,13 +279,15 @@ def command(monkeypatch, module, *arguments) -> int:
         return stop.code or 0
 
 
-def interrupt(monkeypatch, *options) -> None:
-    """Runs train.py up to its first checkpoint."""
+def interrupt(monkeypatch, *options, at: int = 1) -> None:
+    """Runs train.py up to its first checkpoint, or a later one."""
     checkpoint = train.save_checkpoint
+    left = iter(range(at - 1))
 
     def stop(*arguments):
         checkpoint(*arguments)
-        raise KeyboardInterrupt
+        if next(left, None) is None:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", stop)
     assert command(monkeypatch, train, *options) == 130
