@@ -1018,6 +1018,8 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
 def public(run: dict, dtype: torch.dtype, vit_dtype: torch.dtype, llm_dtype: torch.dtype) -> VLM:
     """The public VLM that the config of a run is "from", its weights as it was published: see `build`."""
     name = run["from"]
+    if (find_checkpoint(name) / CHECKPOINT).is_file():
+        raise InputError(f"{name}: a run of ours, no public VLM: --resume goes on with it")
     checkpoint = Checkpoint(name)
     checkpoint.config["model_type"] = family_of(checkpoint.config)
     row, (vision, language, config) = checkpoint.row(PUBLIC)

@@ -9,9 +9,10 @@ A *caption set* `s` has entries, each of one picture as a rule:
     s.name(p)             its name
     s.label               what a line of progress calls the set
 
-A conversation is a list of turns (question, answer). A caption is one turn without a question. There are three
-kinds of sets: `Captions` in formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the built-in
-world, in support/shapes.py. In `Shards`, i and p are not numbers but a `Pair`, and there is no label.
+A conversation is a list of turns (question, answer). A caption is one turn without a question. There are
+three kinds of sets: `Captions` in formats/captions.py, `Shards` in formats/shards.py and `Shapes`, the
+built-in world, in support/shapes.py. In `Shards`, i and p are not numbers but a `Pair`, and there is no
+label.
 """
 import collections
 import hashlib
@@ -49,7 +50,9 @@ def layout_weights(mix: str) -> dict[str, float]:
     for entry in mix.split(","):
         name, _, weight = entry.partition(":")
         with named(f"--layout {mix}"):
-            weights[one_of(LAYOUTS, "layout", name)] = WEIGHT(weight or "1")
+            if one_of(LAYOUTS, "layout", name) in weights:
+                raise InputError(f"{name} is named twice")
+            weights[name] = WEIGHT(weight or "1")
     return weights
 
 
@@ -97,7 +100,10 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
     (question, caption), *later = draw_conversation(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text" or not is_caption(captions, index):
-        return place([(prompt_for(question), caption), *later], len(captions.pictures(index)))
+        asked = prompt_for(question)
+        if not question and any(IMAGE in text for text, _ in later):  # they show the picture
+            asked = asked.replace(IMAGE, "")
+        return place([(asked, caption), *later], len(captions.pictures(index)))
     if layout == "text-image-text":
         words = caption.split(" ")
         at = rng.randrange(len(words))
@@ -154,7 +160,8 @@ class Spelling(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation: what is asked, with IMAGE for each picture, and the answer (None: to come)."""
+    """A turn of a conversation: what is asked, with IMAGE for each picture, and the answer, None if it is to
+    come."""
     text: str
     answer: str | None
     tiles: list[tuple[int, int]]  # rows and columns of tiles of each picture; 0 and 0: seen as a whole
@@ -298,7 +305,8 @@ class Processor:
                              f"language model wasn't (it has {self.vocabulary})")
         return ids, targets
 
-    def encode_turns(self, turns: list[Turn], max_tokens: int, raw: bool) -> list[tuple[list[int], list[int]]]:
+    def encode_turns(self, turns: list[Turn], max_tokens: int,
+                     raw: bool) -> list[tuple[list[int], list[int]]]:
         """The ids of each turn's prompt and of its answer. An answer that was cut ends before the next turn;
         this end isn't learned. See `encode`."""
         pairs = []
@@ -427,7 +435,11 @@ class Processor:
 
     def text(self, ids: list[int]) -> str:
         """What the ids of a caption spell, up to what ends it: in a run of ours the first newline."""
-        text = self.tokenizer.decode([id for id in ids if id not in self.end_tokens], special=False)
+        shown = []
+        for id in ids:
+            if id not in self.end_tokens or b"\n" in self.tokenizer.bytes.get(id, b""):  # it may be ".\n"
+                shown.append(id)
+        text = self.tokenizer.decode(shown, special=False)
         return text.partition("\n")[0] if self.format is OURS else text
 
 
@@ -439,8 +451,8 @@ def split_images(text: str) -> tuple[str, str]:
 
 def shorten(turns: list[Turn], excess: int) -> list[Turn] | None:
     """A conversation that is too long, without its first turn, whose pictures the next one takes. A single
-    turn loses its first words, `excess` bytes or more, for no token has less. None: nothing can go, for pictures stand among
-    the words."""
+    turn loses its first words: `excess` bytes or more, for a token has at least one. None: nothing can go,
+    for pictures stand among the words."""
     first, *later = turns
     if later:
         second, *later = later

@@ -67,6 +67,7 @@ class LLMConfig:
     tied: bool = False  # the head's weight is the embedding's
     start_token: int | None = None
     end_tokens: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()  # ids that are never generated
 
     def __post_init__(self):
         # Defaults that depend on other fields; a rope that comes from JSON is a dict
@@ -527,8 +528,12 @@ class LLM(nn.Module):
         ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
         search = BeamSearch(B, beams, max_tokens, ends, length_penalty) if beams > 1 else None
         done = torch.zeros(B, dtype=torch.bool, device=device)
+        never = pad.new_tensor(self.config.suppressed)
         ids = []
         for n in range(1, max_tokens + 1):
+            if len(never):
+                logits = logits.index_fill(1, never, -torch.inf)
+
             # Choose the next token of each text, or of each beam and the row of the batch that it continues
             if search is None:
                 chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -587,18 +592,23 @@ class LLM(nn.Module):
         family, config = checkpoint.family(FAMILIES, LLMConfig)
 
         # End tokens: generation_config.json, if there is one, overrides config.json
-        end = checkpoint.json("generation_config.json").get("eos_token_id", config.end_tokens)
+        generation = checkpoint.json("generation_config.json")
+        end = generation.get("eos_token_id", config.end_tokens)
         if not isinstance(end, (list, tuple)):
             end = () if end is None else (end,)
         config.end_tokens = tuple(end)
+        suppressed = generation.get("suppress_tokens") or ()
 
         # A checkpoint may have a head of its own, whatever config.json says
         config.tied = config.tied and not own_head(checkpoint, family)
 
         # Make the modules without memory for their weights, then give each parameter its tensor
         with torch.device("meta"), guard(checkpoint.folder / "config.json"):
+            config.suppressed = tuple(suppressed)
             for id in (*config.end_tokens, config.start_token or 0):
                 as_id(id)
+            if not all(0 <= as_id(id) < config.vocabulary for id in config.suppressed):
+                raise ValueError("suppress_tokens names ids without an embedding")
             llm = cls(config)
         llm.name = checkpoint.name
         llm.family = family

@@ -25,9 +25,10 @@ from PIL import Image
 
 from adapters import VLM
 from data import Views, chunks, encode_pictures, few_shot, place, stack
-from formats.captions import IMAGE, Captions, Conversation, flat
+from formats.captions import IMAGE, Conversation, flat
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
+from formats.shards import Shards, caption_data
 from llm import KVCache
 from lora import merge_lora
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
@@ -59,9 +60,9 @@ def make_parser() -> Parser:
     add("--merge-lora", action="store_true",
         help="fold the LoRA into the weights: faster, rounded as they are")
     add("--prompt",
-        help="text before the caption, or the first question; the picture stands where it says <image>, or "
-             "before it all; with several <image>s, as many pictures go into each caption (default: the "
-             "run's own prompt). A public VLM gets it as a question, in its own prompt format")
+        help="text before the caption, or the question, where --data asks none; the picture stands where it "
+             "says <image>, or before it all; with several <image>s, as many pictures go into each caption "
+             "(default: the run's own prompt). A public VLM gets it as a question, in its own prompt format")
     add("--shot", nargs=2, action="append", default=[], metavar=("PICTURE", "CAPTION"),
         help="a solved example, to come before each picture; may be given several times")
     add("--chat", action="store_true",
@@ -90,10 +91,10 @@ def make_parser() -> Parser:
         help="draw among the fewest tokens of this probability together")
     add("--beams", type=Number(int, 1, 1000), metavar="N",
         help="search for the likeliest text with N beams; 1: off (default: 3 for a caption, where the run "
-             "learned captions of your own; else 1)")
-    add("--length-penalty", type=Number(float, 0, 10), default=0.5, metavar="P",
-        help="with --beams: the best text has the highest log-probability divided by its length to this "
-             "power; 1 favours long ones, 0 short ones")
+             "learned captions of your own, without --prompt, --chat or --temperature; else 1)")
+    add("--length-penalty", type=Number(float, 0, 10), metavar="P",
+        help="with beams: the best text has the highest log-probability divided by its length to this power; "
+             "1 favours long ones, 0 short ones (default: 0.5)")
     add("--seed", type=SEED, default=0, help="of the draws")
 
     group = parser.add_argument_group("output and machine")
@@ -113,9 +114,10 @@ def read_options() -> argparse.Namespace:
 
     # A last argument with a space in it is the prompt
     args = parser.parse_intermixed_args()
-    if args.pictures and re.search(r"\s", args.pictures[-1]) and not pictures_of(args.pictures[-1]):
+    last = args.pictures[-1] if args.pictures else ""
+    if re.search(r"\s", last) and not pictures_of(last) and not is_picture(last):
         if args.prompt is not None:
-            parser.error(f"{args.pictures[-1]!r} is no file, and there is a --prompt already")
+            parser.error(f"{last!r} is no file, and there is a --prompt already")
         args.prompt = args.pictures.pop()
 
     # What can't be
@@ -134,7 +136,7 @@ def read_options() -> argparse.Namespace:
         ("split", not args.attention, "with --attention"),
         ("raw_prompt", args.prompt is not None, "without --prompt"),
         ("temperature", args.beams in (None, 1), "with --beams"),
-        ("length_penalty", args.beams not in (None, 1), "without --beams"),
+        ("length_penalty", args.beams != 1 and not args.temperature, "without --beams"),
         ("top_k top_p seed", args.temperature, "without --temperature"),
     ))
     return args
@@ -148,12 +150,16 @@ def newest_run() -> str:
     return str(runs[-1].parent)
 
 
+def is_picture(name: str | Path) -> bool:
+    """Whether a file is called like a picture."""
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in FORMATS
+
+
 def pictures_of(name: str) -> list[str]:
     """The picture files of a folder, the files that match a pattern, or the file `name`, if there are any.
     Raises InputError for a folder without pictures."""
     if os.path.isdir(name):
-        kinds = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
-        found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in kinds)
+        found = sorted(str(path) for path in Path(name).iterdir() if is_picture(path))
         if not found:
             raise InputError(f"{name}: no pictures in this folder")
         return found
@@ -272,7 +278,8 @@ class Chat:
         ids, targets = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
         room = processor.max_positions - len(ids)
         if room < 1:
-            raise InputError(f"these pictures don't fit the language model's {processor.max_positions} positions")
+            raise InputError("these pictures don't fit the language model's "
+                             f"{processor.max_positions} positions")
 
         # The new pictures' embeddings, behind the others'
         tokens, positions = [x.to(vlm.device) for x in stack([(ids, targets)])[:2]]
@@ -394,7 +401,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
         rows, targets, order, answered = [], [], [], []
         for at, i in enumerate(indices, start=K):
             *earlier, (question, _) = captions.conversations(i)[0]
-            text = processor.prompt_for(question) if prompt is None or earlier else prompt
+            text = question or (processor.prompt_for("") if prompt is None else prompt)
             solved = []
             for j, ((question, said), *later) in enumerate(shots.said):
                 question = question or text
@@ -521,7 +528,8 @@ def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tens
 
 
 def usual_beams(vlm: VLM, args: argparse.Namespace) -> int:
-    """Captions of photographs get better by beam search; an answer to a question is read while it comes."""
+    """Returns 3 for captions by a run that learned captions of its user's: they get better by beam search.
+    Else 1: an answer is read while it comes."""
     learned = vlm.config.get("training", {}).get("data", "shapes")
     asked = args.prompt is not None or args.chat or args.temperature
     return 1 if learned == "shapes" or vlm.config.get("from") or asked else 3
@@ -539,8 +547,9 @@ def main() -> None:
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
     elif args.data:
-        captions = Captions(args.data, args.images, args.split_name)
-        captions.check_pictures()
+        captions = caption_data(args.data, args.images, split=args.split_name)
+        if isinstance(captions, Shards):
+            captions = captions.take(MANY.most)
         sets = {Path(args.data).name: captions.by_question()}
     else:
         files = []
@@ -564,6 +573,10 @@ def main() -> None:
     args.split = args.split and vlm.vit.preprocess.has_tiles
     args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
     args.beams = args.beams or usual_beams(vlm, args)
+    if args.length_penalty is None:
+        args.length_penalty = 0.5
+    elif args.beams == 1:
+        raise InputError("--length-penalty means nothing without --beams")
     generator = torch.Generator(device).manual_seed(args.seed)
     decoding = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                     top_p=args.top_p, beams=args.beams, length_penalty=args.length_penalty,

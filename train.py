@@ -333,7 +333,7 @@ def make_absolute(args: argparse.Namespace) -> None:
     """Has the run's files found again from any working directory."""
     for name in ("origin", "vit", "llm", "lora_from"):
         value = getattr(args, name)
-        if value and Path(value).exists() and not value.startswith("assets/"):
+        if value and os.path.exists(value) and not value.startswith("assets/"):
             setattr(args, name, str(Path(value).resolve()))
 
     # Pictures lie beside the captions' file, not beside what a link to it means
@@ -342,7 +342,7 @@ def make_absolute(args: argparse.Namespace) -> None:
         if not value or name == "data" and value == "shapes":
             continue
         several = listed(value) if is_shards(value) else value.split(",")
-        files = [value] if Path(value).exists() else several
+        files = [value] if os.path.exists(value) else several
         setattr(args, name, ",".join(map(os.path.abspath, files)))
 
 
@@ -359,8 +359,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     learns = "llm" in whole or bool(args.lora or args.lora_from) and "llm" in args.lora_on.split(",")
     train = caption_data(args.data, args.images, args.buffer, args.split_name, text_only=learns)
     if args.val:
-        val = caption_data(args.val, args.images, split=args.val_split)
-        _, val = val.held_out(args.val_size, args.seed)
+        val = caption_data(args.val, args.images, split=args.val_split).take(args.val_size, args.seed)
         return train, val.by_question(), None
     train, val = train.held_out(args.val_size, args.seed, 20)
     val.note = " (held out)"
@@ -574,8 +573,8 @@ class Run:
                      "--warmup")
         if args.data != "shapes" and not args.val:
             if val.count < args.val_size:
-                self.say(f"validates on {val.count} pictures: --val-size {args.val_size} is more than a "
-                         "twentieth of them")
+                most = "the first shard has no more" if self.streamed else "a twentieth of --data at most"
+                self.say(f"validates on {val.count} pictures, not on --val-size {args.val_size}: {most}")
         both = {*getattr(self.train, "paths", ())} & {*getattr(val, "paths", ())}
         if both:
             warn(f"{len(both)} pictures are in the training and in the validation set, such as {min(both)}")
@@ -789,8 +788,7 @@ class Run:
             first = itertools.islice(self.val.batches(100), 1)
             texts = caption_set(self.vlm, self.val.captions, first)
             found["exact"] = rate(self.val.captions, texts)[0]["exact"]
-        if "text-image" in self.layouts:
-            found["matching"] = self.matching(self.val)
+        found |= self.matching(self.val)
         self.vlm.train()
         return found
 
@@ -813,8 +811,11 @@ class Run:
         return loss / max(1, count)
 
     @torch.no_grad()
-    def matching(self, data: Encoded) -> float:
-        """How often the right one of "yes" and "no" is the likelier answer to "match?"."""
+    def matching(self, data: Encoded) -> dict[str, float]:
+        """How often the right one of "yes" and "no" is the likelier answer to "match?": {"matching": share},
+        or nothing where that isn't learned, or where no entry is a caption."""
+        if "text-image" not in self.layouts:
+            return {}
         right = count = 0
         for indices, features in data.batches(self.size):
             kept = [at for at, i in enumerate(indices) if is_caption(data.captions, i)]
@@ -831,7 +832,7 @@ class Run:
             yes = (sums[0] < sums[1]).tolist()
             right += sum(said == (answer == "yes") for said, [(_, answer)] in zip(yes, asked))
             count += len(kept)
-        return right / max(1, count)
+        return {"matching": right / count} if count else {}
 
     # -----------------------------------------------------------------------------------------------------
     # The loop
@@ -951,8 +952,7 @@ class Run:
             if shots.said and first < len(data.readable):
                 after = caption_set(vlm, data.captions, data.batches(64, first), shots)
                 scores[f"{label}, {len(shots.said)} shots ({len(after)})"] = rate(data.captions, after)[0]
-            if "text-image" in self.layouts:
-                row["matching"] = self.matching(data)
+            row |= self.matching(data)
             if not RANK:
                 write_text(self.folder / f"captions-{label}.jsonl", as_lines(data.captions, texts))
                 sections += best_and_worst(label, data.captions, texts, ratings)

@@ -162,8 +162,7 @@ class Captions(torch.utils.data.Dataset):
         self.keep_lines = False  # whether texts keep their lines
         self.consensus = 0  # of a picture's captions these many are read, see `agreeing`; 0: all
         self.file = str(file)
-        first = Path(self.file.split(",")[0])
-        folder = Path(images or first.parent)
+        folder = Path(images or files_of(self.file)[0].parent)
         if images and not folder.is_dir():
             raise InputError(f"{folder}: no such folder of pictures")
         rows = read_file(self.file)
@@ -178,7 +177,7 @@ class Captions(torch.utils.data.Dataset):
     @property
     def label(self) -> str:
         """What a line of progress calls it."""
-        return Path(self.file.split(",")[0]).name + self.note
+        return files_of(self.file)[0].name + self.note
 
     def make_absolute(self) -> None:
         """Gives pictures that are files a name that is the same in any working directory."""
@@ -186,7 +185,7 @@ class Captions(torch.utils.data.Dataset):
 
     def check_pictures(self) -> None:
         """Raises InputError where none of the first pictures is there."""
-        if not any(path.exists() for path in self.paths[:10]):
+        if not any(map(os.path.exists, self.paths[:10])):
             raise InputError(f"{self.paths[0]}: no such picture, nor others of {self.file}: --images says "
                              "where they lie")
 
@@ -256,7 +255,7 @@ class Captions(torch.utils.data.Dataset):
             if content := getattr(path, "file", None):
                 files.append((str(path), zlib.crc32(content)))
             else:
-                stat = path.stat() if path.exists() else None
+                stat = path.stat() if os.path.exists(path) else None
                 files.append((str(path.absolute()), stat and (stat.st_size, stat.st_mtime_ns)))
         return hashlib.sha256(repr(files).encode()).hexdigest()
 
@@ -288,6 +287,10 @@ class Captions(torch.utils.data.Dataset):
             part.said += asked.values()
         return part
 
+    def take(self, size: int, seed: int) -> "Captions":
+        """At most `size` entries with pictures, drawn from the seed."""
+        return self.held_out(size, seed)[1]
+
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Captions, Captions]":
         """Parts the set in two: the rest, and `size` entries drawn from the seed, at most one in `parts`.
         Those without a picture stay in the rest."""
@@ -301,11 +304,15 @@ class Captions(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------
 # Files to rows
 
+def files_of(file: str) -> list[Path]:
+    """The files that commas part, if it isn't the name of one."""
+    return [Path(file)] if os.path.exists(file) else [Path(part) for part in file.split(",")]
+
+
 def read_file(file: str) -> list[Row]:
     """The rows of a caption file, or of VQAv2's two. Raises InputError."""
-    paths = [Path(file)] if Path(file).exists() else [Path(part) for part in file.split(",")]
     texts = []
-    for path in paths:
+    for path in files_of(file):
         with guard(path, "not UTF-8 text"):
             content = path.read_bytes()
             utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -356,32 +363,49 @@ def table_rows(text: str) -> Iterator[Row]:
         return
 
     # The header tells what parts the columns
-    names = {name: what for what, names in COLUMNS.items() for name in names}
+    head = next((i for i, line in enumerate(lines) if line.strip()), 0)
     for delimiter in ",\t;|":
-        columns = [names.get(name.strip().strip('"').lower()) for name in lines[0].split(delimiter)]
-        if "image" in columns and "caption" in columns:
+        header = quoted(lines[head], delimiter) or lines[head].split(delimiter)
+        header = [name.strip().strip('"').lower() for name in header]
+        at = {what: columns_of(what, header) for what in COLUMNS}
+        if at["image"] and at["caption"]:
             break
     else:
-        raise InputError(f"line 1 names no picture and caption, but {lines[0][:80]!r}; what is read: {READ}")
+        raise InputError(f"line {head + 1} names no picture and caption, but {lines[head][:80]!r}; what is "
+                         f"read: {READ}")
 
-    # A caption in the last column may hold the delimiter
-    at = {what: columns.index(what) for what in COLUMNS if what in columns}
-    for number, fields in records(lines, delimiter, len(columns)):
-        if len(fields) > len(columns) and at["caption"] == len(columns) - 1:
-            fields[at["caption"]:] = [delimiter.join(fields[at["caption"]:])]
-        row = {what: fields[i].strip() for what, i in at.items() if i < len(fields)}
-        yield Row(f"line {number}", [row["image"]] if row.get("image") else [],
-                  one_turn(row.get("question", ""), [row.get("caption", "")]), row.get("split", ""))
+    # A caption in the last column may hold the delimiter. Elsewhere none can tell which column it is in
+    width = len(header)
+    for number, fields in records(lines, head + 1, delimiter, width):
+        fault = ""
+        if len(fields) > width and at["caption"] == [width - 1]:
+            fields[width - 1:] = [delimiter.join(fields[width - 1:])]
+        elif len(fields) > width:
+            fault = f"with more fields than line {head + 1} names"
+        found = {}
+        for what, columns in at.items():
+            found[what] = [fields[i].strip() for i in columns if i < len(fields) and fields[i].strip()]
+        question = "".join(found["question"][:1])
+        split = "".join(found["split"][:1])
+        yield Row(f"line {number}", found["image"][:1], one_turn(question, found["caption"]), split, fault)
 
 
-def records(lines: list[str], delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields the number of the line and the fields of each record behind the header. A field in quotes may go
-    over several lines. A quote that is never closed, or closed in mid-field, is a letter like any other: it
-    doesn't take in the lines that follow."""
-    at = 1
+def columns_of(what: str, header: list[str]) -> list[int]:
+    """Which columns have the first of the names for `what` that the header has: several captions may."""
+    for name in COLUMNS[what]:
+        if name in header:
+            return [i for i, other in enumerate(header) if other == name]
+    return []
+
+
+def records(lines: list[str], first: int, delimiter: str, width: int) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of the line and the fields of each record from line `first` on. A field in quotes may
+    go over several lines. A quote that is never closed, or closed in mid-field, is a letter like any other:
+    it doesn't take in the lines that follow."""
+    at = first
     while at < len(lines):
         line, taken = lines[at], 1
-        fields = quoted(line, delimiter)
+        fields = quoted(line, delimiter, width)
         if fields is None and line.count('"') % 2:
             fields, taken = over_lines(lines[at:at + 50], delimiter, width)
         if line.strip():
@@ -398,18 +422,24 @@ def over_lines(lines: list[str], delimiter: str, width: int) -> tuple[list[str] 
     for taken in range(2, len(lines) + 1):
         if begin.match(lines[taken - 1]):
             break
-        fields = quoted("\n".join(lines[:taken]), delimiter)
+        fields = quoted("\n".join(lines[:taken]), delimiter, width)
         if fields is not None and len(fields) == width:
             return fields, taken
     return None, 1
 
 
-def quoted(text: str, delimiter: str) -> list[str] | None:
-    """The fields of one record as the CSV rules have it; None where its quotes break them."""
-    try:
-        return next(csv.reader([text], delimiter=delimiter, strict=True))
-    except (csv.Error, StopIteration):
-        return None
+def quoted(text: str, delimiter: str, width: int = 0) -> list[str] | None:
+    """The fields of one record as the CSV rules have it; None where its quotes break them. Spaces before a
+    quote don't count where there are `width` fields then."""
+    found = None
+    for spaces in (False, True):
+        try:
+            fields = next(csv.reader([text], delimiter=delimiter, skipinitialspace=spaces, strict=True))
+        except (csv.Error, StopIteration):
+            continue
+        if not spaces or len(fields) == width:
+            found = fields
+    return found
 
 
 def flickr_rows(lines: list[str]) -> Iterator[Row]:
@@ -471,9 +501,9 @@ def read_entry(place: str, entry: dict) -> Row:
 
 def coco_rows(data: dict) -> Iterator[Row]:
     """COCO's: the pictures by number, then an annotation for each caption."""
-    files = {image["id"]: image["file_name"] for image in data.get("images", [])}
+    files = {str(image["id"]): image["file_name"] for image in data.get("images", [])}
     for number, note in enumerate(data["annotations"], 1):
-        name = files.get(note.get("image_id"))
+        name = files.get(str(note.get("image_id")))
         yield Row(f"annotation {number}", strings(name), one_turn("", strings(find(note, "caption"))))
 
 

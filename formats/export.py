@@ -10,7 +10,7 @@ import torch
 
 from formats.files import InputError, guard, write_json, write_tensors, write_text
 from formats.languages import tie
-from formats.vlms import PUBLIC
+from formats.vlms import OTHERS, PUBLIC, SPELLED
 from formats.weights import Checkpoint, Family, find_tensors
 
 # Besides the weights: configs, tokenizers, chat templates, licences
@@ -119,10 +119,6 @@ TARGETS = {
     "qformer": Target("blip-2", "Blip2", ("blip-2", "blip_2_vision_model"), "model.decoder.",
                       "vision_model.", "language_model.model.decoder.", "language_model.", "qformer."),
 }
-# The tokens that begin an image, end it, and stand for an embedding of it. Idefics3's processor itself writes
-# the first two around an image; a tokenizer takes the longest token that fits, so that it tells them apart
-SPELLED = {"idefics3": ("<fake_token_around_image><global-img>", "<fake_token_around_image>", "<image>")}
-OTHERS = ("<image begin>", "<image end>", "<image>")
 
 
 def export_run(target: Path, vlm) -> None:

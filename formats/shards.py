@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import tarfile
@@ -158,7 +159,8 @@ class Shards:
         self.consensus = 0
         self.buffer = buffer
         self.size = 1000
-        names = [name for part in listed(names) for name in braces(part)]
+        parts = [names] if os.path.exists(names) else listed(names)
+        names = [name for part in parts for name in braces(part)]
         self.paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) or [name])]
         for path in self.paths:
             if not path.is_file():
@@ -194,16 +196,24 @@ class Shards:
         return hashlib.sha256(repr([path.name for path in self.paths]).encode()).hexdigest()[:32]
 
     def held_out(self, size: int, seed: int, parts: int = 1) -> "tuple[Shards, Captions]":
-        """The other shards, and the first `size` whole pairs of the first shard, kept in memory. Warns where
-        these would take more than MOST_HELD: they are fewer."""
-        rest, out = copy.copy(self), Captions.__new__(Captions)
+        """The other shards, and the first `size` whole pairs of the first shard: see `take`."""
+        rest = copy.copy(self)
         rest.paths = self.paths[1:]
+        first = copy.copy(self)
+        first.paths = self.paths[:1]
+        return rest, first.take(size)
+
+    def take(self, size: int, seed: int = 0) -> Captions:
+        """The first `size` whole pairs, kept in memory. Warns where these would take more than MOST_HELD:
+        they are fewer. Raises InputError where there is none."""
+        out = Captions.__new__(Captions)
         out.paths = []
         held = 0  # bytes
-        for pair in itertools.islice((pair for pair in read_shard(self.paths[0]) if not pair.fault), size):
+        pairs = itertools.chain.from_iterable(map(read_shard, self.paths))
+        for pair in itertools.islice((pair for pair in pairs if not pair.fault), size):
             held += pair.size
             if held > MOST_HELD:
-                warn(f"{self.paths[0]}: {len(out.paths)} pairs are held out, not {size}: more would take "
+                warn(f"{self.paths[0]}: {len(out.paths)} pairs are read, no more: they would take more than "
                      f"{MOST_HELD / 1e9:.0f} GB of memory")
                 break
             out.paths.append(pair)
@@ -214,7 +224,7 @@ class Shards:
         out.consensus = 0
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
-        return rest, out
+        return out
 
     def batches(self, batch: int, seed: int, step: int = 0, rank: int = 0, world: int = 1):
         """Yields endless batches (lists of pairs) from `step` on, a pure function of the arguments. In an
@@ -261,9 +271,11 @@ def braces(text: str) -> list[str]:
     """What a shell makes of "{000..099}" and "{a,b}"."""
     if not (found := re.search(r"\{([^{}]*)\}", text)):
         return [text]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    values = ([str(i).zfill(len(numbers[1])) for i in range(int(numbers[1]), int(numbers[2]) + 1)] if numbers
-              else found[1].split(","))
+    values = found[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        step = 1 if first <= last else -1
+        values = [str(i).zfill(len(numbers[1])) for i in range(first, last + step, step)]
     return [whole for value in values for whole in braces(text[:found.start()] + value + text[found.end():])]
 
 

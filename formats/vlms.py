@@ -128,8 +128,21 @@ def llava_config(c: dict) -> tuple[dict, dict, dict]:
     )
 
 
+def exported(layout: str) -> dict[str, Format]:
+    """A run of ours that was exported in that layout reads as it did: see formats/export.py."""
+    begin, end, _ = SPELLED.get(layout, OTHERS)
+    return {begin: Format(lambda images, text: IMAGE * images + text,
+                          lambda queries, rows, columns: begin + IMAGE * queries + end, question="")}
+
+
+# The tokens that begin an image, end it, and stand for an embedding of it, in an export of a run of ours.
+# Idefics3's processor itself writes the first two around an image; a tokenizer takes the longest token that
+# fits, so that it tells them apart
+SPELLED = {"idefics3": ("<fake_token_around_image><global-img>", "<fake_token_around_image>", IMAGE)}
+OTHERS = ("<image begin>", "<image end>", IMAGE)
+
 IMAGE_LINE = IMAGE + "\n"
-LLAVA = {  # its prompts follow the language model's
+LLAVA = exported("llava") | {  # its prompts follow the language model's
     "<|im_start|>": Format(lambda images, text: (
         f"<|im_start|>user {IMAGE * images}\n{text}<|im_end|><|im_start|>assistant")),
     "<|start_header_id|>": Format(lambda images, text: (
@@ -182,7 +195,7 @@ def idefics3_chat(images: int, text: str) -> str:
     return f"User:{IMAGE * images or ' '}{text}<end_of_utterance>\nAssistant:"
 
 
-IDEFICS3 = {
+IDEFICS3 = exported("idefics3") | {
     "<|im_start|>": Format(idefics3_chat, idefics3_image, begin="<|im_start|>", between="\n"),
     "": Format(idefics3_chat, idefics3_image, between="\n"),
 }
@@ -278,7 +291,7 @@ blip2 = Public(
     language=r"language_model\.",
     adapter=r"qformer\.|language_projection\.|query_tokens",
     names=QFORMER_NAMES,
-    formats={"": Format(blip_chat, question="", images_first=True)},
+    formats=exported("blip-2") | {"": Format(blip_chat, question="", images_first=True)},
     unused=r".*position_ids")
 llava = Public(
     llava_config,

@@ -32,13 +32,19 @@ def one_of(known, what: str, word: str) -> str:
     return word
 
 
+LONGEST = 2000  # letters of an error
+
+
 def complain(error: Exception | str) -> None:
     """Prints an error as one line on stderr, in colour on a terminal. NO_COLOR (no-color.org) turns this
     off."""
     can_colour = "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb"
     colour = can_colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\33[31merror:\33[0m" if colour else "error:"
-    print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
+    line = str(error)
+    if len(line) > LONGEST:  # a picture may be "named" by all its bytes
+        line = f"{line[:LONGEST // 2]} … {line[-LONGEST // 2:]}"
+    print(f"{Path(sys.argv[0]).name}: {label} {line}", file=sys.stderr)
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
@@ -126,6 +132,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(usage="%(prog)s [options]", description=description, epilog=EXIT_CODES,
                          formatter_class=Help)
+        self._negative_number_matcher = re.compile(r"-\d+(,-?\d+)*$|-\d*\.\d+$")  # -2,-5 too is a value
 
     def _get_value(self, action, text: str):
         with named(flag(action.dest)):  # its type doesn't know the option's name

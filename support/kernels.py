@@ -19,8 +19,8 @@ AMX = torch.cpu._is_amx_tile_supported()
 
 
 def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
-    """softmax(q kᵀ / √hd) (B,H,T,S); the arguments are those of `attend`. If it is causal, the queries are those
-    of the last T of S tokens."""
+    """softmax(q kᵀ / √hd) (B,H,T,S); the arguments are those of `attend`. If it is causal, the queries are
+    those of the last T of S tokens."""
     B, H, T, size = q.shape
     K, S = k.shape[1:3]
     scores = (q * size ** -0.5).reshape(B, K, -1, size) @ k.transpose(-1, -2)

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import LAYOUTS, Views, arrange, place, stack
+from data import Views, arrange, place, stack
 from fixtures.pictures import picture
 from formats.captions import Captions, agreeing
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
-from formats.shards import read_shard
+from formats.shards import caption_data, read_shard
 from support.answers import exact_match, vqa_accuracy
+from test_scale import write_tar
 from test_vlm import QUICK_SET, SMALL, command, interrupt, small
 
 KARPATHY = {
@@ -59,6 +61,18 @@ LAYOUTS = {  # name -> text, what is read
     "Flickr8k.token.txt": ("a.jpg#0\tA dog .\na.jpg#1\tA pup .\nb.jpg#0\tA cat .\n", TWO),
     "questions": ("image,question,answer\na.jpg,What is it?,A dog\n", ASKED),
     "old Mac's line ends": ("image,caption\ra.jpg,A dog\ra.jpg,A pup\rb.jpg,A cat", TWO),
+    "a caption beside a title, in any order": ("title,image,caption\nPhoto 1,a.jpg,A dog\n",
+                                               {"a.jpg": [[("", "A dog")]]}),
+    "several columns of captions": ("image,caption,caption\na.jpg,A dog,A pup\nb.jpg,A cat,\n", TWO),
+    "an empty line before the header, and commas in it": (
+        '\n"a, b",image,caption\n1,a.jpg,A dog\n2,a.jpg,A pup\n3,b.jpg,A cat\n', TWO),
+    "spaces before quotes": (
+        'image, caption\na.jpg, "A dog"\na.jpg, "A ""dog"", wet"\n'
+        'b.jpg, "Rex" runs\nb.jpg, A dog, "Rex", runs\n',
+        {"a.jpg": [[("", "A dog")], [("", 'A "dog", wet')]],
+         "b.jpg": [[("", '"Rex" runs')], [("", 'A dog, "Rex", runs')]]}),
+    "commas in another column": ("image,caption,split\na.jpg,A dog,x\nb.jpg,A cat, wet,x\n",
+                                 {"a.jpg": [[("", "A dog")]]}),
     "commas in the last column": ("image,caption\na.jpg,A dog, a cat\n", {"a.jpg": [[("", "A dog, a cat")]]}),
     "quotes": ('image,caption\na.jpg,"A ""big"" dog, wet"\n', {"a.jpg": [[("", 'A "big" dog, wet')]]}),
     "a caption over lines": (
@@ -89,6 +103,11 @@ LAYOUTS = {  # name -> text, what is read
             {"images": [{"filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "A dog"}]}]}
         ),
         {"val2014/a.jpg": [[("", "A dog")]]},
+    ),
+    "COCO, ids of two kinds": (
+        json.dumps({"images": [{"id": "1", "file_name": "a.jpg"}],
+                    "annotations": [{"image_id": 1, "caption": "A dog"}]}),
+        {"a.jpg": [[("", "A dog")]]},
     ),
     "COCO without one image": (
         json.dumps(
@@ -252,7 +271,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "the warm-up of 8 steps doesn't end within 8: give a shorter --warmup" in out
-    assert "validates on 1 pictures: --val-size 8 is more than a twentieth of them" in out
+    assert "validates on 1 pictures, not on --val-size 8: a twentieth of --data at most" in out
     assert command(monkeypatch, sample, "0.png", "Colour?", "--model", "run") == 2
     assert "Colour?: no such picture (if it is a question, say --prompt)" in capsys.readouterr().err
 
@@ -460,7 +479,8 @@ def test_captions_that_agree_are_read_alone(tmp_path):
     captions = Captions(tmp_path / "c.csv")
     assert [len(captions.conversations(i)) for i in range(2)] == [6, 2]
     captions.consensus = 3
-    assert captions.conversations(0) == [[("", text)] for text in ("A dog runs", "A brown dog runs", "a dog sits")]
+    best = ("A dog runs", "A brown dog runs", "a dog sits")
+    assert captions.conversations(0) == [[("", text)] for text in best]
     assert captions.conversations(1) == [[("", "One")], [("", "Two")]]
     assert captions.by_question().conversations(0) == captions.conversations(0)
 
@@ -470,10 +490,46 @@ def test_captions_that_agree_are_read_alone(tmp_path):
     assert agreeing(told, 1) == [[asked[0]], [asked[1]], [asked[0]] * 2, [asked[0], asked[1]]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ("a, b/c.csv", "c.csv", "a, b/x.tar"))
+def test_a_name_may_have_commas(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".tar":
+        write_tar(file, [("1.png", b"-"), ("1.txt", b"A dog")])
+        assert caption_data(str(file)).take(9).conversations(0) == [[("", "A dog")]]
+        return
+    file.write_text("image,caption\na.png,A dog\n")
+    assert Captions(file).paths == [file.parent / "a.png"] and Captions(file).label == "c.csv"
+
+
+def test_what_is_no_name_of_a_file_is_no_picture(tmp_path, monkeypatch, capsys):
+    """Such as a picture in base64."""
+    monkeypatch.chdir(tmp_path)
+    long = "data:image/jpeg;base64," + "A" * 9000
+    Path("c.csv").write_text(f"image,caption\n{long},A dog\n")
+    assert command(monkeypatch, sample, "--data", "c.csv", "--model", "assets/none") == 2
+    line = capsys.readouterr().err
+    assert "data:image/jpeg" in line and "no such picture" in line and len(line) < 2200
+    assert len(Captions("c.csv").stamp()) == 64
+    assert command(monkeypatch, train, "--data", "x" * 300) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_picture_that_is_shown_late_is_shown_once(tmp_path):
+    """Whatever the prompt of a run says, where the data asks no question at first."""
+    rows = [{"image": "a.png", "conversations": turns("", "hi", "<image>What?", "dog")}]
+    rows[0]["conversations"] = rows[0]["conversations"][1:]  # the assistant begins
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    captions = Captions(tmp_path / "c.json")
+    learned = arrange("image-text", captions, 0, 0, 0, lambda text: text or "Look: <image>")
+    assert "".join(text for text, _ in learned).count("<image>") == 1
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
 def test_a_question_keeps_its_layout(layout, tmp_path):
     picture(20, 30).save(tmp_path / "a.png")
-    (tmp_path / "c.csv").write_text("image,question,answer\na.png,What colour?,red\na.png,What is it?,a car\n")
+    rows = "a.png,What colour?,red\na.png,What is it?,a car\n"
+    (tmp_path / "c.csv").write_text("image,question,answer\n" + rows)
     captions = Captions(tmp_path / "c.csv")
     learned = {arrange(layout, captions, 0, 0, epoch, lambda question: question)[0] for epoch in range(20)}
     assert learned == {("<image>What colour?", "red"), ("<image>What is it?", "a car")}

@@ -50,6 +50,7 @@ def test_every_number_has_a_range(module, option, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, reason", (
     (["--layout", "image-text:1e999"], "--layout image-text:1e999: '1e999' is not a number from 1e-06 to "),
     (["--layout", f"text-image:{'9' * 400}"], "99' is not a number"),
+    (["--layout", "image-text,image-text:2"], "image-text is named twice"),
     (["--prompt", "<image><image>"], "--prompt takes one <image>"),
     (["--device", "meta"], "--device meta: "), (["--device", "hpu"], "--device hpu: ")))
 def test_other_values_that_can_not_be(arguments, reason, monkeypatch, capsys):
@@ -98,7 +99,6 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (sample, ["--split", "a.png", "--attention", "seen.png"], "with --attention"),
     (sample, ["--raw-prompt", "a.png"], "without --prompt"),
     (sample, ["--temperature", "1", "--beams", "3", "a.png"], "with --beams"),
-    (sample, ["--length-penalty", "0", "a.png"], "without --beams"),
     (sample, ["--length-penalty", "0", "a.png", "--beams", "1"], "without --beams"),
     (sample, ["--top-k", "3", "a.png"], "without --temperature"),
     (sample, ["--top-p", "0.5", "a.png"], "without --temperature"),
@@ -119,6 +119,18 @@ def test_an_option_that_means_nothing_is_refused(module, arguments, reason, monk
 def test_an_option_may_say_its_default(module, arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
     module.read_options()
+
+
+def test_layers_may_be_counted_from_the_last(monkeypatch):
+    parse = train.make_parser().parse_args
+    assert parse(["--layer", "-2,-5"]).layer == [-2, -5] and parse(["--layer", "-2"]).layer == -2
+
+
+def test_a_name_of_a_picture_is_no_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a photo.jpg", "no photo.JPG"])
+    assert sample.read_options().pictures == ["a photo.jpg", "no photo.JPG"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a photo.jpg", "What is it?"])
+    assert sample.read_options().prompt == "What is it?"
 
 
 def test_a_resumed_run_stays_in_its_folder(tmp_path, monkeypatch, capsys):

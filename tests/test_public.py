@@ -423,6 +423,10 @@ def test_a_run_of_ours_becomes_a_public_layout(vit, kind, adapter, config, fixtu
         logits.append(vlm.logits(tokens, vlm.features(pixels), where))
     close(logits[1][:, :440], logits[0], 1e-3)
 
+    # It reads pictures and text as it did, and answers alike
+    assert again.processor.encode("a large star", images=1)[0] == ids
+    assert again.caption([shown], "a", max_tokens=8) == run.caption([shown], "a", max_tokens=8)
+
     # The tokenizer spells an image as it was trained, and what was none of its words is never said
     tokenizer = Tokenizer.from_pretrained(str(tmp_path / "public"))
     template = (tmp_path / "public/chat_template.jinja").read_text()

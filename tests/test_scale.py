@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import data
 import formats.shards
+import sample
 import train
 from conftest import ROOT
 from formats.shards import Shards, read_shard
@@ -135,11 +136,21 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
+def test_shards_to_validate_on_are_all_read(shards, monkeypatch, capsys):
+    options = ["--data", f"{shards}/{{00..03}}.tar", "--val", f"{shards}/0[45].tar"]
+    args = train.make_parser().parse_args(options)
+    learned, val, _ = train.caption_sets(args)
+    assert len(learned.paths) == 4 and len(val) == 40
+    score = ("--data", f"{shards}/0[45].tar", "--model", "assets/none")
+    assert command(monkeypatch, sample, *score) == 2 and "assets/none" in capsys.readouterr().err
+
+
 def test_shards_are_listed_as_in_a_shell(shards):
     paths = [shards / f"{i:02}.tar" for i in range(6)]
     for names in (f"{shards}/{{00..05}}.tar", f"{shards}/*.tar",
                   f"{shards}/0{{0,1,2}}.tar,{shards}/0[345].tar"):
         assert Shards(names).paths == paths
+    assert Shards(f"{shards}/{{05..00}}.tar").paths == paths[::-1]
     with pytest.raises(InputError, match="06.tar: no such shard"):
         Shards(f"{shards}/{{00..06}}.tar")
 
@@ -318,7 +329,7 @@ def test_pairs_wait_in_so_many_bytes(shards, monkeypatch, capsys):
     assert sorted(names) == every and names != [str(pair) for pair in read[:120]]
     assert next(Shards(f"{shards}/*.tar").batches(4, 7, 11)) == names[44:48]
     _, out = Shards(f"{shards}/*.tar").held_out(20, 0)
-    assert 2 < len(out) < 13 and f"{len(out)} pairs are held out, not 20" in capsys.readouterr().err
+    assert 2 < len(out) < 13 and f"{len(out)} pairs are read, no more" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
