@@ -7,6 +7,7 @@ of a picture, L words of a prompt, W width of an adapter, D of the LLM's embeddi
 targets.
 """
 import collections
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -37,13 +38,13 @@ from vit import ViT
 class Adapter(nn.Module):
     """Maps features (P,N,Dv) of P pictures, as the ViT returns them, to embeddings (P,Q,D) for the LLM.
 
-    An adapter is told the encoder's width, the LLM's width and the patch grid (patches along a side), nothing
-    else. The last grid² of the N features are the patches.
+    An adapter is made of the encoder's width, the LLM's width and the patch grid (patches along a side); its
+    keyword arguments are its sizes. The last grid² of the N features are the patches.
 
     queries: Q.
     side: √Q if embedding i belongs to grid cell i; None for learned queries, which have no position.
-    text: how many of the prompt's first tokens it reads too, as words: the LLM's embeddings (P,L,D), and
-        where there is one (P,L).
+    text: the number of the prompt's tokens that it reads too, at most. Then `forward` also gets their
+        embeddings (P,L,D) by the LLM and a mask (P,L), true where there is a token.
     readers: a regular expression of the names of its modules in which queries attend to patches.
 
     An adapter with a method `cross_attention` is read between the LLM's blocks; then nothing of a picture
@@ -52,7 +53,7 @@ class Adapter(nn.Module):
     queries: int
     side: int | None = None
     text = 0
-    readers = "(?!)"
+    readers = "(?!)"  # matches nothing
 
     def join(self, layers: int, width: int) -> None:
         """Called once with the number of the LLM's blocks and their width."""
@@ -334,6 +335,9 @@ def fourier_places(matrix: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 class TwoWayBlock(nn.Module):
+    """A block of SAM's mask decoder: tokens read each other and the patches, then the patches read the
+    tokens."""
+
     def __init__(self, width: int, heads: int, mlp: int, shrink: int, eps: float, first: bool):
         super().__init__()
         self.first = first
@@ -347,9 +351,9 @@ class TwoWayBlock(nn.Module):
         self.image_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, image, marks, places, mask):
-        """x: tokens (P,Q+L,W), marks: what they were at first, image: patches (P,G²,W), places: their
-        positions (G²,W), mask: of the tokens."""
-        # Tokens attend to each other; in the first block they are their own marks
+        """x: tokens (P,Q+L,W); marks: what they were before the first block, which stands for their
+        positions; image: patches (P,G²,W); places: their positions (G²,W); mask: of the tokens."""
+        # Tokens attend to each other. SAM's first block adds neither marks, which the tokens still are, nor x
         if self.first:
             x = self.norm1(self.attention(x, x, x, mask))
         else:
@@ -435,9 +439,8 @@ class GatedBlock(nn.Module):
 
 
 class Flamingo(Adapter):
-    """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): before every `every`-th block of the frozen LLM
-    stands a gated block, in which a word attends to the resampled picture that was the last to come before
-    it.
+    """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): a gated block stands before every `every`-th block
+    of the frozen LLM. In it a token attends to the resampled embeddings of the latest picture before it.
 
     Norms and feed-forward layers are those of IDEFICS, its public reproduction.
 
@@ -470,12 +473,12 @@ class Flamingo(Adapter):
         images (P,Q,D), text by text. begins (B,I): the positions from which on the words of a text see its
         images, of which there are I at most; NEVER for one that a text doesn't have.
         """
-        # The images of each text, (B,I·Q,D); where it has fewer, any others, which no word sees
+        # The images of each text; where it has fewer, any others, which no word sees
         count = (begins < self.NEVER).sum(1, keepdim=True)  # (B,1)
+        first = count.cumsum(0) - count  # (B,1): a text's first image among all P
         image = torch.arange(begins.shape[1], device=images.device)  # (I,)
-        which = count.cumsum(0) - count + image  # (B,I)
         Q = images.shape[1]
-        images = images[which.clamp(max=len(images) - 1)].flatten(1, 2)
+        of_texts = images[(first + image).clamp(max=len(images) - 1)].flatten(1, 2)  # (B,I·Q,D)
         kept = {}  # keys and values of each gated block, which are the same for every word
 
         def apply(layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -484,14 +487,18 @@ class Flamingo(Adapter):
             block = self.blocks[layer // self.every]
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
                 if layer not in kept:
-                    kept[layer] = block.attention.keys_and_values(images, images)
+                    kept[layer] = block.attention.keys_and_values(of_texts, of_texts)
                 k, v = kept[layer]
                 since = begins
-                beams = len(x) // len(begins)  # each text as often
+                beams = len(x) // len(begins)  # rows of each text
                 if beams > 1:
-                    k, v, since = (t.repeat_interleave(beams, 0) for t in (k, v, begins))
-                last = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
-                seen = (last == image).repeat_interleave(Q, -1)  # (B,T,I·Q)
+                    k = k.repeat_interleave(beams, 0)
+                    v = v.repeat_interleave(beams, 0)
+                    since = begins.repeat_interleave(beams, 0)
+
+                # A token sees the embeddings of the latest image that began before it
+                latest = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
+                seen = (latest == image).repeat_interleave(Q, -1)  # (B,T,I·Q)
                 return block(x.float(), (k, v), seen).to(x.dtype)
 
         return apply
@@ -661,21 +668,23 @@ class VLM(nn.Module):
         self.channel_scale.copy_(1 / std.clamp(min=1e-6))
         self.channel_shift.copy_(-mean * self.channel_scale)
 
-    def prompt_words(self, tokens: torch.Tensor, pictures: int | None = None,
+    def prompt_tokens(self, tokens: torch.Tensor, pictures: int | None = None,
                      target_positions: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Ids (P,L) that the adapter may read with each of P pictures, then -1: the words in its row of the
-        ids (B,T) up to the first target, at most as many as `adapter.text`. None for an adapter that reads no
-        words. A GPU that isn't told the number of `pictures` is asked for it."""
+        """Returns the prompt's ids (P,L) that the adapter reads with each picture, filled up with -1: in its
+        row of the ids (B,T) the words before the first target, at most `adapter.text`. None for an adapter
+        that reads no prompt. pictures: P; without it a GPU must be waited for."""
         if not self.adapter.text:
             return None
         image = tokens == self.processor.placeholder
         seen = (tokens < self.llm.config.vocabulary) & ~image
-        if target_positions is not None:  # a target is what comes after its position
+
+        # A word is read if no target position lies before it: a target is what comes after its position
+        if target_positions is not None:
             starts = torch.zeros(tokens.numel(), dtype=torch.long, device=tokens.device)
             starts = starts.scatter(0, target_positions, 1).view_as(tokens)
             seen = seen & (starts.cumsum(1) - starts == 0)
 
-        # The words first, in their order; then a row for each picture
+        # A stable sort puts these words first and keeps their order. Then a row for each picture
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]
         words = tokens.masked_fill(~seen, -1).gather(1, order)
         repeats = image.sum(1) // self.adapter.queries
@@ -683,9 +692,10 @@ class VLM(nn.Module):
             repeats[0] += pictures - repeats.sum()
         return words.repeat_interleave(repeats, 0, output_size=pictures)
 
-    def images(self, features: torch.Tensor | None, words: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The adapter's embeddings (P,Q,D) of features (P,N,Dv), with `words` as from `prompt_words`. None
-        without features."""
+    def embed_images(self, features: torch.Tensor | None,
+                     prompt: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The adapter's embeddings (P,Q,D) of features (P,N,Dv), with the `prompt_tokens` (P,L), if it reads
+        them. None without features."""
         if features is None:
             return None
         features = features.float()
@@ -700,17 +710,18 @@ class VLM(nn.Module):
 
         # The adapter's weights are float32; it computes in the VLM's dtype
         with self.autocast(torch.float32):
-            if words is None:
+            if prompt is None:
                 return self.adapter(features).to(self.llm.dtype)
-            embeddings = self.llm.embed(words.clamp(min=0)).float()  # (P,L,D)
-            return self.adapter(features, embeddings, words >= 0).to(self.llm.dtype)
+            embeddings = self.llm.embed(prompt.clamp(min=0)).float()  # (P,L,D)
+            return self.adapter(features, embeddings, prompt >= 0).to(self.llm.dtype)
 
     # -----------------------------------------------------------------------------------------------------
     # Into the LLM
 
-    def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, image_embeddings: torch.Tensor | None) -> torch.Tensor:
         """Ids (B,T), in which placeholders stand for the embeddings of P pictures (P,Q,D) (None if P is 0),
-        to embeddings (B,T,D). -1 - placeholder is that token as a word."""
+        to embeddings (B,T,D). An id -1 - i is the word i, where i would stand for a picture: see
+        `log_probabilities`."""
         # Words, by the LLM's own embedding
         marker = self.processor.marker
         ids = torch.where(tokens < 0, -1 - tokens, tokens)
@@ -720,25 +731,25 @@ class VLM(nn.Module):
         if self.markers is not None:
             marks = F.embedding((tokens - marker).clamp(0, 1), self.markers).to(x.dtype)
             x = torch.where((tokens >= marker)[..., None], marks, x)
-        if images is None or not self.in_text:
+        if image_embeddings is None or not self.in_text:
             return x
 
-        # An image's embeddings, one after the other
+        # An image's embeddings, one after the other: the k-th placeholder is the k-th of them
         image = tokens == self.processor.placeholder
         which = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
         # a masked_scatter would have a GPU's backward pass wait to be told how many these are
-        return torch.where(image[..., None], F.embedding(which, images.flatten(0, 1)), x)
+        return torch.where(image[..., None], F.embedding(which, image_embeddings.flatten(0, 1)), x)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The `positions` for `LLM.hidden` of ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
         if self.image_position.startswith("sequence"):
             return None
 
-        # The position that all of an image share, or its first
+        # From one token to the next: 1 after a word, 0 within an image, `side` after an image
         image = tokens == self.processor.placeholder
-        behind = F.pad(image, (1, 0))[:, :-1]  # what comes after an image's embedding
+        after_image = F.pad(image, (1, 0))[:, :-1]
         side = self.adapter.side if self.image_position == "rope-xy" else 1
-        t = torch.where(behind, side * ~image, 1).cumsum(1) - 1  # an image as a whole takes `side`
+        t = torch.where(after_image, side * ~image, 1).cumsum(1) - 1
         if self.image_position != "rope-xy":
             return t
 
@@ -747,54 +758,56 @@ class VLM(nn.Module):
         offsets = torch.stack([0 * i, i // side, i % side], -1)  # (B,T,3): t, row, column
         return t[..., None] + offsets * image[..., None]
 
-    def llm_inputs(self, tokens: torch.Tensor, images: torch.Tensor | None,
+    def llm_inputs(self, tokens: torch.Tensor, image_embeddings: torch.Tensor | None,
                    most_images: int | None = None) -> dict:
         """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and the embeddings of P pictures
         (P,Q,D) (None if P is 0): their arguments by name. A GPU that isn't told the most images of a text is
         asked for it, which waits for it."""
         positions = self.positions(tokens)
-        inputs = dict(embeddings=self.embed(tokens, images), positions=positions)
+        inputs = dict(embeddings=self.embed(tokens, image_embeddings), positions=positions)
         if self.in_text:
             return inputs
 
         # From which position on a text sees each of its images; without any there is one that none sees
-        if images is None:
-            images = self.markers.new_zeros(1, self.adapter.queries, self.llm.config.hidden)
+        if image_embeddings is None:
+            image_embeddings = self.markers.new_zeros(1, self.adapter.queries, self.llm.config.hidden)
         begin = tokens == self.processor.marker
         if most_images is None:
             most_images = begin.sum(1).max().clamp(min=1)
         at = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         begins = torch.where(begin, at, self.adapter.NEVER).sort(1).values[:, :most_images]  # (B,I)
-        return inputs | dict(cross_attention=self.adapter.cross_attention(images, begins))
+        return inputs | dict(cross_attention=self.adapter.cross_attention(image_embeddings, begins))
 
-    def states(self, tokens: torch.Tensor, images: torch.Tensor | None, positions: torch.Tensor,
-               most_images: int | None = None) -> torch.Tensor:
-        """The LLM's states (M,D) at positions (M,) of the flattened ids (B,T)."""
-        hidden = self.llm.hidden(**self.llm_inputs(tokens, images, most_images))
-        return hidden.flatten(0, 1)[positions]
+    def states(self, tokens: torch.Tensor, image_embeddings: torch.Tensor | None,
+               target_positions: torch.Tensor, most_images: int | None = None) -> torch.Tensor:
+        """The LLM's states (M,D) at `target_positions` (M,) of the flattened ids (B,T)."""
+        hidden = self.llm.hidden(**self.llm_inputs(tokens, image_embeddings, most_images))
+        return hidden.flatten(0, 1)[target_positions]
 
     def forward(self, batch: Batch, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the loss of each target (M,) of a batch with features (P,N,Dv) of its pictures, and the
         loss of each embedding (K,) that should spell a token; K is 0 where the batch has no `spelling`."""
         V = self.llm.config.vocabulary
         with self.autocast(self.llm.dtype):
-            words = self.prompt_words(batch.tokens, len(features), batch.target_positions)
-            images = self.images(features, words)
-            states = self.states(batch.tokens, images, batch.target_positions, batch.most_images)
+            prompt = self.prompt_tokens(batch.tokens, len(features), batch.target_positions)
+            image_embeddings = self.embed_images(features, prompt)
+            states = self.states(batch.tokens, image_embeddings, batch.target_positions, batch.most_images)
             losses = token_losses(states, batch.targets, self.llm.logits, V)
             if batch.spelling is None:
                 return losses, losses[:0]
-            spelling = images.flatten(0, 1)[batch.spelling.positions]  # (K,D)
+            spelling = image_embeddings.flatten(0, 1)[batch.spelling.positions]  # (K,D)
             weight = self.llm.embedding.weight
             return losses, token_losses(spelling, batch.spelling.targets, lambda x: F.linear(x, weight), V)
 
-    def logits(self, tokens: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (M,V) of the token after each of the positions (M,) of the flattened ids (B,T), with
-        features (P,N,Dv) of their pictures. What stands behind a text's first position, an adapter doesn't
-        read."""
+    def logits(self, tokens: torch.Tensor, features: torch.Tensor,
+               target_positions: torch.Tensor) -> torch.Tensor:
+        """Logits (M,V) of the token after each of the `target_positions` (M,) of the flattened ids (B,T),
+        with features (P,N,Dv) of their pictures. An adapter that reads the prompt reads it up to the first
+        of them."""
         with self.autocast(self.llm.dtype):
-            images = self.images(features, self.prompt_words(tokens, len(features), positions))
-            return self.llm.logits(self.states(tokens, images, positions))
+            prompt = self.prompt_tokens(tokens, len(features), target_positions)
+            image_embeddings = self.embed_images(features, prompt)
+            return self.llm.logits(self.states(tokens, image_embeddings, target_positions))
 
     # -----------------------------------------------------------------------------------------------------
     # Text
@@ -809,14 +822,18 @@ class VLM(nn.Module):
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
         tokens, positions, _ = stack([*zip(rows, targets)])
+
+        # An adapter that reads the prompt reads it up to the first earlier answer, or to the row's last id
         T = tokens.shape[1]
-        ends = torch.tensor([i * T + len(row) - 1 for i, row in enumerate(rows)])
-        positions = torch.cat([positions, ends]).to(self.device)  # an adapter reads no padding
+        last = torch.tensor([i * T + len(row) - 1 for i, row in enumerate(rows)])
+        positions = torch.cat([positions, last]).to(self.device)
         tokens = tokens.to(self.device)
+        image_embeddings = self.embed_images(features, self.prompt_tokens(tokens, None, positions))
+
+        # What the LLM reads, without the padding: `generate` pads on the other side
         most = max([1] + [row.count(processor.marker) for row in rows])
-        images = self.images(features, self.prompt_words(tokens, None, positions))
-        inputs = self.llm_inputs(tokens, images, most)
-        for name in ("embeddings", "positions"):  # without the padding
+        inputs = self.llm_inputs(tokens, image_embeddings, most)
+        for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
         room = processor.max_positions - max(map(len, rows))
@@ -824,12 +841,12 @@ class VLM(nn.Module):
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
         if score:
-            for answer, mean in zip(answers, self.log_probabilities(rows, found, images)):
+            for answer, mean in zip(answers, self.log_probabilities(rows, found, image_embeddings)):
                 answer.log_probability = mean
         return answers
 
     def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
-                          images: torch.Tensor | None) -> list[float]:
+                          image_embeddings: torch.Tensor | None) -> list[float]:
         """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids, with
         the embeddings (P,Q,D) of their pictures."""
         examples = []
@@ -840,7 +857,7 @@ class VLM(nn.Module):
             said = row[len(prompt):]
             said[said == self.processor.placeholder] = -1 - self.processor.placeholder
         with self.autocast(self.llm.dtype):
-            states = self.states(tokens, images, positions)
+            states = self.states(tokens, image_embeddings, positions)
             losses = token_losses(states, targets, self.llm.logits, self.llm.config.vocabulary)
         return [-loss.mean().item() for loss in losses.split([len(ids) for ids in answers])]
 
@@ -889,7 +906,8 @@ class VLM(nn.Module):
 
     def export(self, target: Path) -> None:
         """Writes a run to the folder `target` in a public layout, its LoRA merged: in that of the public VLM
-        that it began `from`, else in that of the family that computes the same. Raises InputError."""
+        that it began `from`, else in that of the family that computes the same. Its LoRA stays merged. Raises
+        InputError."""
         with guard(target, "can't be written"):
             if target.exists():
                 raise InputError(f"{target}: there is something already")
@@ -992,9 +1010,12 @@ class VLM(nn.Module):
 
 def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = (),
           checkpoint: Path | None = None) -> VLM:
-    """A VLM with an untrained adapter, or a public VLM's: backbones in `dtype`, but those that are to be
-    trained `whole` in float32; adapter in float32. `checkpoint` has the tensors that the adapter will take:
-    other sizes in `config` are an InputError before any are made."""
+    """Builds the VLM that `config` describes, with an untrained adapter or as a public VLM.
+
+    dtype: of the backbones; the adapter is float32. whole: backbones that are held in float32, for they are
+        trained. checkpoint: has the tensors that the adapter will take; other sizes in `config` are an
+        InputError before any are made.
+    """
     vit_dtype = torch.float32 if "vit" in whole else dtype
     llm_dtype = torch.float32 if "llm" in whole else dtype
     if config.get("from"):
@@ -1002,16 +1023,13 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
     vit = ViT.from_pretrained(config["vit"], vit_dtype, config.get("image_size"))
     llm = LLM.from_pretrained(config["llm"], llm_dtype)
     tokenizer = Tokenizer.from_pretrained(config["llm"])
-    if checkpoint is None:
-        # Asked for at once, memory that isn't there is an error; in small pieces it is the process's end
-        with torch.device("meta"):
-            size = sum(p.nbytes for p in make_adapter(config, vit, llm).parameters())
-        torch.empty(size, dtype=torch.uint8)
-        return VLM(vit, llm, tokenizer, config, dtype=dtype)
-    with named(checkpoint.with_name("config.json")):
+    with named(checkpoint.with_name("config.json")) if checkpoint else contextlib.nullcontext():
         with torch.device("meta"):
             adapter = dict(make_adapter(config, vit, llm).named_parameters())
-        compare(adapter, read_tensors(checkpoint, "weight.adapter."), checkpoint)
+        if checkpoint:
+            compare(adapter, read_tensors(checkpoint, "weight.adapter."), checkpoint)
+        else:  # ask for all memory at once: if there is too little, many small pieces end the process
+            torch.empty(sum(p.nbytes for p in adapter.values()), dtype=torch.uint8)
         return VLM(vit, llm, tokenizer, config, dtype=dtype)
 
 

@@ -34,8 +34,8 @@ from formats.tokenizer import Tokenizer
 from formats.vlms import Format
 from support.console import Number, one_of
 from support.journal import counted
-from support.machine import free_memory, send
-from support.processes import LOCAL, RANK, WORLD, total, united
+from support.machine import free_memory, to_device
+from support.processes import LOCAL, RANK, WORLD, sum_over_processes, merge_over_processes
 
 # ---------------------------------------------------------------------------------------------------------
 # Layouts: how a picture and its caption become a text with an answer
@@ -177,8 +177,8 @@ class Batch(NamedTuple):
     spelling: Spelling | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = [send(x, device) for x in self[:3]]
-        spelling = self.spelling and Spelling(*(send(x, device) for x in self.spelling))
+        tensors = [to_device(x, device) for x in self[:3]]
+        spelling = self.spelling and Spelling(*(to_device(x, device) for x in self.spelling))
         return Batch(*tensors, self.most_images, self.fits, spelling)
 
 
@@ -572,7 +572,7 @@ def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0,
         pin_memory=vlm.device.type == "cuda", worker_init_fn=ignore_signals)
     for indices, views, found in loader:
         count_bad(bad, found, captions)
-        yield indices, views._replace(x=send(views.x, vlm.device))
+        yield indices, views._replace(x=to_device(views.x, vlm.device))
 
 
 def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
@@ -641,9 +641,9 @@ class Encoded:
             rows = self.zeros(len(chunk))
             if indices:
                 rows[[i - chunk[0] for i in indices]] = features.x
-            total(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
+            sum_over_processes(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
-        self.bad.update(united(self.bad))
+        self.bad.update(merge_over_processes(self.bad))
         if not self.args.quiet:
             count = self.captions.count - len(self.bad)
             print(f"encoded {count} pictures of {self.captions.label} in {time.time() - start:.0f} s",
@@ -661,14 +661,14 @@ class Encoded:
                        lambda: [p not in self.bad for p in range(self.captions.count)])
 
         there = torch.tensor(path.is_file(), device=device, dtype=torch.int)
-        if total(there) < WORLD:
+        if sum_over_processes(there) < WORLD:
             if LOCAL:  # one process on each machine writes, the others encode their share
                 collections.deque(self.encode(), 0)
             else:
                 with guard(path.parent, "can't be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, write)
-            total(torch.zeros(1, device=device))  # wait until the file is there
+            sum_over_processes(torch.zeros(1, device=device))  # wait until the file is there
 
         found = read_tensors(path)
         compare({"rows": torch.empty(shape, dtype=self.dtype, device="meta"),
@@ -698,9 +698,9 @@ class Encoded:
         """The kept features of these entries, whose pictures are seen as a whole."""
         shown = [self.captions.pictures(i) for i in indices]
         pictures = torch.tensor([p for pictures in shown for p in pictures], dtype=torch.long)
-        rows = self.features[send(pictures, self.features.device)]
+        rows = self.features[to_device(pictures, self.features.device)]
         counts = [len(pictures) for pictures in shown]
-        return Views(send(rows, self.vlm.device), counts, [[(0, 0)] * n for n in counts])
+        return Views(to_device(rows, self.vlm.device), counts, [[(0, 0)] * n for n in counts])
 
     def batches(self, size: int, first: int = 0):
         """Yields entries that can be read, from the `first` on, and the features of their pictures."""

@@ -286,8 +286,8 @@ class Chat:
         images = self.images
         if views:
             pixels = torch.cat([x for x, _, _ in views]).to(vlm.device)
-            words = vlm.prompt_words(tokens, None, positions)
-            new = vlm.images(vlm.features(pixels), None if words is None else words[-len(pixels):])
+            words = vlm.prompt_tokens(tokens, None, positions)
+            new = vlm.embed_images(vlm.features(pixels), None if words is None else words[-len(pixels):])
             images = new if images is None else torch.cat([images, new])
 
         # What comes after that which was read: all of it, where the first turns were cut
@@ -388,9 +388,12 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
 def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str | None = None,
                 raw: bool = False, **decoding) -> dict[int, str]:
     """Answers the last question of each entry that `batches` of a set yields, (indices, features as Views),
-    each after the same `shots`. Returns {index: answer}."""
+    each after the same `shots`. `prompt`: what is asked where an entry asks nothing, by default the run's.
+    Returns {index: answer}."""
     texts = {}
     processor = vlm.processor
+    if prompt is None:
+        prompt = processor.prompt_for("")
     K = len(shots.said)
     for indices, features in batches:
         # The features of the shots, then those of the entries
@@ -401,15 +404,10 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
         rows, targets, order, answered = [], [], [], []
         for at, i in enumerate(indices, start=K):
             *earlier, (question, _) = captions.conversations(i)[0]
-            text = question or (processor.prompt_for("") if prompt is None else prompt)
-            solved = []
-            for j, ((question, said), *later) in enumerate(shots.said):
-                question = question or text
-                if question.count(IMAGE) > len(features.tiles[j]):
-                    question = question.replace(IMAGE, "")
-                solved.append(place([(question, said), *later], len(features.tiles[j])))
-            asked = place([*earlier, (text, "")], len(features.tiles[at]))
-            *earlier, (text, _) = few_shot([*solved, asked])
+            question = question or prompt
+            examples = [solved(shots.said[j], question, len(features.tiles[j])) for j in range(K)]
+            asked = place([*earlier, (question, "")], len(features.tiles[at]))
+            *earlier, (text, _) = few_shot([*examples, asked])
             shown = [*range(K), at]
             tiles = (size for j in shown for size in features.tiles[j])
             ids, learned = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
@@ -426,6 +424,15 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
     if not texts:
         raise InputError(f"no text fits the language model's {processor.max_positions} positions")
     return texts
+
+
+def solved(turns: Conversation, prompt: str, pictures: int) -> Conversation:
+    """An example that says where its pictures stand; it is asked the `prompt` if it has no question."""
+    (question, answer), *later = turns
+    question = question or prompt
+    if question.count(IMAGE) > pictures:
+        question = question.replace(IMAGE, "")
+    return place([(question, answer), *later], pictures)
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:

@@ -40,8 +40,8 @@ from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meanin
                              one_of, run)
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
-from support.machine import can_compile, free_memory, pick_precision, send, start_processes
-from support.processes import RANK, WORLD, total, united
+from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
+from support.processes import RANK, WORLD, sum_over_processes, merge_over_processes
 from support.runs import BEST, CHECKPOINT, adamw_state, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
@@ -71,8 +71,8 @@ ADAPTER_SIZES = {  # option -> type, help; "adapter_NAME" or "NAME" is the adapt
     "adapter_layers": (SIZE, "blocks of an adapter with queries (default: 4; twoway: 2)"),
     "adapter_width": (Number(int, 1, 65_536), "its hidden size (default: 256)"),
     "adapter_heads": (SIZE, "its attention heads (default: 8)"),
-    "adapter_every": (SIZE, "qformer: of N blocks one reads the picture; flamingo: one to N of the LLM's "
-                            "(default: 2)"),
+    "adapter_every": (SIZE, "qformer: every N-th block reads the picture; flamingo: a gated block stands "
+                            "before every N-th block of the LLM (default: 2)"),
     "adapter_dropout": (DROPOUT, "qformer: dropout after every sublayer (default: 0)"),
     "adapter_text": (Number(int, 0, 10_000),
                      "qformer, twoway: read N tokens of the prompt too (default: 0; 32, if N is left out)"),
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--vit", default="assets/vit", metavar="NAME", help="image encoder: a folder or a hub name")
     add("--llm", default="assets/llm", metavar="NAME", help="language model: a folder or a hub name")
     add("--split", action="store_true",
-        help="see a picture in tiles too, as the family of --from does, which takes more time and memory")
+        help="cut each picture in tiles too, as the model of --from does: more time and memory")
     add("--image-size", type=Number(int, 1, 4096), metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
     add("--layer", type=layers, metavar="I",
@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-targets", default="q,v", metavar="NAMES",
         help="layers with it: q, k, v, out, gate, up, down; or all")
     add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
-    add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of what it reads")
+    add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
     add = parser.add_argument_group("data").add_argument
@@ -131,8 +131,8 @@ def make_parser() -> argparse.ArgumentParser:
              "NAME.jpg and NAME.txt; or shapes, the built-in world")
     add("--images", metavar="FOLDER", help="where the pictures lie (default: beside the captions)")
     add("--val", metavar="FILE",
-        help="captions to validate on, of --images too, or shards (default: a part of --data; the first "
-             "shard)")
+        help="captions to validate on, with pictures in --images, or shards (default: at most a twentieth of "
+             "--data; of shards, the first)")
     add("--split-name", metavar="NAME", help="the rows of this split of --data alone, where it has splits")
     add("--val-split", metavar="NAME", help="the same of --val")
     add("--val-size", type=MANY, default=500, help="pictures to validate on, at most")
@@ -155,16 +155,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
     add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
     add("--lr", type=RATE, default=2e-3, help="peak learning rate of adapter and LoRA")
-    add("--lr-llm", type=RATE, default=1e-4, help="that of the LLM, if trained whole")
-    add("--lr-vit", type=RATE, default=1e-4, help="that of the encoder, if trained whole")
+    add("--lr-llm", type=RATE, default=1e-4, help="peak learning rate of the LLM, if --train names it")
+    add("--lr-vit", type=RATE, default=1e-4, help="peak learning rate of the encoder, if --train names it")
     add("--warmup", type=Number(int, 0, 10 ** 9), default=100,
         help="steps of linear warm-up before the cosine to zero")
     add("--weight-decay", type=RATE, default=0.05, help="AdamW's, of matrices")
-    add("--clip", type=Number(float, 1e-6, 10 ** 9), default=1.0, help="longest gradient, Euclidean norm")
+    add("--clip", type=Number(float, 1e-6, 10 ** 9), default=1.0, help="clip the gradient to this norm")
     add("--spell", type=Number(float, 0, 1000), metavar="W",
         help="weight of a second loss in the first 60 %% of the steps: an image's embeddings spell its first "
              "caption, a token each; for adapters with queries (default: 1 in the shapes world, else 0)")
-    add("--seed", type=SEED, default=0, help="of weights, order, captions drawn, scenes")
+    add("--seed", type=SEED, default=0, help="random seed of weights, order, captions drawn and scenes")
 
     speed = parser.add_argument_group("speed")
     add = speed.add_argument
@@ -172,8 +172,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the models' blocks (default: on a CUDA GPU, in a run of ten minutes or more)")
     add("--recompute", action="store_true",
-        help="keep little of what the LLM computes for the backward pass, and compute it again: a third more "
-             "time for a fraction of the memory")
+        help="keep little of what the LLM computes for the backward pass, and compute it again: a half to a "
+             "third of the memory, up to a third more time")
     add("--cache-features", action=argparse.BooleanOptionalAction,
         help="encode every picture once and keep the features (default: when they take less than half of the "
              "free memory, and the steps see each picture at least once)")
@@ -231,15 +231,16 @@ def read_options() -> argparse.Namespace:
     if args.lora and args.lora_from:
         raise InputError("--lora-from brings its own rank: leave --lora out")
     if args.shard and "llm" in whole:
-        raise InputError(f"--train {args.train}: an LLM that is trained whole can't be parted by --shard")
+        raise InputError(f"--train {args.train}: an LLM that is trained whole can't be sharded")
 
     # A batch
     if args.batch % (WORLD * args.accumulate):
-        processes = f" in each of {WORLD} processes" if WORLD > 1 else ""
-        raise InputError(f"--batch {args.batch} can't be cut in --accumulate {args.accumulate} equal parts"
-                         + processes)
-    if args.shots >= args.batch // WORLD // args.accumulate:
-        raise InputError(f"--shots {args.shots}: from 0 to what a batch (or part of it) has beside each pair")
+        processes = f" times {WORLD} processes" if WORLD > 1 else ""
+        raise InputError(f"--batch {args.batch} is no multiple of --accumulate {args.accumulate}" + processes)
+    pairs = args.batch // WORLD // args.accumulate
+    if args.shots >= pairs:
+        raise InputError(f"--shots {args.shots}: at most {pairs - 1}, for they come from the {pairs} pairs "
+                         "that are computed together")
     return args
 
 
@@ -365,7 +366,7 @@ def caption_sets(args: argparse.Namespace) -> tuple:
     val.note = " (held out)"
     if not train.paths:
         one = "shard" if is_shards(args.data) else "picture"
-        raise InputError(f"{args.data}: one {one} can't be parted in training and validation: give --val")
+        raise InputError(f"{args.data}: there is one {one} alone, none to validate on: give --val")
     return train, val.by_question(), None
 
 
@@ -390,7 +391,7 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
     # The model, and what of it learns
     vlm = build(config, dtype, config["train"])
     if args.split and not vlm.vit.preprocess.has_tiles:
-        raise InputError("--split: this model sees every picture as a whole alone")
+        raise InputError("--split: this model has no tiles")
     choose_trained(vlm, args)
     vlm.llm.recomputes = args.recompute
     if args.shard and WORLD > 1:
@@ -533,8 +534,9 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
 # ---------------------------------------------------------------------------------------------------------
 # A run
 
-class Part(NamedTuple):
-    """A part of a step's batch: texts, their pictures, and which picture each place of the texts shows."""
+class MicroBatch(NamedTuple):
+    """A part of a step's batch: its texts, the views of its entries' pictures, and which entries the texts
+    show, in order: an entry may be an example in several texts."""
     texts: Batch
     views: Views
     order: list[int]
@@ -547,10 +549,14 @@ class Run:
         self.args = args
         if args.out and not args.resume and not RANK:
             check_new(Path(args.out))
+
+        # What is learned and what it is validated on
         self.train, val, self.unseen = caption_sets(args)
         self.streamed = isinstance(self.train, Shards)
         self.layouts = layout_weights(args.layout)
-        self.size = args.batch // WORLD  # of this process's share of a batch
+        self.local_batch = args.batch // WORLD  # entries of this process's share
+
+        # The model, and whether it can read what is to be learned
         self.device = start_processes(args.device)
         torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
         torch.manual_seed(args.seed)
@@ -562,7 +568,9 @@ class Run:
             check_tokens(self.vlm, captions)
         self.train.consensus = args.consensus
         self.check_contents(val)
-        self.fixed = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
+
+        # All that is slow, after all that may be refused
+        self.vit_is_frozen = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
@@ -623,13 +631,13 @@ class Run:
         adapter = vlm.config["adapter"]
         self.folder = Path(args.out or f"out/{time.strftime('%Y%m%d-%H%M%S')}-{adapter}")
         self.log = Log(self.folder, args.tensorboard)
-        self.first, self.losses = 0, []
+        self.first_step, self.losses = 0, []
         if args.resume:
-            self.first, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler,
+            self.first_step, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler,
                                                       args.steps)
         elif not RANK:
             check_new(self.folder)  # again: it is this process's alone only now
-        self.log.begin(self.first)
+        self.log.begin(self.first_step)
         count = sum(p.numel() for p in self.trained)
         self.say(f"{self.folder}: {adapter} adapter, {count:,} trained parameters, "
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
@@ -638,14 +646,14 @@ class Run:
         """Encodes the pictures whose features are kept: to validate on, if the encoder is frozen, and to
         train on, if they fit."""
         args, vlm = self.args, self.vlm
-        self.val = Encoded(vlm, val, args, self.fixed)
-        cache = self.keeps_features() if self.fixed and not self.streamed else False
+        self.val = Encoded(vlm, val, args, self.vit_is_frozen)
+        cache = self.keeps_features() if self.vit_is_frozen and not self.streamed else False
         if not args.resume:
             args.cache_features = cache  # for good: kept features differ from others in the last bits
         if not RANK and (not args.resume or args.data != "shapes"):  # it may have moved
             write_json(self.folder / "config.json", vlm.config)
-        self.kept = Encoded(vlm, self.train, args) if cache else None
-        self.bad = self.kept.bad if self.kept else {}  # {picture: reason} of what can't be read
+        self.kept_features = Encoded(vlm, self.train, args) if cache else None
+        self.unreadable = self.kept_features.bad if self.kept_features else {}  # {picture: reason}
         if not args.resume and vlm.channel_scale is not None:
             _, views = next(self.val.batches(256))  # the same in all processes
             vlm.standardise(views.x)
@@ -658,7 +666,7 @@ class Run:
         size = self.train.count * self.val.features[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
         cache = seen and bool(args.features or size < free_memory(self.device) / 2)
-        return bool(total(torch.tensor(int(cache), device=self.device)) == WORLD)
+        return bool(sum_over_processes(torch.tensor(int(cache), device=self.device)) == WORLD)
 
     def say(self, text: str) -> None:
         if not self.args.quiet:
@@ -668,23 +676,24 @@ class Run:
     # A step
 
     def pictures(self):
-        """Yields this process's share of each step's batch, from step `first` on: indices, and features or,
+        """Yields this process's share of each step's batch, from the first step on: indices, and features or,
         where these aren't kept, pixels, as Views."""
         # Kept features
-        args, size = self.args, self.size
+        args, size = self.args, self.local_batch
         mine = slice(RANK * size, RANK * size + size)
-        if self.kept:
-            readable = self.kept.readable
-            for batch in shuffled(len(readable), args.batch, args.seed, self.first):
+        if self.kept_features:
+            readable = self.kept_features.readable
+            for batch in shuffled(len(readable), args.batch, args.seed, self.first_step):
                 indices = [readable[i] for i in batch[mine]]
-                yield indices, self.kept.of(indices)
+                yield indices, self.kept_features.of(indices)
 
         # Else the pictures are read as they are needed
         if self.streamed:
-            batches = self.train.batches(size, args.seed, self.first, RANK, WORLD)
+            batches = self.train.batches(size, args.seed, self.first_step, RANK, WORLD)
         else:
-            batches = (batch[mine] for batch in shuffled(len(self.train), args.batch, args.seed, self.first))
-        yield from read_pictures(self.vlm, self.train, batches, self.bad, args.workers)
+            every = shuffled(len(self.train), args.batch, args.seed, self.first_step)
+            batches = (batch[mine] for batch in every)
+        yield from read_pictures(self.vlm, self.train, batches, self.unreadable, args.workers)
 
     def draw(self, indices: list[int], epoch: int) -> tuple[list[Conversation], list[list[int]]]:
         """What is learned of each entry to train on, in a layout that is drawn, after its shots; and for
@@ -705,21 +714,29 @@ class Run:
         prompt_for = self.vlm.processor.prompt_for
         return arrange(layout, captions, i, self.args.seed, epoch, prompt_for, others)
 
-    def part(self, indices: list[int], views: Views, epoch: int, spell: float) -> Part:
+    def micro_batch(self, indices: list[int], views: Views, epoch: int, spell: float) -> MicroBatch:
         """The texts of some entries, as tensors on the device, and the views of the pictures in them."""
         args, adapter = self.args, self.vlm.adapter
         examples, orders = self.draw(indices, epoch)
-        tiles, spelled, queries = [], None, 0
+
+        # For each text, the tiles of its pictures and what these should spell
+        tiles, spelled = [], []
         for shown in orders:
-            tiles.append([size for j in shown for size in views.tiles[j]])
-        if spell:  # a grid of patches can't be put in a caption's order
-            spelled = [[text for j in shown for text in self.spelled(indices[j])] for shown in orders]
-            queries = adapter.queries if adapter.side is None else 0
-        texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss, spelled, queries)
+            tiles_of_text, spelled_of_text = [], []
+            for j in shown:
+                tiles_of_text += views.tiles[j]
+                spelled_of_text += self.spelled(indices[j])
+            tiles.append(tiles_of_text)
+            spelled.append(spelled_of_text)
+        queries = adapter.queries if adapter.side is None else 0  # a grid can't be put in a caption's order
+        texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss,
+                                         spelled if spell else None, queries)
+
+        # The entries whose pictures the texts show
         order = []
         for shown, fits in zip(orders, texts.fits):
             order += shown if fits else []
-        return Part(texts.to(self.device), views, order)
+        return MicroBatch(texts.to(self.device), views, order)
 
     def spelled(self, i: int) -> list[str]:
         """What the embeddings of each picture of an entry should spell: its caption, of several nothing."""
@@ -740,15 +757,15 @@ class Run:
         epoch = step if self.streamed else step * args.batch // len(self.train)
         spell = args.spell if step < 0.6 * args.steps else 0.0
         parts = []
-        for places in chunks(range(len(indices)), self.size // args.accumulate) or [[]]:
-            part = self.part([indices[i] for i in places], inputs.pick(places), epoch, spell)
-            parts.append(part)
+        for places in chunks(range(len(indices)), self.local_batch // args.accumulate) or [[]]:
+            entries = [indices[i] for i in places]
+            parts.append(self.micro_batch(entries, inputs.pick(places), epoch, spell))
 
-        # Targets of the whole batch, and tokens to be spelled: the loss is the same in one part or in many
+        # Divide by the targets of the whole batch: --accumulate and more GPUs don't change the loss
         targets = sum(len(part.texts.targets) for part in parts)
-        letters = sum(len(part.texts.spelling.targets) for part in parts if part.texts.spelling)
-        counts = total(send(torch.tensor([targets, letters]), self.device))
-        targets, letters = counts.clamp(min=1)
+        spell_count = sum(len(part.texts.spelling.targets) for part in parts if part.texts.spelling)
+        counts = sum_over_processes(to_device(torch.tensor([targets, spell_count]), self.device))
+        targets, spell_count = counts.clamp(min=1)
 
         # Forward and backward, part by part
         loss = torch.zeros((), device=self.device)
@@ -756,13 +773,13 @@ class Run:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
                 self.forward.require_backward_grad_sync = part is parts[-1]
             views = part.views
-            if not self.kept:
+            if not self.kept_features:
                 views = views._replace(x=vlm.features(views.x))
             losses, spelling = self.forward(part.texts, views.pick(part.order).x)
             mean = losses.sum() / targets
             loss += mean.detach()
-            # DDP takes the mean over the processes
-            self.scaler.scale(WORLD * (mean + spell / letters * spelling.sum())).backward()
+            # DDP averages the gradients of the processes: times their number they are the sum
+            self.scaler.scale(WORLD * (mean + spell / spell_count * spelling.sum())).backward()
 
         # Update, unless a gradient isn't finite or there was nothing to learn
         self.scaler.unscale_(self.optimizer)
@@ -773,7 +790,7 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(part.texts.tokens.numel() for part in parts)
-        return total(loss).masked_fill(broken, torch.nan), tokens
+        return sum_over_processes(loss).masked_fill(broken, torch.nan), tokens
 
     # -----------------------------------------------------------------------------------------------------
     # Validation. All processes validate alike: for one of them the others would have to wait
@@ -803,7 +820,7 @@ class Run:
     @torch.no_grad()
     def loss(self, data: Encoded) -> float:
         loss = count = 0
-        for indices, features in data.batches(self.size):
+        for indices, features in data.batches(self.local_batch):
             examples = [self.arrange("image-text", data.captions, i) for i in indices]
             _, losses = self.losses_of(examples, features, self.args.max_tokens)
             loss += losses.sum().item()
@@ -817,7 +834,7 @@ class Run:
         if "text-image" not in self.layouts:
             return {}
         right = count = 0
-        for indices, features in data.batches(self.size):
+        for indices, features in data.batches(self.local_batch):
             kept = [at for at, i in enumerate(indices) if is_caption(data.captions, i)]
             if not kept:
                 continue
@@ -843,12 +860,12 @@ class Run:
         source = self.pictures()
         progress = Progress(args)
         in_a_row = 0  # steps without finite gradients
-        for step in range(self.first, args.steps):
+        for step in range(self.first_step, args.steps):
             indices, inputs = next(source)
-            if step == self.first:
+            if step == self.first_step:
                 progress.begin([loss.to(self.device) for loss in self.losses])
             loss, tokens = self.step(step, indices, inputs)
-            in_a_row = (in_a_row + 1) * loss.isnan()
+            in_a_row = (in_a_row + 1) * loss.isnan()  # back to 0 after a step that changed something
             progress.add(step, loss, WORLD * len(indices), WORLD * tokens)
             signals.unsaved = True
 
@@ -863,7 +880,7 @@ class Run:
                         "checkpoint, if there is one, is as it was)")
                 if save:
                     line |= self.validate()
-                    bad = [united(self.bad), self.val.bad]
+                    bad = [merge_over_processes(self.unreadable), self.val.bad]
                 progress.show(line)
                 self.log.add(line)
                 progress.begin()
@@ -884,7 +901,7 @@ class Run:
                       flush=True)
                 sys.exit(128 + asked)
         source.close()
-        if self.first == args.steps and not RANK:  # it was killed before it could
+        if self.first_step == args.steps and not RANK:  # it was killed before it could
             self.report([])
 
     def keep_best(self, step: int, loss: float) -> None:
@@ -902,7 +919,7 @@ class Run:
         """Takes up the weights with the lowest validation loss, if they aren't the last."""
         path = self.folder / BEST
         there = torch.tensor(int(not RANK and path.is_file()), device=self.device)
-        if not total(there):
+        if not sum_over_processes(there):
             return
         if not RANK:
             found = read_tensors(path)
@@ -948,7 +965,7 @@ class Run:
             texts = caption_set(vlm, data.captions, data.batches(64))
             row, ratings = rate(data.captions, texts)
             scores[f"{label} ({len(texts)})"] = row
-            first = len(shots.said) if data is self.val else 0  # no picture comes before itself
+            first = len(shots.said) if data is self.val else 0  # no entry comes before itself
             if shots.said and first < len(data.readable):
                 after = caption_set(vlm, data.captions, data.batches(64, first), shots)
                 scores[f"{label}, {len(shots.said)} shots ({len(after)})"] = rate(data.captions, after)[0]
@@ -975,12 +992,12 @@ class Run:
 
 
 def main() -> None:
-    this = Run(read_options())
-    with contextlib.closing(this.log), Signals() as signals:
-        this.learn(signals)
-        scores = this.score()
-    this.say(f"{this.folder}: see curves.png and samples.png; "
-             f"try it: python sample.py photo.jpg --model {this.folder}")
+    training = Run(read_options())
+    with contextlib.closing(training.log), Signals() as signals:
+        training.learn(signals)
+        scores = training.score()
+    training.say(f"{training.folder}: see curves.png and samples.png; "
+                 f"try it: python sample.py photo.jpg --model {training.folder}")
     print(table(scores))
     if WORLD > 1:
         dist.destroy_process_group()

@@ -246,7 +246,7 @@ class ViT(nn.Module):
         size = tuple(pixels.shape[-2:])
         side = self.config.image_size
         if size != (side, side):
-            raise InputError(f"the encoder takes {side} px squares, not {size}")
+            raise InputError(f"the encoder takes pictures of {side} × {side} px, not {size[0]} × {size[1]}")
 
         # Patches to tokens
         x = self.patches(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # (B,G²,D)
@@ -267,13 +267,16 @@ class ViT(nn.Module):
         return torch.cat([states[i] for i in wanted], -1)
 
     def states_of(self, layer: int | list[int] | None) -> list[int]:
-        """After how many blocks the states lie that `layer` asks for; see `forward`. Raises InputError."""
+        """Returns the numbers of the hidden states that `layer` asks for: how many blocks lie before each.
+        See `forward`. Raises InputError."""
         count = len(self.blocks)
+        if layer is None:
+            return [count]
         found = []
-        for one in [count] if layer is None else layer if isinstance(layer, list) else [layer]:
-            if not -count - 1 <= one <= count:
-                raise InputError(f"layer {one} of an encoder with {count} blocks")
-            found.append(one % (count + 1))
+        for i in layer if isinstance(layer, list) else [layer]:
+            if not -count - 1 <= i <= count:
+                raise InputError(f"the encoder has no layer {i}: it has {count} blocks")
+            found.append(i % (count + 1))  # there are count + 1 states: -1 is the last
         return found
 
     def feature_shape(self, layer: int | list[int] | None = None) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def free_memory(device: torch.device) -> int:
         return 4 << 30
 
 
-def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Moves a tensor to the device, through pinned memory to a GPU: then the CPU needn't wait."""
     if x.is_cpu and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

@@ -9,14 +9,14 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # of how many
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # and which GPU of its machine it has
 
 
-def total(x: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the processes, in place."""
     if WORLD > 1:
         dist.all_reduce(x)
     return x
 
 
-def united(bad: dict[int, str]) -> dict[int, str]:
+def merge_over_processes(bad: dict[int, str]) -> dict[int, str]:
     """Merges the pictures {index: reason} that each of the processes couldn't read."""
     found = [bad] * WORLD
     if WORLD > 1:

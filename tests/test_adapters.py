@@ -97,10 +97,10 @@ def test_a_packed_vlm_says_the_same(adapter, dtype):
     for name, p in vlm.trained.items():
         torch.nn.init.normal_(p, std=0.2)  # a gate too
     pictures = [picture(40, 40), picture(31, 50)]
-    before, said = vlm.images(vlm.features(torch.ones(1, 3, 96, 96))), vlm.caption(pictures, beams=2)
+    before, said = vlm.embed_images(vlm.features(torch.ones(1, 3, 96, 96))), vlm.caption(pictures, beams=2)
     vlm.pack()
     assert not any(type(part) is torch.nn.Linear for part in vlm.modules())
-    after = vlm.images(vlm.features(torch.ones(1, 3, 96, 96)))
+    after = vlm.embed_images(vlm.features(torch.ones(1, 3, 96, 96)))
     assert (after - before).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05) * before.abs().max()
     assert dtype == torch.bfloat16 or vlm.caption(pictures, beams=2) == said
 
@@ -188,8 +188,8 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
     tokens, where, _ = stack(rows)
     before = rows[0][1].index(True)
     a, b, c = [0, 20, 21, pad], [0, 20, 21, 22], [0, pad, pad, pad]  # the start token is a word too
-    assert vlm.prompt_words(tokens, 4, where).tolist() == [a, b, b, c]
-    assert vlm.prompt_words(tokens[:1, :before]).tolist() == [a]
+    assert vlm.prompt_tokens(tokens, 4, where).tolist() == [a, b, b, c]
+    assert vlm.prompt_tokens(tokens[:1, :before]).tolist() == [a]
     features = vlm.features(torch.randn(4, 3, 30, 30))
     logits = vlm.logits(tokens, features, where)
     changed = tokens.clone()
@@ -198,8 +198,8 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
 
     def embed(text: str, pad: int = 0) -> torch.Tensor:
         tokens = torch.tensor([vlm.processor.encode(text)[0]])
-        prompt = F.pad(vlm.prompt_words(tokens), (0, pad), value=-1)
-        return vlm.embed(tokens, vlm.images(features[:1], prompt))[0, 2:7]
+        prompt = F.pad(vlm.prompt_tokens(tokens), (0, pad), value=-1)
+        return vlm.embed(tokens, vlm.embed_images(features[:1], prompt))[0, 2:7]
 
     assert (embed("ab") - embed("ba")).abs().max() > 1e-3
     assert torch.allclose(embed("ab"), embed("ab", 1), atol=1e-5)
@@ -233,7 +233,7 @@ def test_flamingo_starts_as_the_llm_it_is_put_in(name, dtype, fixtures):
     for p in set(vlm.trained.values()) - set(gates.values()):
         torch.nn.init.normal_(p, std=0.5)
     tokens, features = torch.tensor([vlm.processor.encode("a<image>b<image>c")[0]]), torch.randn(2, 26, 24)
-    inputs = vlm.llm_inputs(tokens, vlm.images(features))
+    inputs = vlm.llm_inputs(tokens, vlm.embed_images(features))
     plain = vlm.llm(embeddings=inputs["embeddings"])
     assert torch.equal(vlm.llm.logits(vlm.llm.hidden(**inputs)), plain)
     assert len(gates) == 4 and not any(gates.values())
@@ -252,7 +252,7 @@ def test_flamingo_sees_the_last_image_before_a_word(fixtures):
     x, positions = torch.randn(3, tokens.shape[1], 24), torch.arange(tokens.shape[1])[None]
 
     def apply(features):
-        return vlm.llm_inputs(tokens, vlm.images(features))["cross_attention"](0, x, positions)
+        return vlm.llm_inputs(tokens, vlm.embed_images(features))["cross_attention"](0, x, positions)
 
     # start token, a, b; the image's two markers, c; the other's, d, e
     for image, seen in enumerate(((0, slice(3, 6)), (0, slice(6, None)), (2, slice(1, None)))):
@@ -262,7 +262,7 @@ def test_flamingo_sees_the_last_image_before_a_word(fixtures):
         expected = torch.zeros_like(moved)
         expected[seen] = True
         assert torch.equal(moved, expected)
-    between = vlm.llm_inputs(tokens, vlm.images(features))["cross_attention"]
+    between = vlm.llm_inputs(tokens, vlm.embed_images(features))["cross_attention"]
     assert torch.equal(between(1, x, positions), x)  # every second block has one
     assert not torch.equal(apply(features), x)
 
@@ -276,14 +276,14 @@ def test_flamingo_generates(mode, name, fixtures):
         p.mul_(0.4)  # or one token would drown all others
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
     rows = [vlm.processor.encode(text) for text in ("<image>ab", "a<image>b<image>abcd")]
-    inputs = [vlm.llm_inputs(torch.tensor([ids]), vlm.images(part))
+    inputs = [vlm.llm_inputs(torch.tensor([ids]), vlm.embed_images(part))
               for (ids, _), part in zip(rows, (features[:1], features[1:]))]
-    batch = vlm.llm_inputs(stack(rows)[0], vlm.images(features))
+    batch = vlm.llm_inputs(stack(rows)[0], vlm.embed_images(features))
     for key in ("embeddings", "positions"):
         if batch[key] is not None:
             batch[key] = [row[:len(ids)] for row, (ids, _) in zip(batch[key], rows)]
     check_generation(vlm.llm, inputs, batch)
-    blank = vlm.llm_inputs(torch.tensor([rows[0][0]]), vlm.images(torch.zeros_like(features[:1])))
+    blank = vlm.llm_inputs(torch.tensor([rows[0][0]]), vlm.embed_images(torch.zeros_like(features[:1])))
     assert (vlm.llm.hidden(**blank) - vlm.llm.hidden(**inputs[0]))[:, -1].abs().max() > 0.01
 
 
@@ -364,7 +364,7 @@ def test_positions_hold_in_generation(mode, name, fixtures):
         return
     vlm = small(fixtures, "pixelshuffle", llm=name, scale=1 if mode == "rope-xy" else 5, image_position=mode)
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
-    inputs = [vlm.llm_inputs(torch.tensor([vlm.processor.encode(text)[0]]), vlm.images(part))
+    inputs = [vlm.llm_inputs(torch.tensor([vlm.processor.encode(text)[0]]), vlm.embed_images(part))
               for text, part in (("<image>ab", features[:1]), ("a<image>b<image>abcd", features[1:]))]
     batch = {key: [row[key][0] for row in inputs] for key, value in inputs[0].items() if value is not None}
     check_generation(vlm.llm, inputs, batch)
@@ -379,7 +379,7 @@ def test_places_are_added_to_the_patches(fixtures):
     for y in range(5):
         for x in range(5):
             moved[:, 1 + 5 * y + x] += vlm.places[0, y] + vlm.places[1, x]
-    close(vlm.embed(tokens, vlm.images(features)), plain.embed(tokens, plain.images(moved)), 1e-5)
+    close(vlm.embed(tokens, vlm.embed_images(features)), plain.embed(tokens, plain.embed_images(moved)), 1e-5)
     assert "places" in vlm.trained and "places" not in plain.trained
 
 

@@ -43,7 +43,7 @@ def answers_equal_the_reference(folder, golden: dict) -> None:
             close(pixels[..., ::5, ::3], golden[f"pixels{i}"])
             features = vlm.features(pixels)
         tokens = torch.tensor([ids])
-        inputs = vlm.llm_inputs(tokens, vlm.images(features, vlm.prompt_words(tokens)))
+        inputs = vlm.llm_inputs(tokens, vlm.embed_images(features, vlm.prompt_tokens(tokens)))
         logits = vlm.llm.logits(vlm.llm.hidden(**inputs)[:, -3:])
         close(logits[0], golden[f"logits{i}"], 1e-3)
         if f"greedy{i}" in golden:
@@ -115,7 +115,7 @@ def test_blip2_without_an_image_token(fixtures, tmp_path):
     ids, _ = vlm.processor.encode(ASKED[0][1])
     assert max(ids) == vlm.processor.placeholder >= vlm.llm.config.vocabulary
     features = vlm.features(vlm.vit.preprocess(picture(*ASKED[0][0][0]))[None])
-    hidden = vlm.llm.hidden(**vlm.llm_inputs(torch.tensor([ids]), vlm.images(features)))
+    hidden = vlm.llm.hidden(**vlm.llm_inputs(torch.tensor([ids]), vlm.embed_images(features)))
     close(vlm.llm.logits(hidden[0, -3:]), golden["logits0"], 1e-3)
 
 
@@ -258,7 +258,7 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
 def logits(vlm: VLM, golden: dict) -> torch.Tensor:
     """Of the last three tokens (3,V), as the fixtures of LoRAs of whole VLMs have them."""
     with torch.no_grad():
-        inputs = vlm.llm_inputs(golden["ids"], vlm.images(vlm.features(golden["pixels"])))
+        inputs = vlm.llm_inputs(golden["ids"], vlm.embed_images(vlm.features(golden["pixels"])))
         return vlm.llm.logits(vlm.llm.hidden(**inputs)[0, -3:])
 
 

@@ -78,7 +78,7 @@ def test_images_stand_where_the_text_says(fixtures):
     features = vlm.features(torch.randn(3, 3, 30, 30, generator=torch.Generator().manual_seed(1)))
     texts = "a<image>b<image>", "aaaaaaaaa<image>"
     rows = torch.tensor([vlm.processor.encode(text)[0] for text in texts])
-    x = vlm.embed(rows, vlm.images(features))
+    x = vlm.embed(rows, vlm.embed_images(features))
     images = vlm.adapter(features)
     assert torch.allclose(x[0, 3:3 + Q], images[0], atol=1e-5)
     assert torch.allclose(x[0, 6 + Q:6 + 2 * Q], images[1], atol=1e-5)
@@ -93,7 +93,7 @@ def test_forward_scores_the_targets_alone(fixtures):
     features = vlm.features(torch.randn(2, 3, 30, 30))
     tokens, where, targets = stack([vlm.processor.encode("", "abc"), vlm.processor.encode("a", "b")])
     logits = vlm.logits(tokens, features, where)
-    whole = vlm.llm(embeddings=vlm.embed(tokens, vlm.images(features)))
+    whole = vlm.llm(embeddings=vlm.embed(tokens, vlm.embed_images(features)))
     expected = torch.cat([whole[0, 7:11], whole[1, 8:11]])
     assert targets.tolist() == [20, 21, 22, 52, *vlm.processor.encode("a", "b")[0][-3:]]
     assert torch.allclose(logits, expected, atol=1e-5)
@@ -208,7 +208,7 @@ def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
     assert answers == vlm.answer(rows, features, max_tokens=6, targets=learned) and len({*answers}) == 2
     for i, answer in enumerate(answers):
         words = torch.tensor([[0, 20, -1, -1]])  # what the adapter reads: the start, "a", no answer
-        images = vlm.images(features[i:i + 1], words)
+        images = vlm.embed_images(features[i:i + 1], words)
         [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), images),
                                  max_tokens=6, end_tokens=vlm.processor.ends, keep_end=True)
         tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
@@ -369,7 +369,7 @@ def test_several_layers_reach_the_run(adapter, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(vlm.adapter, "forward", lambda features, *_: seen.append(features) or features)
     pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
-    vlm.images(vlm.features(pixels))
+    vlm.embed_images(vlm.features(pixels))
     std, mean = torch.std_mean(seen[0], (0, 1))
     assert seen[0].shape[2] == 3 * 128 and (std - 1).abs().max() < 0.1 and mean.abs().max() < 0.1
 
@@ -466,7 +466,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--vit", "no/such/encoder"), "no/such/encoder: no such folder"),
             (train, ("--llm", fixtures / "vit"), "model_type 'vit' is not one of gpt2, opt"),
             (train, ("--data", "empty.csv"), "empty.csv: no usable pair"),
-            (train, ("--data", "one.csv"), "one.csv: one picture can't be parted"),
+            (train, ("--data", "one.csv"), "one.csv: there is one picture alone"),
             (train, ("--data", "none.csv"), "none.csv: No such file"),
             (train, ("--data", "one.csv", "--images", "none"), "none: no such folder of pictures"),
             (train, ("--layer", "9"), "layer 9"),
