@@ -959,13 +959,15 @@ class VLM(nn.Module):
         for name, p in known.items():
             part = name.partition(".")[0]
             layer, _, leaf = name.rpartition(".")
-            if f"weight.{name}" not in found or not updates.get(part) or layer in layers and leaf in "ABm":
-                continue
-            beside.add(f"weight.{name}")
-            if layer in layers and leaf == "weight":
-                layers[layer].replaced = True
-            else:
-                p.requires_grad_()
+            is_saved = f"weight.{name}" in found
+            part_has_lora = bool(updates.get(part))
+            is_lora = layer in layers and leaf in ("A", "B", "m")
+            if is_saved and part_has_lora and not is_lora:
+                beside.add(f"weight.{name}")
+                if layer in layers and leaf == "weight":
+                    layers[layer].replaced = True
+                else:
+                    p.requires_grad_()
 
         # What the run would write now must be there, and nothing else. What it trains is float32, what came
         # with a LoRA has the run's precision

@@ -19,7 +19,7 @@ from formats.files import InputError, guard
 from formats.languages import FAMILIES, own_head, tie
 from formats.tokenizer import as_id
 from formats.weights import Checkpoint, depth, load_weights
-from support.decoding import BeamSearch, sample
+from support.decoding import BeamSearch, Sampler
 from support.kernels import Recorded, attend, pack
 from support.layers import ACTIVATIONS, FeedForward
 
@@ -331,7 +331,7 @@ class LLM(nn.Module):
         # The head, from states to logits
         self.head = nn.Linear(D, V, bias=False)
         self.tie()
-        self.plain_head = []  # `pack` keeps the head here, in a list that hides it from nn.Module
+        self.plain_head = []  # the head before `pack` replaced it; in a list it is no second submodule
 
     def tie(self) -> None:
         """Makes the embedding's weight the head's too, if the config says they are one tensor."""
@@ -366,13 +366,13 @@ class LLM(nn.Module):
         """
         config = self.config
         T = embeddings.shape[1]
-        self.check_length(T + (cache.length if cache else 0))
+        self.check_length(T + (0 if cache is None else cache.length))
 
         # Indices of the tokens and of the keys in the text: they decide what is seen. `positions` may differ
-        if cache:
-            query, key = cache.positions(T)
-        else:
+        if cache is None:
             query = key = torch.arange(T, device=embeddings.device)
+        else:
+            query, key = cache.positions(T)
         if positions is None:
             positions = query[None]
 
@@ -382,7 +382,9 @@ class LLM(nn.Module):
             x = x + self.positions(positions)
 
         # Layers with the same rope share its angles, layers with the same window share its mask
-        rotations = {rope: rope and rotary(rope, positions, x.dtype) for rope in set(config.ropes)}
+        rotations = {None: None}
+        for rope in {*config.ropes} - {None}:
+            rotations[rope] = rotary(rope, positions, x.dtype)
         masks = {window: narrow(mask, window, query, key) for window in set(config.windows)}
 
         # Through the blocks
@@ -391,7 +393,7 @@ class LLM(nn.Module):
                 x = cross_attention(layer, x, positions)
             rotation = rotations[config.ropes[layer]]
             layer_mask = masks[config.windows[layer]]
-            layer_cache = cache and cache.layer(layer)
+            layer_cache = None if cache is None else cache.layer(layer)
             if self.recomputes:
                 x = recompute(block, x, rotation, layer_mask, layer_cache, use_reentrant=False)
             else:
@@ -463,13 +465,13 @@ class LLM(nn.Module):
         top_p: draws among the fewest tokens whose probabilities sum to p (nucleus sampling: Holtzman et al.,
             2020, arXiv:1904.09751).
         beams: above 1, beam search for the likeliest text, with this many beams.
-        length_penalty: of texts that ended the search takes that with the highest sum of log-probabilities
-            divided by its length to this power: 1 is their mean, less favours shorter texts.
+        length_penalty: beam search returns the text with the highest log-probability divided by its length to
+            this power: 1 compares means of a token, 0 sums, which favours short texts.
         end_tokens: ids that end a text; by default the checkpoint's own. keep_end: returns them too.
         generator: what tokens are drawn with.
-        cache: of one text, what was read of it before; the embeddings are those that follow. Afterwards it
-            holds them too, and new ids but the last.
-        on_token: called with each new id of one text as it comes.
+        cache: keys and values of the beginning of a single text (B = 1), which the embeddings continue.
+            Afterwards it holds these too, and the new ids but the last.
+        on_token: called with each new id of a single text as it comes.
         Raises InputError for an empty row, an id without an embedding, beam search with a temperature, a text
         longer than `max_positions`, or logits that aren't finite.
         """
@@ -526,26 +528,23 @@ class LLM(nn.Module):
 
         # Decode, token by token
         ends = pad.new_tensor([id for id in end_tokens if id < self.config.vocabulary])
-        search = BeamSearch(B, beams, max_tokens, ends, length_penalty) if beams > 1 else None
-        done = torch.zeros(B, dtype=torch.bool, device=device)
+        if beams > 1:
+            search = BeamSearch(B, beams, max_tokens, ends, length_penalty)
+        else:
+            search = Sampler(B, ends, temperature, top_k, top_p, generator)
         never = pad.new_tensor(self.config.suppressed)
-        ids = []
         for n in range(1, max_tokens + 1):
             if len(never):
                 logits = logits.index_fill(1, never, -torch.inf)
 
             # Choose the next token of each text, or of each beam and the row of the batch that it continues
-            if search is None:
-                chosen = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-                ids.append(chosen)
-                if on_token:
-                    on_token(chosen.item())
-                done |= (chosen[:, None] == ends).any(1)
-            else:
-                chosen, rows, done = search.step(logits)  # (B·beams,), (B·beams,), (B,)
+            chosen, rows, done = search.step(logits)  # (B·beams,), None or (B·beams,), (B,)
+            if rows is not None:
                 cache.select(rows)
                 pad = pad[rows]
                 after = after[rows]
+            if on_token:
+                on_token(chosen.item())
 
             # Stop if all are done. Reading `done` waits for a GPU, so there it is read every eighth token
             full = past + T + n > self.config.max_positions
@@ -559,13 +558,10 @@ class LLM(nn.Module):
             after = after + 1
 
         # Cut each text at its end token
-        if ids:
-            texts = torch.stack(ids, 1).tolist()
-        else:
-            texts = search.best() if search else [[]] * B
-        for i, text in enumerate(texts):
+        texts = []
+        for text in search.best():
             end = next((n for n, id in enumerate(text) if id in end_tokens), len(text))
-            texts[i] = text[:end + keep_end]
+            texts.append(text[:end + keep_end])
         return texts
 
     def embed_rows(self, tokens) -> list[torch.Tensor]:

@@ -168,18 +168,20 @@ def describe(module: nn.Module) -> Model:
 
 def make_layers(module: nn.Module, updates: dict[str, Update]) -> dict[str, LoRALinear]:
     """A layer with its LoRA for each update, by name. Those that share an A go on sharing it."""
-    As = {id(update.A): nn.Parameter(update.A) for update in updates.values()}
+    shared_A = {id(update.A): nn.Parameter(update.A) for update in updates.values()}
     layers = {}
     for name, update in updates.items():
         layer = module.get_submodule(name)
         kind = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
-        outputs, inputs = layer.weight.shape[::-1] if kind is LoRAEmbedding else layer.weight.shape
-        rank = sum(update.A.shape[:1])  # 0 where it is no matrix
+        outputs, inputs = layer.weight.shape
+        if kind is LoRAEmbedding:
+            inputs, outputs = layer.weight.shape
+        rank = update.A.shape[0] if update.A.dim() == 2 else 0
         wrong_m = update.m is not None and update.m.shape != (outputs,)
         if update.A.shape != (rank, inputs) or update.B.shape != (outputs, rank) or wrong_m:
             raise InputError(f"{name}: A {tuple(update.A.shape)} and B {tuple(update.B.shape)} don't change "
                              f"a layer of {inputs} inputs and {outputs} outputs")
-        layers[name] = kind(layer, As[id(update.A)], update.B, update.scale, update.dropout, update.m)
+        layers[name] = kind(layer, shared_A[id(update.A)], update.B, update.scale, update.dropout, update.m)
     return layers
 
 
@@ -233,7 +235,7 @@ def save_lora(module: nn.Module, folder: str | Path) -> None:
     low_rank = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.m)}
     trained = {name for name, p in module.named_parameters() if p.requires_grad and id(p) not in low_rank}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.bias is not None}
-    if biases & trained:  # PEFT knows all of them or none; that of a layer that isn't read is frozen
+    if biases & trained:  # PEFT saves all of them or none, those of unread layers too, which are frozen
         trained |= biases
     replaced = {name for name, layer in layers.items() if layer.replaced}
     write_updates(describe(module), folder, updates, trained, replaced)

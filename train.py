@@ -655,7 +655,8 @@ class Run:
         self.kept_features = Encoded(vlm, self.train, args) if cache else None
         self.unreadable = self.kept_features.bad if self.kept_features else {}  # {picture: reason}
         if not args.resume and vlm.channel_scale is not None:
-            _, views = next(self.val.batches(256))  # the same in all processes
+            # By pictures to validate on, for those are at hand, and the same, in all processes
+            _, views = next(self.val.batches(256))
             vlm.standardise(views.x)
 
     def keeps_features(self) -> bool:

@@ -21,6 +21,27 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
 
 
+class Sampler:
+    """Continues each of B texts by a token that is drawn: see `sample`. It has the methods of BeamSearch."""
+
+    def __init__(self, B: int, ends: torch.Tensor, *settings):
+        self.B = B
+        self.ends = ends
+        self.settings = settings  # of `sample`
+        self.ids = []
+        self.done = torch.zeros(B, dtype=torch.bool, device=ends.device)
+
+    def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        """Takes logits (B,V). Returns the next ids (B,), no other order of the texts, and which are done."""
+        chosen = sample(logits, *self.settings)
+        self.ids.append(chosen)
+        self.done |= (chosen[:, None] == self.ends).any(1)
+        return chosen, None, self.done
+
+    def best(self) -> list[list[int]]:
+        return torch.stack(self.ids, 1).tolist() if self.ids else [[]] * self.B
+
+
 class BeamSearch:
     """Continues the `beams` likeliest texts of each of B rows. Keeps, of the texts that ended, the `beams`
     best by log-probability divided by length to the power of `length_penalty`. A row is done when no text
@@ -39,7 +60,7 @@ class BeamSearch:
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Takes the logits (B·k,V) of each row's k texts (one at first, then `beams`). Returns the next ids
-        (B·beams,), the index of the text that each continues, and which rows (B,) are done."""
+        (B·beams,), the index (B·beams,) of the text that each continues, and which rows (B,) are done."""
         B = len(self.texts)
         k = len(self.texts[0])
         V = logits.shape[-1]
@@ -80,4 +101,5 @@ class BeamSearch:
         self.done[b] = last or full and best_on / divisor <= self.ended[b][-1][0]
 
     def best(self) -> list[list[int]]:
+        """Returns the best text of each row."""
         return [ended[0][1] if ended else [] for ended in self.ended]

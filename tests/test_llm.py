@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from formats.files import InputError
 from fixtures.compare import close
-from llm import LLM, KVCache, sample
+from llm import LLM, KVCache
+from support.decoding import sample
 from lora import add_lora
 
 FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear", "smollm3",
