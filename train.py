@@ -79,6 +79,11 @@ ADAPTER_SIZES = {  # option -> type, help; "adapter_NAME" or "NAME" is the adapt
 }
 
 
+def without_spaces(text: str) -> str:
+    """The type of options that are lists: "adapter, llm" is "adapter,llm"."""
+    return text.replace(" ", "")
+
+
 def layers(text: str) -> int | list[int]:
     """The type of --layer: a number, or several with commas between. Raises InputError."""
     found = [LAYER(one) for one in text.split(",")]
@@ -107,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
         help="of an image's embeddings in the LLM: sequence, as words; shared, one for all; xy, shared, plus "
              "learned row and column; sequence+xy; rope-xy, rotary row and column, where the grid is kept")
-    add("--train", default="adapter", metavar="PARTS",
+    add("--train", default="adapter", metavar="PARTS", type=without_spaces,
         help="trained whole, in float32: a list of adapter, llm, vit")
     add("--prompt", default="", metavar="TEXT",
         help="text before the caption, where the data asks no question; the picture stands where it says "
@@ -118,9 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="train a LoRA of rank R too (default: the backbones stay frozen)")
     add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
         help="its updates are scaled by A / R (default: 2 R)")
-    add("--lora-targets", default="q,v", metavar="NAMES",
+    add("--lora-targets", default="q,v", metavar="NAMES", type=without_spaces,
         help="layers with it: q, k, v, out, gate, up, down; or all")
-    add("--lora-on", default="llm", metavar="PARTS", help="llm, vit, or llm,vit")
+    add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")
     add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
@@ -139,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scenes", type=MANY, default=20_000, help="with the shapes world: scenes to train on")
     add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
         help="with shards: pairs in memory, of which the next is drawn; 1 GB at most")
-    add("--layout", default="image-text", metavar="MIX",
+    add("--layout", default="image-text", metavar="MIX", type=without_spaces,
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
     add("--consensus", type=Number(int, 0, 1000), default=0, metavar="N",

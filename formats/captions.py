@@ -345,9 +345,9 @@ def strings(value) -> list[str]:
         if isinstance(entry, dict):
             names = ("raw", "answer", "text", "path", "url")
             entry = next((entry[name] for name in names if entry.get(name)), None)
-        if isinstance(entry, str):
-            found.append(entry)
-        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
+        if isinstance(entry, bool):
+            entry = "yes" if entry else "no"
+        if isinstance(entry, (str, int, float)):
             found.append(str(entry))
     return found
 

@@ -155,9 +155,11 @@ LAYOUTS = {  # name -> text, what is read
         '[{"image": "a.jpg", "question": "?", "answer": "+"}, {"image": "b.jpg", "caption": "🐶"}]',
         {"a.jpg": [[("?", "+")]], "b.jpg": [[("", "🐶")]]},
     ),
-    "numbers are answers": (
-        '[{"image": "a.jpg", "question": "How many?", "answer": 3}]',
-        {"a.jpg": [[("How many?", "3")]]},
+    "numbers, true and false are answers": (
+        '[{"image": "a.jpg", "question": "How many?", "answer": 3},'
+        ' {"image": "a.jpg", "question": "A dog?", "answer": true},'
+        ' {"image": "a.jpg", "question": "Wet?", "answer": false}]',
+        {"a.jpg": [[("How many?", "3")], [("A dog?", "yes")], [("Wet?", "no")]]},
     ),
 }
 

@@ -121,7 +121,15 @@ def test_an_option_may_say_its_default(module, arguments, monkeypatch):
     module.read_options()
 
 
-def test_layers_may_be_counted_from_the_last(monkeypatch):
+def test_lists_may_have_spaces():
+    parse = train.make_parser().parse_args
+    args = parse(["--train", "adapter, llm", "--lora-targets", "q, v",
+                  "--layout", "image-text:2, text-image:1"])
+    assert (args.train, args.lora_targets) == ("adapter,llm", "q,v")
+    assert args.layout == "image-text:2,text-image:1"
+
+
+def test_layers_may_be_counted_from_the_last():
     parse = train.make_parser().parse_args
     assert parse(["--layer", "-2,-5"]).layer == [-2, -5] and parse(["--layer", "-2"]).layer == -2
 
