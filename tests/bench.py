@@ -338,7 +338,7 @@ def train(size: str, args) -> None:
         tokens, pixels = torch.randint(9, 40000, (B, TEXT)), torch.randn(B, 3, 224, 224)
         inputs = dict(tokens=tokens.to(args.device), pixels=pixels.to(args.device))
         times = race(models, lambda model: step(*model, **inputs), args)
-        kept = dict(tokens=inputs["tokens"], features=ours.processor.encode(inputs["pixels"]))
+        kept = dict(tokens=inputs["tokens"], features=ours.encode(inputs["pixels"]))
         cached = {f"{name}, cached features": model for name, model in models.items() if "nano" not in name}
         times |= race(cached, lambda model: step(*model, **kept), args)
         rate = args.rates[str(args.dtype)[6:]]
@@ -495,8 +495,9 @@ def stream_pairs(names: str, pairs: int) -> tuple[float, float, int, float]:
     for batch in itertools.islice(shards.batches(100, 0), pairs // 100):
         pass
     read, start = time.time() - start, time.time()
-    loader = torch.utils.data.DataLoader(Pixels(shards, preprocess), batch_sampler=shards.batches(100, 0),
-                                         collate_fn=Pixels.collate)
+    pixels = Pixels(shards, preprocess)
+    items = ([(pair, (pair,)) for pair in batch] for batch in shards.batches(100, 0))
+    loader = torch.utils.data.DataLoader(pixels, batch_sampler=items, collate_fn=pixels.collate)
     seen = {str(index) for indices, _, _ in itertools.islice(loader, pairs // 100) for index in indices}
     return pairs / read, pairs / (time.time() - start), len(seen), high_water() / 2 ** 30
 
