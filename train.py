@@ -659,6 +659,7 @@ class Run:
             write_json(self.folder / "config.json", vlm.config)
         self.kept_features = Encoded(vlm, self.train, args) if cache else None
         self.unreadable = self.kept_features.bad if self.kept_features else {}  # {picture: reason}
+        self.entries = self.kept_features.readable if self.kept_features else range(len(self.train))
         if not args.resume and vlm.channel_scale is not None:
             # By pictures to validate on, for those are at hand, and the same, in all processes
             _, views = next(self.val.batches(256))
@@ -688,16 +689,15 @@ class Run:
         args, size = self.args, self.local_batch
         mine = slice(RANK * size, RANK * size + size)
         if self.kept_features:
-            readable = self.kept_features.readable
-            for batch in shuffled(len(readable), args.batch, args.seed, self.first_step):
-                indices = [readable[i] for i in batch[mine]]
+            for batch in shuffled(len(self.entries), args.batch, args.seed, self.first_step):
+                indices = [self.entries[i] for i in batch[mine]]
                 yield indices, self.kept_features.of(indices)
 
         # Else the pictures are read as they are needed
         if self.streamed:
             batches = self.train.batches(size, args.seed, self.first_step, RANK, WORLD)
         else:
-            every = shuffled(len(self.train), args.batch, args.seed, self.first_step)
+            every = shuffled(len(self.entries), args.batch, args.seed, self.first_step)
             batches = (batch[mine] for batch in every)
         yield from read_pictures(self.vlm, self.train, batches, self.unreadable, args.workers)
 
@@ -760,7 +760,7 @@ class Run:
             group["lr"] = group["peak"] * schedule(step, args)
 
         # Texts for the pictures, in equal parts
-        epoch = step if self.streamed else step * args.batch // len(self.train)
+        epoch = step if self.streamed else step * args.batch // len(self.entries)
         spell = args.spell if step < 0.6 * args.steps else 0.0
         parts = []
         for places in chunks(range(len(indices)), self.local_batch // args.accumulate) or [[]]:
