@@ -98,7 +98,7 @@ class Server:
                     files[-1] |= dict(size=file.stat().st_size, lfs=dict(sha256=sha256))
         return json.dumps(dict(sha=commit, siblings=files)).encode()
 
-    def to_device(self, request, content: bytes, length: int | None = None) -> None:
+    def send(self, request, content: bytes, length: int | None = None) -> None:
         request.send_response(200)
         request.send_header("Content-Length", str(len(content) if length is None else length))
         request.end_headers()
@@ -110,13 +110,13 @@ class Server:
         return lambda request, content: request.send_error(status)
 
     def cut(self, request, content: bytes) -> None:
-        self.to_device(request, content[:len(content) // 2], len(content))
+        self.send(request, content[:len(content) // 2], len(content))
 
     def corrupt(self, request, content: bytes) -> None:
-        self.to_device(request, content[:-1] + b"x")
+        self.send(request, content[:-1] + b"x")
 
     def longer(self, request, content: bytes) -> None:
-        self.to_device(request, content + b" ")
+        self.send(request, content + b" ")
 
     def no_length(self, request, content: bytes) -> None:
         request.send_response(200)
@@ -261,7 +261,7 @@ def test_lists_of_no_use(server, repository):
     for reply in (b"", b"[]", b"{}", b"[" * 100_000, b'{"sha": "../x", "siblings": []}', b'{"sha": 7}',
                   b'{"sha": "%s", "siblings": [7]}' % COMMIT.encode(),
                   b'{"sha": "%s", "siblings": [{"rfilename": "a", "size": "9"}]}' % COMMIT.encode()):
-        server.faults["listing"] = lambda request, _: server.to_device(request, reply)
+        server.faults["listing"] = lambda request, _: server.send(request, reply)
         with pytest.raises(InputError, match="no list of a model's files"):
             find_checkpoint("someone/tiny")
     assert not repository.exists()
@@ -314,7 +314,7 @@ def test_a_redirect_without_an_end(server):
 
     def redirect(request, content):
         if "/large/" in request.path:
-            return server.to_device(request, content)
+            return server.send(request, content)
         request.send_response(302)
         request.send_header("Location", request.path.replace("/someone/tiny/resolve/", "/large/"))
         request.end_headers()

@@ -238,7 +238,7 @@ def test_training_with_shots(adapter, cache, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     capsys.readouterr()
     assert command(monkeypatch, train, *SMALL, *QUICK, "--shots", "8", "--accumulate", "2") == 2
-    assert "--shots 8: from 0 to" in capsys.readouterr().err
+    assert "--shots 8: at most 7, for they come from" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_processes_end_with_their_launcher(tmp_path):
 def test_a_batch_is_cut_in_equal_parts(monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD", 3)
     assert command(monkeypatch, train, *QUICK) == 2
-    assert "in --accumulate 1 equal parts in each of 3 processes" in capsys.readouterr().err
+    assert "is no multiple of --accumulate 1 times 3 processes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

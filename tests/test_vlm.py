@@ -471,7 +471,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--data", "one.csv", "--images", "none"), "none: no such folder of pictures"),
             (train, ("--layer", "9"), "layer 9"),
             (train, ("--steps", "0"), "--steps: '0' is not"),
-            (train, ("--batch", "10", "--accumulate", "3"), "--accumulate 3 equal parts"),
+            (train, ("--batch", "10", "--accumulate", "3"), "is no multiple of --accumulate 3"),
             (train, ("--out", "run"), "run: there is a run already"),
             (train, ("--resume", "nowhere/at/all"), "nowhere/at/all: no such folder"),
             (train, ("--resume", "cut"), "cut/checkpoint.safetensors: not a whole safetensors file")):
