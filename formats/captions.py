@@ -171,7 +171,7 @@ class Captions(torch.utils.data.Dataset):
             if split not in splits:
                 raise InputError(f"{self.file}: no row of split {split!r}: there are "
                                  f"{', '.join(sorted(splits - {''})) or 'no splits'}")
-            rows = [row for row in rows if row.split == split]
+            rows = [row for row in rows if row.split == split or row.fault and not row.split]
         self.collect(rows, folder, text_only)
 
     @property
@@ -386,7 +386,7 @@ def table_rows(text: str) -> Iterator[Row]:
         for what, columns in at.items():
             found[what] = [fields[i].strip() for i in columns if i < len(fields) and fields[i].strip()]
         question = "".join(found["question"][:1])
-        split = "".join(found["split"][:1])
+        split = "" if fault else "".join(found["split"][:1])
         yield Row(f"line {number}", found["image"][:1], one_turn(question, found["caption"]), split, fault)
 
 

@@ -492,6 +492,14 @@ def test_captions_that_agree_are_read_alone(tmp_path):
     assert agreeing(told, 1) == [[asked[0]], [asked[1]], [asked[0]] * 2, [asked[0], asked[1]]]
 
 
+def test_a_row_of_no_split_is_told(tmp_path, capsys):
+    """A comma in its caption shifts the others."""
+    rows = "a.jpg,A dog,x\nb.jpg,A cat, wet,x\nb.jpg,A cow,y\n"
+    (tmp_path / "c.csv").write_text("image,caption,split\n" + rows)
+    captions = Captions(tmp_path / "c.csv", split="x")
+    assert len(captions) == 1 and "1 with more fields than line 1 names" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ("a, b/c.csv", "c.csv", "a, b/x.tar"))
 def test_a_name_may_have_commas(name, tmp_path):
     file = tmp_path / name
