@@ -147,9 +147,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layout", default="image-text", metavar="MIX", type=without_spaces,
         help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
              "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
-    add("--consensus", type=Number(int, 0, 1000), default=0, metavar="N",
-        help="of several captions of a picture learn only the N that share most words with the others "
-             "(default: 0, all)")
     add("--shots", type=Number(int, 0, 1000), default=0, metavar="K",
         help="0 to K other pairs of the batch come solved before each")
     add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
@@ -272,7 +269,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
         ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
         ("scenes", shapes, "with --data"),
-        ("images val split_name consensus", not shapes, "without --data"),
+        ("images val split_name", not shapes, "without --data"),
         ("images", not shards or args.val and not is_shards(args.val), "with shards, which hold their own"),
         ("val_split", args.val, "without --val"),
         ("buffer", shards, "without shards"),
@@ -571,7 +568,6 @@ class Run:
                 captions.make_absolute()  # as they are named when the run is resumed
             captions.keep_lines = self.vlm.processor.keeps_lines
             check_tokens(self.vlm, captions)
-        self.train.consensus = args.consensus
         self.check_contents(val)
 
         # All that is slow, after all that may be refused

@@ -60,35 +60,11 @@ def join_lines(kept: str) -> str:
     return (" " + " ".join(kept.split())).removesuffix(" .").lstrip()
 
 
-def as_read(said: list[Conversation], keep_lines: bool, consensus: int) -> list[Conversation]:
-    """The conversations of an entry as a run reads them: all, or those with `consensus`, and each text in one
-    line, unless they keep their lines."""
-    if consensus:
-        said = agreeing(said, consensus)
-    if keep_lines:
-        return said
+def in_one_line(said: list[Conversation]) -> list[Conversation]:
+    """Conversations that were kept, each text in one line. Each step of a training asks for some."""
     found = []
     for turns in said:
         found.append([(join_lines(question), join_lines(answer)) for question, answer in turns])
-    return found
-
-
-def agreeing(said: list[Conversation], most: int) -> list[Conversation]:
-    """Of several captions of a picture, or answers to a question, the `most` that share most words with the
-    others: by the mean Jaccard index, the words in both divided by the words in either."""
-    rivals: dict[tuple, list[Conversation]] = {}  # what was asked -> its answers
-    for turns in said:
-        *earlier, (question, _) = turns
-        rivals.setdefault((*earlier, question), []).append(turns)
-
-    found = []
-    for group in rivals.values():
-        words = [set(re.findall(r"\w+", turns[-1][1].lower())) for turns in group]
-        shared = []
-        for mine in words:
-            shared.append(sum(len(mine & others) / max(1, len(mine | others)) for others in words))
-        best = sorted(range(len(group)), key=lambda i: -shared[i])[:most]
-        found += [group[i] for i in sorted(best)]
     return found
 
 
@@ -160,7 +136,6 @@ class Captions(torch.utils.data.Dataset):
     def __init__(self, file: str | Path, images: str | Path | None = None, split: str | None = None,
                  text_only: bool = False):
         self.keep_lines = False  # whether texts keep their lines
-        self.consensus = 0  # of a picture's captions these many are read, see `agreeing`; 0: all
         self.file = str(file)
         folder = Path(images or files_of(self.file)[0].parent)
         if images and not folder.is_dir():
@@ -232,7 +207,7 @@ class Captions(torch.utils.data.Dataset):
 
     def conversations(self, i: int) -> list[Conversation]:
         """What is said of entry i, of which one is learned at a time."""
-        return as_read(self.said[i], self.keep_lines, self.consensus)
+        return self.said[i] if self.keep_lines else in_one_line(self.said[i])
 
     def picture(self, p: int) -> Image.Image:
         path = self.paths[p]

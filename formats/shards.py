@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, Conversation, Row, as_read, one_turn, read_entry, usable
+from formats.captions import Captions, Conversation, Row, in_one_line, one_turn, read_entry, usable
 from formats.files import InputError, warn
 from formats.pictures import open_picture
 
@@ -155,8 +155,7 @@ class Shards:
     `names`: files, patterns as "{000..099}" or "{a,b}", and globs, parted by commas. Raises InputError."""
 
     def __init__(self, names: str, buffer: int = 1000):
-        self.keep_lines = False  # these two as in Captions
-        self.consensus = 0
+        self.keep_lines = False  # whether texts keep their lines
         self.buffer = buffer
         self.size = 1000
         parts = [names] if os.path.exists(names) else listed(names)
@@ -189,7 +188,7 @@ class Shards:
         return (pair,)
 
     def conversations(self, pair: Pair) -> list[Conversation]:
-        return as_read(pair.said, self.keep_lines, self.consensus)
+        return pair.said if self.keep_lines else in_one_line(pair.said)
 
     def contents(self) -> str:
         """A stamp of the shards' names: the same wherever they lie."""
@@ -221,7 +220,6 @@ class Shards:
         out.shown = [(p,) for p in range(len(out.paths))]
         out.file = str(self.paths[0])
         out.keep_lines = False
-        out.consensus = 0
         if not out.paths:
             raise InputError(f"{self.paths[0]}: no usable pair of picture and caption")
         return out

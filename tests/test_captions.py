@@ -18,7 +18,7 @@ import train
 from adapters import ADAPTERS, VLM
 from data import Views, arrange, place, stack
 from fixtures.pictures import picture
-from formats.captions import Captions, agreeing
+from formats.captions import Captions
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import caption_data, read_shard
@@ -472,24 +472,6 @@ def test_sets_that_share_pictures_are_told(tmp_path, monkeypatch, capsys):
     mix = "image-text:0.5,text-image:0.5"
     assert command(monkeypatch, train, *options, "--warmup", "0", "--layout", mix, "--out", "run") == 0
     assert "1 pictures are in the training and in the validation set, such as " in capsys.readouterr().err
-
-
-def test_captions_that_agree_are_read_alone(tmp_path):
-    said = ["A dog runs .", "Children", "A brown dog runs", "The dog", "dogs are here", "a dog sits"]
-    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"a.png,{text}\n" for text in said)
-                                    + "b.png,One\nb.png,Two\n")
-    captions = Captions(tmp_path / "c.csv")
-    assert [len(captions.conversations(i)) for i in range(2)] == [6, 2]
-    captions.consensus = 3
-    best = ("A dog runs", "A brown dog runs", "a dog sits")
-    assert captions.conversations(0) == [[("", text)] for text in best]
-    assert captions.conversations(1) == [[("", "One")], [("", "Two")]]
-    assert captions.by_question().conversations(0) == captions.conversations(0)
-
-    # Answers agree with those to the same question, after the same turns
-    asked = [("What?", "a cat"), ("Where?", "at home"), ("What?", "a cat"), ("What?", "a dog")]
-    told = [[turn] for turn in asked] + [[asked[0], turn] for turn in asked]
-    assert agreeing(told, 1) == [[asked[0]], [asked[1]], [asked[0]] * 2, [asked[0], asked[1]]]
 
 
 def test_a_row_of_no_split_is_told(tmp_path, capsys):

@@ -70,7 +70,6 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (train, ["--lora-on", "vit"], "without --lora or --lora-from"),
     (train, ["--scenes", "9", "--data", "c.csv"], "with --data"),
     (train, ["--images", "folder"], "without --data"),
-    (train, ["--consensus", "3"], "without --data"),
     (train, ["--val", "c.csv"], "without --data"),
     (train, ["--split-name", "test"], "without --data"),
     (train, ["--val-split", "test", "--data", "c.csv"], "without --val"),
