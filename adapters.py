@@ -669,7 +669,7 @@ class VLM(nn.Module):
         self.channel_shift.copy_(-mean * self.channel_scale)
 
     def prompt_tokens(self, tokens: torch.Tensor, pictures: int | None = None,
-                     target_positions: torch.Tensor | None = None) -> torch.Tensor | None:
+                      target_positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """Returns the prompt's ids (P,L) that the adapter reads with each picture, filled up with -1: in its
         row of the ids (B,T) the words before the first target, at most `adapter.text`. None for an adapter
         that reads no prompt. pictures: P; without it a GPU must be waited for."""

@@ -31,11 +31,11 @@ from torch.nn.utils.rnn import pad_sequence
 from formats.captions import IMAGE, Conversation
 from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_rows
 from formats.tokenizer import Tokenizer
-from formats.vlms import Format
+from formats.vlms import OTHERS, Format, ours
 from support.console import Number, one_of
 from support.journal import counted
 from support.machine import free_memory, to_device
-from support.processes import LOCAL, RANK, WORLD, sum_over_processes, merge_over_processes
+from support.processes import LOCAL, RANK, WORLD, merge_over_processes, sum_over_processes
 
 # ---------------------------------------------------------------------------------------------------------
 # Layouts: how a picture and its caption become a text with an answer
@@ -146,9 +146,8 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 # ---------------------------------------------------------------------------------------------------------
 # The processor: text and pictures to ids, targets and pixels
 
-BEGIN, END = "<image begin>", "<image end>"
-OURS = Format(lambda images, text: IMAGE * images + text,
-              lambda queries, rows, columns: BEGIN + IMAGE * queries + END, question="")
+BEGIN, END, _ = OTHERS
+OURS = ours(BEGIN, END)
 WHOLE = itertools.repeat((0, 0))  # rows and columns of tiles, of pictures that are seen as a whole
 NOTHING = ([0], [False])  # ids and targets of a text to learn nothing from: every step takes part
 

@@ -286,8 +286,8 @@ class Chat:
         images = self.images
         if views:
             pixels = torch.cat([x for x, _, _ in views]).to(vlm.device)
-            words = vlm.prompt_tokens(tokens, None, positions)
-            new = vlm.embed_images(vlm.features(pixels), None if words is None else words[-len(pixels):])
+            prompt = vlm.prompt_tokens(tokens, None, positions)
+            new = vlm.embed_images(vlm.features(pixels), None if prompt is None else prompt[-len(pixels):])
             images = new if images is None else torch.cat([images, new])
 
         # What comes after that which was read: all of it, where the first turns were cut

@@ -30,10 +30,10 @@ import torch.nn as nn
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
 from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
                   few_shot, is_caption, layout_weights, read_pictures, shuffled)
-from formats.captions import IMAGE, Captions, Conversation
+from formats.captions import IMAGE, Captions, Conversation, listed
 from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
                            warn, write_json, write_tensors, write_text)
-from formats.shards import Shards, caption_data, is_shards, listed
+from formats.shards import Shards, caption_data, is_shards
 from lora import add_lora, lora_layers, save_lora
 from sample import Shots, as_lines, caption_set
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, flag, machine_options,
@@ -41,7 +41,7 @@ from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meanin
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
-from support.processes import RANK, WORLD, sum_over_processes, merge_over_processes
+from support.processes import RANK, WORLD, merge_over_processes, sum_over_processes
 from support.runs import BEST, CHECKPOINT, adamw_state, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
@@ -344,9 +344,7 @@ def make_absolute(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not value or name == "data" and value == "shapes":
             continue
-        several = listed(value) if is_shards(value) else value.split(",")
-        files = [value] if os.path.exists(value) else several
-        setattr(args, name, ",".join(map(os.path.abspath, files)))
+        setattr(args, name, ",".join(map(os.path.abspath, listed(value))))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -544,6 +542,17 @@ class MicroBatch(NamedTuple):
     order: list[int]
 
 
+def joined(rows: list[list], orders: list[list[int]]) -> list[list]:
+    """For each text, the rows of the entries that it shows, one after the other."""
+    found = []
+    for shown in orders:
+        of_text = []
+        for j in shown:
+            of_text += rows[j]
+        found.append(of_text)
+    return found
+
+
 class Run:
     """A training run: what learns, from what, and the folder where it is kept."""
 
@@ -720,19 +729,10 @@ class Run:
         """The texts of some entries, as tensors on the device, and the views of the pictures in them."""
         args, adapter = self.args, self.vlm.adapter
         examples, orders = self.draw(indices, epoch)
-
-        # For each text, the tiles of its pictures and what these should spell
-        tiles, spelled = [], []
-        for shown in orders:
-            tiles_of_text, spelled_of_text = [], []
-            for j in shown:
-                tiles_of_text += views.tiles[j]
-                spelled_of_text += self.spelled(indices[j])
-            tiles.append(tiles_of_text)
-            spelled.append(spelled_of_text)
+        tiles = joined(views.tiles, orders)
+        spelled = joined([self.spelled(i) for i in indices], orders) if spell else None
         queries = adapter.queries if adapter.side is None else 0  # a grid can't be put in a caption's order
-        texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss,
-                                         spelled if spell else None, queries)
+        texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss, spelled, queries)
 
         # The entries whose pictures the texts show
         order = []

@@ -45,6 +45,11 @@ QUESTIONS = ("human", "user", "system")
 Conversation = list[tuple[str, str]]
 
 
+def listed(names: str) -> list[str]:
+    """What commas separate, but not those within braces; a name of something that exists is one."""
+    return [names] if os.path.exists(names) else re.split(r",(?![^{}]*\})", names)
+
+
 def keep(text: str) -> str:
     """An answer with its lines, without IMAGE, which it can't show."""
     return whole(text).replace(IMAGE, " ").strip()  # not nothing: what stood around it could make another
@@ -137,7 +142,7 @@ class Captions(torch.utils.data.Dataset):
                  text_only: bool = False):
         self.keep_lines = False  # whether texts keep their lines
         self.file = str(file)
-        folder = Path(images or files_of(self.file)[0].parent)
+        folder = Path(images or Path(listed(self.file)[0]).parent)
         if images and not folder.is_dir():
             raise InputError(f"{folder}: no such folder of pictures")
         rows = read_file(self.file)
@@ -152,7 +157,7 @@ class Captions(torch.utils.data.Dataset):
     @property
     def label(self) -> str:
         """What a line of progress calls it."""
-        return files_of(self.file)[0].name + self.note
+        return Path(listed(self.file)[0]).name + self.note
 
     def make_absolute(self) -> None:
         """Gives pictures that are files a name that is the same in any working directory."""
@@ -279,15 +284,10 @@ class Captions(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------
 # Files to rows
 
-def files_of(file: str) -> list[Path]:
-    """The files that commas part, if it isn't the name of one."""
-    return [Path(file)] if os.path.exists(file) else [Path(part) for part in file.split(",")]
-
-
 def read_file(file: str) -> list[Row]:
     """The rows of a caption file, or of VQAv2's two. Raises InputError."""
     texts = []
-    for path in files_of(file):
+    for path in map(Path, listed(file)):
         with guard(path, "not UTF-8 text"):
             content = path.read_bytes()
             utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import tarfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.captions import Captions, Conversation, Row, in_one_line, one_turn, read_entry, usable
+from formats.captions import Captions, Conversation, Row, in_one_line, listed, one_turn, read_entry, usable
 from formats.files import InputError, warn
 from formats.pictures import open_picture
 
@@ -158,8 +157,7 @@ class Shards:
         self.keep_lines = False  # whether texts keep their lines
         self.buffer = buffer
         self.size = 1000
-        parts = [names] if os.path.exists(names) else listed(names)
-        names = [name for part in parts for name in braces(part)]
+        names = [name for part in listed(names) for name in braces(part)]
         self.paths = [Path(path) for name in names for path in (sorted(glob.glob(name)) or [name])]
         for path in self.paths:
             if not path.is_file():
@@ -258,11 +256,6 @@ class Shards:
 
 def is_shards(names: str) -> bool:
     return re.search(r"\.(tar|tgz|tar\.gz)$", names) is not None
-
-
-def listed(names: str) -> list[str]:
-    """What commas separate; those within braces don't."""
-    return re.split(r",(?![^{}]*\})", names)
 
 
 def braces(text: str) -> list[str]:

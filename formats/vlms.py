@@ -128,18 +128,24 @@ def llava_config(c: dict) -> tuple[dict, dict, dict]:
     )
 
 
-def exported(layout: str) -> dict[str, Format]:
-    """A run of ours that was exported in that layout reads as it did: see formats/export.py."""
-    begin, end, _ = SPELLED.get(layout, OTHERS)
-    return {begin: Format(lambda images, text: IMAGE * images + text,
-                          lambda queries, rows, columns: begin + IMAGE * queries + end, question="")}
-
-
-# The tokens that begin an image, end it, and stand for an embedding of it, in an export of a run of ours.
+# The tokens that begin an image, end it, and stand for an embedding of it, in a run of ours and its exports.
 # Idefics3's processor itself writes the first two around an image; a tokenizer takes the longest token that
 # fits, so that it tells them apart
 SPELLED = {"idefics3": ("<fake_token_around_image><global-img>", "<fake_token_around_image>", IMAGE)}
 OTHERS = ("<image begin>", "<image end>", IMAGE)
+
+
+def ours(begin: str, end: str) -> Format:
+    """The format of a run of ours, with the tokens that begin and end an image: no word is added."""
+    return Format(lambda images, text: IMAGE * images + text,
+                  lambda queries, rows, columns: begin + IMAGE * queries + end, question="")
+
+
+def exported(layout: str) -> dict[str, Format]:
+    """A run of ours that was exported in that layout reads as it did: see formats/export.py."""
+    begin, end, _ = SPELLED.get(layout, OTHERS)
+    return {begin: ours(begin, end)}
+
 
 IMAGE_LINE = IMAGE + "\n"
 LLAVA = exported("llava") | {  # its prompts follow the language model's
