@@ -25,7 +25,7 @@ from formats.languages import tie
 from formats.peft import ROOT, WEIGHTS, Tensors, read_folder
 from formats.tokenizer import Tokenizer
 from formats.vlms import PUBLIC, family_of
-from formats.weights import Checkpoint, Family, depth, load_weights
+from formats.weights import Checkpoint, Family, collection_paused, depth, load_weights
 from llm import LLM, token_losses
 from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, replace_layers
 from support.console import one_of
@@ -990,6 +990,7 @@ class VLM(nn.Module):
                     p.copy_(found[f"weight.{name}"])
 
     @classmethod
+    @collection_paused()
     def from_pretrained(cls, name: str, dtype: torch.dtype = torch.float32) -> "VLM":
         """Rebuilds a run with its best weights from its folder, or a public VLM (a folder or a hub name):
         backbones in `dtype`, adapter in float32, eval mode. Raises InputError."""

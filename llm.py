@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from formats.files import InputError, guard
 from formats.languages import FAMILIES, own_head, tie
 from formats.tokenizer import as_id
-from formats.weights import Checkpoint, depth, load_weights
+from formats.weights import Checkpoint, collection_paused, depth, load_weights
 from support.decoding import BeamSearch, Sampler
 from support.kernels import Recorded, attend, pack
 from support.layers import ACTIVATIONS, FeedForward
@@ -577,6 +577,7 @@ class LLM(nn.Module):
         return [self.embed(row) for row in rows]
 
     @classmethod
+    @collection_paused()
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32) -> "LLM":
         """Loads a language model from a folder or a hub id, in eval mode.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from formats.encoders import FAMILIES
 from formats.files import InputError, guard, named
 from formats.pixels import PROCESSORS, Preprocessor, read_preprocessor
-from formats.weights import Checkpoint, depth, load_weights
+from formats.weights import Checkpoint, collection_paused, depth, load_weights
 from support.kernels import attend
 from support.layers import ACTIVATIONS, FeedForward
 
@@ -308,6 +308,7 @@ class ViT(nn.Module):
             self.positions = nn.Parameter(x.to(self.positions.dtype).contiguous())
 
     @classmethod
+    @collection_paused()
     def from_pretrained(cls, name: str | Checkpoint, dtype: torch.dtype = torch.float32,
                         image_size: int | None = None) -> "ViT":
         """Loads an encoder from a folder or a hub id, in eval mode.

@@ -1,5 +1,6 @@
 """The language model equals the reference implementations (see fixtures/make.py), and generation is one text,
 however it is batched."""
+import gc
 import itertools
 import json
 
@@ -19,6 +20,31 @@ FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear
             "gpt_neox_serial",
             "gemma3")
 DECODERS = ("gpt2", "gpt2_old", "llama", "llama_wide", "llama_sharded")
+
+
+def test_loading_looks_for_no_garbage(fixtures, tmp_path):
+    collections = []
+
+    def count(phase, about):
+        collections.append(phase)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(count)
+    gc.set_threshold(20, 1, 1)  # a collection is due all the time
+    try:
+        with pytest.raises(InputError, match="no such"):
+            LLM.from_pretrained(str(tmp_path / "none"))
+        assert gc.isenabled()
+        collections.clear()
+        loaded = LLM.from_pretrained(str(fixtures / "gpt2"))
+        during_load = len(collections)
+        loaded = [[] for _ in range(100)]
+        assert loaded and collections
+        assert during_load < 10  # those before it begins and on the way out
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(count)
 
 
 @pytest.mark.parametrize("name", DECODERS)
