@@ -31,7 +31,7 @@ from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, rep
 from support.console import one_of
 from support.kernels import attend, pack
 from support.layers import FeedForward
-from support.runs import BEST, CHECKPOINT, adamw_state, check_run, resume_state, updates_in
+from support.runs import BEST, CHECKPOINT, RESUME_STATE, check_run, updates_in
 from vit import ViT
 
 
@@ -944,7 +944,8 @@ class VLM(nn.Module):
     def load_state(self, path: Path) -> None:
         """Takes up what `state` gave, from a run's checkpoint, LoRA and all. Raises InputError where a tensor
         there isn't one that the run would write."""
-        found = read_tensors(path)
+        found = {name: tensor for name, tensor in read_tensors(path).items()
+                 if not name.startswith(RESUME_STATE)}
         with guard(path, "not the checkpoint of this run"), named(path):
             updates = updates_in(found)
             for part, layers in updates.items():
@@ -952,42 +953,43 @@ class VLM(nn.Module):
                     module = getattr(self, part)
                     replace_layers(module, make_layers(module, layers))
 
-        # What came with a LoRA, or was trained beside it, goes with it when it is saved again
-        known = dict(self.named_parameters(remove_duplicate=False))  # a tied head has two names
+        # Exactly what the run would write must be there. Then take the weights
+        with_lora = [part for part in updates if updates[part]]
+        beside = self.mark_saved_beside_lora(found, with_lora)
+        compare(self.expected_state(found, beside), found, path)
+        with torch.no_grad():
+            for name, p in self.named_parameters(remove_duplicate=False):  # a tied head has two names
+                if f"weight.{name}" in found:
+                    p.copy_(found[f"weight.{name}"])
+
+    def mark_saved_beside_lora(self, found: dict[str, torch.Tensor], with_lora: list[str]) -> set[str]:
+        """Finds what a checkpoint holds of the parts that have a LoRA, beside the LoRA: what came with it, or
+        was trained with it. Marks it, so that `state` gives it again. Returns its names in the checkpoint."""
         layers = lora_layers(self)
         beside = set()
-        for name, p in known.items():
+        for name, p in self.named_parameters(remove_duplicate=False):
             part = name.partition(".")[0]
             layer, _, leaf = name.rpartition(".")
-            is_saved = f"weight.{name}" in found
-            part_has_lora = bool(updates.get(part))
             is_lora = layer in layers and leaf in ("A", "B", "m")
-            if is_saved and part_has_lora and not is_lora:
-                beside.add(f"weight.{name}")
-                if layer in layers and leaf == "weight":
-                    layers[layer].replaced = True
-                else:
-                    p.requires_grad_()
+            if f"weight.{name}" not in found or part not in with_lora or is_lora:
+                continue
+            beside.add(f"weight.{name}")
+            if layer in layers and leaf == "weight":
+                layers[layer].replaced = True
+            else:
+                p.requires_grad_()
+        return beside
 
-        # What the run would write now must be there, and nothing else. What it trains is float32, what came
-        # with a LoRA has the run's precision
-        wanted = {}
+    def expected_state(self, found: dict[str, torch.Tensor], beside: set[str]) -> dict[str, torch.Tensor]:
+        """What `state` would give, on the meta device. What a run trains is float32; what it has `beside` its
+        LoRA may have the run's precision."""
+        expected = {}
         for name, tensor in self.state().items():
             dtype = torch.float64 if name.startswith("scale.") else torch.float32
             if name in beside and found[name].dtype in (torch.bfloat16, torch.float16):
                 dtype = found[name].dtype
-            wanted[name] = torch.empty_like(tensor, dtype=dtype, device="meta")
-        if found.keys() - wanted.keys():  # what --resume needs
-            moments = {name: adamw_state(wanted[f"weight.{name}"]) for name in known
-                       if f"exp_avg.{name}" in found and f"weight.{name}" in wanted}
-            scaler = torch.amp.GradScaler("cpu", enabled="scaler.scale" in found)
-            losses = torch.zeros(found["losses"].numel() if "losses" in found else 0)
-            wanted |= resume_state(moments, scaler, losses)
-        compare(wanted, found, path)
-        with torch.no_grad():
-            for name, p in known.items():
-                if f"weight.{name}" in found:
-                    p.copy_(found[f"weight.{name}"])
+            expected[name] = torch.empty_like(tensor, dtype=dtype, device="meta")
+        return expected
 
     @classmethod
     @collection_paused()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from adapters import VLM
-from data import Views, chunks, encode_pictures, few_shot, place, stack
+from data import Processor, Views, chunks, encode_pictures, few_shot, place, stack
 from formats.captions import IMAGE, Conversation, flat
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
@@ -486,21 +486,25 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
         maps = torch.einsum("mpq,pqn->mpn", maps, reads[:, :adapter.queries])
     grid = adapter.side or vlm.vit.config.grid
     maps = maps[..., -grid ** 2:].unflatten(2, (grid, grid)).cpu()
+    return words_of(vlm.processor, targets.tolist(), maps)
 
-    # Tokens to words
-    found, space = [], True
-    for id, at in zip(targets.tolist(), maps):
-        end = id in vlm.processor.end_tokens
-        piece = b"" if end else vlm.processor.tokenizer.bytes.get(id, b"")
-        if piece.strip() and (space or piece[:1].isspace()):
-            found.append((b"", []))
+
+def words_of(processor: Processor, ids: list[int], maps: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Joins tokens to words: each word, and the mean of its tokens' maps (M,P,G,G); a comma behind a word
+    belongs to it, but its map doesn't count."""
+    found: list[tuple[bytes, list]] = []
+    after_space = True
+    for id, seen in zip(ids, maps):
+        piece = b"" if id in processor.end_tokens else processor.tokenizer.bytes.get(id, b"")
         if piece.strip():
-            word, looks = found[-1]
-            if not word or any(map(str.isalnum, piece.decode(errors="ignore"))):  # not the comma behind it
-                looks = looks + [at]
-            found[-1] = word + piece, looks
-        space = piece[-1:].isspace()
-    return [(word.decode(errors="replace").strip(), torch.stack(at).mean(0)) for word, at in found]
+            if after_space or piece[:1].isspace():
+                found.append((b"", []))
+            word, word_maps = found.pop()
+            if not word or any(map(str.isalnum, piece.decode(errors="ignore"))):
+                word_maps.append(seen)
+            found.append((word + piece, word_maps))
+        after_space = piece[-1:].isspace()
+    return [(word.decode(errors="replace").strip(), torch.stack(seen).mean(0)) for word, seen in found]
 
 
 WARM = torch.tensor([1.0, 0.45, 0.0])[:, None, None]

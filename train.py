@@ -36,8 +36,8 @@ from formats.files import (InputError, compare, named, only_warn, read_json, rea
 from formats.shards import Shards, caption_data, is_shards
 from lora import add_lora, lora_layers, save_lora
 from sample import Shots, as_lines, caption_set
-from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, flag, machine_options,
-                             one_of, run)
+from support.console import (MANY, PROCESSES, SEED, Number, Numbers, Parser, check_meaning, flag,
+                             machine_options, one_of, run)
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
@@ -60,7 +60,6 @@ LONG_RUN = 1e14
 # Options
 
 # Ranges of several options
-LAYER = Number(int, -1000, 1000)
 COUNT = Number(int, 1, 10 ** 9)
 SIZE = Number(int, 1, 1000)
 RATE = Number(float, 0, 100)
@@ -84,13 +83,7 @@ def without_spaces(text: str) -> str:
     return text.replace(" ", "")
 
 
-def layers(text: str) -> int | list[int]:
-    """The type of --layer: a number, or several with commas between. Raises InputError."""
-    found = [LAYER(one) for one in text.split(",")]
-    return found if len(found) > 1 else found[0]
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
 
     add = parser.add_argument_group("model").add_argument
@@ -101,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="cut each picture in tiles too, as the model of --from does: more time and memory")
     add("--image-size", type=Number(int, 1, 4096), metavar="PX",
         help="side of the squares the encoder sees (default: its own)")
-    add("--layer", type=layers, metavar="I",
+    add("--layer", type=Numbers(Number(int, -1000, 1000)), metavar="I",
         help="encoder's layer to read: hidden_states[I] (default: its output); of several, as in 12,10,7, "
              "each patch's features are joined")
     add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
@@ -283,7 +276,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
     )
 
 
-def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def resumed_options(folder: str, parser: Parser) -> argparse.Namespace:
     """The options of the run in a folder, with those of the command line that may change. Raises
     InputError."""
     saved = saved_options(Path(folder), parser)
@@ -302,7 +295,7 @@ def resumed_options(folder: str, parser: argparse.ArgumentParser) -> argparse.Na
     return args
 
 
-def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
+def saved_options(folder: Path, parser: Parser) -> dict:
     """The options of the run in a folder, as config.json holds them. Raises InputError where it isn't one, or
     an option there has a value that the command line couldn't give it."""
     if not folder.is_dir():
@@ -311,24 +304,9 @@ def saved_options(folder: Path, parser: argparse.ArgumentParser) -> dict:
     saved = read_json(path).get("training")
     if not isinstance(saved, dict):
         raise InputError(f"{path}: not the folder of a run")
-    options = {action.dest: action for action in parser._actions}
-    for name, value in saved.items():
-        option = options.get(name)
-        if option is None:
-            raise InputError(f"{path}: {name} can't be {value!r}")
-        if value is option.default is None:
-            continue
-        if option.type is layers:
-            kinds = (int, list)
-        elif isinstance(option.type, Number):
-            kinds = (int, float)
-        else:
-            kinds = bool if option.nargs == 0 else str
-        if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
-            raise InputError(f"{path}: {name} can't be {value!r}")
-        if option.type:
-            with named(f"{path}: {name}"):
-                option.type(str(value).strip("[]"))
+    with named(path):
+        for name, value in saved.items():
+            parser.check(name, value)
     return saved
 
 
@@ -585,7 +563,11 @@ class Run:
         self.open_folder()
         self.encode(val)
 
-        # What is likely not meant
+        self.advise(val)
+
+    def advise(self, val) -> None:
+        """Tells what is likely not meant."""
+        args = self.args
         if args.warmup >= args.steps:
             self.say(f"the warm-up of {args.warmup} steps doesn't end within {args.steps}: give a shorter "
                      "--warmup")

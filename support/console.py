@@ -138,6 +138,20 @@ class Parser(argparse.ArgumentParser):
         with named(flag(action.dest)):  # its type doesn't know the option's name
             return super()._get_value(action, text)
 
+    def check(self, name: str, value) -> None:
+        """Raises InputError where the command line couldn't give the option `name` this value."""
+        option = next((action for action in self._actions if action.dest == name), None)
+        if option is None:
+            raise InputError(f"{name} can't be {value!r}")
+        if value is option.default is None:
+            return
+        kinds = getattr(option.type, "kinds", bool if option.nargs == 0 else str)
+        if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool:
+            raise InputError(f"{name} can't be {value!r}")
+        if option.type:
+            with named(name):
+                option.type(str(value).strip("[]"))
+
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments:.*? (--?[\w-]+)", message)
         raise InputError(message + (nearest(unknown[1], self._option_string_actions) if unknown else ""))
@@ -148,6 +162,7 @@ class Number(NamedTuple):
     kind: type
     least: float
     most: float
+    kinds = (int, float)  # of its values
 
     def __call__(self, text: str) -> int | float:
         """Reads a number. Raises InputError."""
@@ -157,6 +172,17 @@ class Number(NamedTuple):
                 return value
         kind = "a whole number" if self.kind is int else "a number"
         raise InputError(f"{text!r} is not {kind} from {self.least:,} to {self.most:,}")
+
+
+class Numbers(NamedTuple):
+    """The type of an option: a `number`, or a list of several, with commas between."""
+    number: Number
+    kinds = (int, float, list)
+
+    def __call__(self, text: str) -> int | float | list:
+        """Reads the numbers. Raises InputError."""
+        found = [self.number(one) for one in text.split(",")]
+        return found if len(found) > 1 else found[0]
 
 
 # Ranges of options of both command lines

@@ -8,6 +8,7 @@ from formats.peft import Update
 
 CHECKPOINT = "checkpoint.safetensors"  # of a run: trained weights and the optimizer's state
 BEST = "best.safetensors"  # those of the validation with the lowest loss, where they aren't the last
+RESUME_STATE = ("exp_avg.", "exp_avg_sq.", "step.", "scaler.", "losses")  # how names of `resume_state` begin
 
 # What config.json of a run may hold, beside what train.py adds
 KINDS = {"from": str, "vit": str, "llm": str, "adapter": str, "adapter_sizes": dict, "image_position": str,
