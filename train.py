@@ -49,7 +49,7 @@ from support.shapes import Shapes
 MOVED = ("data", "images", "val")  # options that may change on --resume where the contents are the same
 FREE = ("resume", "out", "device", "workers", "log_every", "save_every", "features", "shard", "tensorboard",
         "quiet")  # options that may change on --resume
-PATIENCE = 10  # as many steps without finite gradients, one after the other, end a run: see `learn`
+PATIENCE = 10  # as many steps that change nothing, one after the other, end a run: see `learn`
 
 # Pictures × parameters from which on a run takes ten minutes of an H100 or more. Compiling takes one or two,
 # and saves a fifth.
@@ -843,7 +843,7 @@ class Run:
         args = self.args
         source = self.pictures()
         progress = Progress(args)
-        in_a_row = 0  # steps without finite gradients
+        in_a_row = 0  # steps that changed nothing
         for step in range(self.first_step, args.steps):
             indices, inputs = next(source)
             if step == self.first_step:
@@ -859,9 +859,10 @@ class Run:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
                     raise InputError(
-                        f"{self.folder}: the gradients of the last {in_a_row:.0f} steps were not finite: "
-                        "start anew with a lower --lr, a longer --warmup or --precision float32 (the last "
-                        "checkpoint, if there is one, is as it was)")
+                        f"{self.folder}: the last {in_a_row:.0f} steps changed nothing: their gradients were "
+                        "not finite (start anew with a lower --lr, a longer --warmup or --precision float32) "
+                        "or there was no word to learn (look at the data and --max-tokens). The last "
+                        "checkpoint, if there is one, is as it was")
                 if save:
                     line |= self.validate()
                     bad = [merge_over_processes(self.unreadable), self.val.bad]

@@ -25,7 +25,12 @@ def rgb(picture: Image.Image) -> Image.Image:
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
             top = picture.getextrema()[1]
-            scale = 1 / 257 if top > 255 else 255 if top <= 1 else 1
+            if top > 255:
+                scale = 1 / 257
+            elif top < 2:  # from 0 to 1, or a little above
+                scale = 255
+            else:
+                scale = 1
             picture = picture.point(lambda v: v * scale).convert("L")
         elif "A" in picture.getbands() or picture.info.get("transparency") is not None:
             picture = picture.convert("RGBA")

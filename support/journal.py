@@ -282,7 +282,7 @@ class Progress:
         parts = [f"step {line['step']}/{self.steps}", f"loss {line['loss']:.4f}"]
         parts += [f"{name} {line[name]:.4f}" for name in ("val", "exact", "matching") if name in line]
         if "skipped" in line:
-            parts.append(f"{line['skipped']} steps skipped: not finite")
+            parts.append(f"{line['skipped']} steps skipped: gradients not finite, or no word to learn")
         parts += [f"{line['images_per_s']:.0f} images/s", f"{line['tokens_per_s']:.0f} tokens/s",
                   time_left(line["s_left"])]
         return "  ".join(parts)

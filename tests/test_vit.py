@@ -12,6 +12,7 @@ from formats.files import InputError
 from fixtures.compare import close
 from fixtures.pictures import PROCESSING, photographs, picture
 from formats.encoders import FAMILIES
+from formats.pictures import rgb
 from formats.pixels import PROCESSORS, Preprocessor
 from vit import ViT, ViTConfig
 
@@ -85,6 +86,12 @@ def test_preprocess_takes_every_mode(mode, fixtures):
         source = converted.convert("L") if mode in ("1", "L", "LA", "I", "F") else converted.convert("RGB")
     # a 16-bit picture must look like its 8-bit self, not be clipped white
     assert (vit.preprocess(converted) - vit.preprocess(source)).abs().max() < 0.05
+
+
+def test_numbers_a_little_above_one_are_white():
+    values = np.array([[0.0, 0.5, 1.0, 1.2]], np.float32)
+    greys = np.asarray(rgb(Image.fromarray(values)))[0, :, 0]
+    assert greys.tolist() == [0, 127, 255, 255]
 
 
 @pytest.mark.parametrize("mode", ("RGBA", "LA", "P", "RGB"))
