@@ -37,6 +37,7 @@ from support.drawing import GREY, INK, contact_sheet, write_picture
 from support.journal import counted
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
+from support.processes import CORES
 from support.runs import CHECKPOINT
 from support.scores import rate, references, table
 from support.shapes import Shapes
@@ -80,7 +81,7 @@ def make_parser() -> Parser:
     add("--images", metavar="FOLDER", help="where its pictures lie (default: beside the file)")
     add("--split-name", metavar="NAME", help="the rows of this split alone, where the file has splits")
     add("--save", metavar="FILE", help="write the captions, one JSON object a line")
-    add("--workers", type=PROCESSES, default=2, help="processes that read pictures")
+    add("--workers", type=PROCESSES, default=min(2, CORES), help="processes that read pictures")
 
     add = parser.add_argument_group("decoding").add_argument
     add("--max-tokens", type=MANY, default=60, help="longest caption, tokens")

@@ -41,7 +41,7 @@ from support.console import (MANY, PROCESSES, SEED, Number, Numbers, Parser, che
 from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
-from support.processes import RANK, WORLD, merge_over_processes, sum_over_processes
+from support.processes import CORES, RANK, WORLD, merge_over_processes, sum_over_processes
 from support.runs import BEST, CHECKPOINT, adamw_state, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
@@ -177,7 +177,7 @@ def make_parser() -> Parser:
              "(default: in memory)")
     add("--shard", action="store_true",
         help="with torchrun: each process holds a part of the frozen LLM (FSDP2; torch 2.7 or later)")
-    add("--workers", type=PROCESSES, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=PROCESSES, default=min(8, CORES),
         help="processes that read pictures, for each GPU (default: one a core, at most 8)")
 
     add = parser.add_argument_group("files").add_argument

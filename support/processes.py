@@ -1,9 +1,11 @@
-"""torchrun's processes: which one this is, and sums over them."""
+"""Processes: the cores that one may use; which of torchrun's this is, and sums over these."""
 import os
 
 import torch
 import torch.distributed as dist
 
+# Cores that this process may use: a container's or taskset's may be fewer than the machine's
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 RANK = int(os.environ.get("RANK", 0))  # which process this is
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # of how many
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # and which GPU of its machine it has

@@ -32,6 +32,7 @@ from data import chunks  # noqa: E402
 from fixtures import start  # noqa: E402
 from formats.captions import IMAGE  # noqa: E402
 from sample import Shots, caption_set, see_whole  # noqa: E402
+from support.processes import CORES  # noqa: E402
 from support.shapes import RULES, Shapes, judge  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
@@ -193,7 +194,7 @@ def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
     """Trains the runs of a comparison, and prints its table."""
     if name == "from":
         start.make(ROOT / PUBLIC)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, CORES // jobs)
 
     def run(options: list[str], seed: int) -> dict[str, float]:
         options = [*options, *common, "--seed", str(seed)]

@@ -89,7 +89,7 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (train, ["--layer", "0", "--from", "x"], "with --from: x has its own"),
     (sample, ["--images", "folder", "a.png"], "without --data"),
     (sample, ["--save", "file", "a.png"], "without --data"),
-    (sample, ["--workers", "1", "a.png"], "without --data"),
+    (sample, ["--workers", "7", "a.png"], "without --data"),
     (sample, ["--split-name", "test", "a.png"], "without --data"),
     (sample, ["--split-name", "test", "--data", "shapes"], "with the shapes world"),
     (sample, ["--images", "folder", "--data", "shapes"], "with the shapes world"),
