@@ -669,19 +669,20 @@ class VLM(nn.Module):
         self.channel_shift.copy_(-mean * self.channel_scale)
 
     def prompt_tokens(self, tokens: torch.Tensor, pictures: int | None = None,
-                      target_positions: torch.Tensor | None = None) -> torch.Tensor | None:
+                      answer_positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """Returns the prompt's ids (P,L) that the adapter reads with each picture, filled up with -1: in its
-        row of the ids (B,T) the words before the first target, at most `adapter.text`. None for an adapter
-        that reads no prompt. pictures: P; without it a GPU must be waited for."""
+        row of the ids (B,T) the words before the first answer, at most `adapter.text`. None for an adapter
+        that reads no prompt. pictures: P; without it a GPU must be waited for. answer_positions: (A,), where
+        in the flattened ids the next token is an answer's."""
         if not self.adapter.text:
             return None
         image = tokens == self.processor.placeholder
         seen = (tokens < self.llm.config.vocabulary) & ~image
 
-        # A word is read if no target position lies before it: a target is what comes after its position
-        if target_positions is not None:
+        # A word is read if no answer's position lies before it: the answer comes after its position
+        if answer_positions is not None:
             starts = torch.zeros(tokens.numel(), dtype=torch.long, device=tokens.device)
-            starts = starts.scatter(0, target_positions, 1).view_as(tokens)
+            starts = starts.scatter(0, answer_positions, 1).view_as(tokens)
             seen = seen & (starts.cumsum(1) - starts == 0)
 
         # A stable sort puts these words first and keeps their order. Then a row for each picture
@@ -789,7 +790,7 @@ class VLM(nn.Module):
         loss of each embedding (K,) that should spell a token; K is 0 where the batch has no `spelling`."""
         V = self.llm.config.vocabulary
         with self.autocast(self.llm.dtype):
-            prompt = self.prompt_tokens(batch.tokens, len(features), batch.target_positions)
+            prompt = self.prompt_tokens(batch.tokens, len(features), batch.answer_positions)
             image_embeddings = self.embed_images(features, prompt)
             states = self.states(batch.tokens, image_embeddings, batch.target_positions, batch.most_images)
             losses = token_losses(states, batch.targets, self.llm.logits, V)
@@ -821,6 +822,18 @@ class VLM(nn.Module):
         `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
+
+        # A text that comes near the LLM's last position has few tokens left: it goes on alone
+        near = [len(row) + max_tokens > processor.max_positions for row in rows]
+        if any(near) and len(rows) > 1:
+            groups = [[i] for i in range(len(rows)) if near[i]]
+            groups.append([i for i in range(len(rows)) if not near[i]])
+            answers = {}
+            for group in filter(None, groups):
+                part = [rows[i] for i in group], self.views_of(group, rows, features), max_tokens, score
+                said = self.answer(*part, [targets[i] for i in group], **decoding)
+                answers.update(zip(group, said))
+            return [answers[i] for i in range(len(rows))]
         tokens, positions, _ = stack([*zip(rows, targets)])
 
         # An adapter that reads the prompt reads it up to the first earlier answer, or to the row's last id
@@ -836,7 +849,7 @@ class VLM(nn.Module):
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        room = processor.max_positions - max(map(len, rows))
+        room = processor.max_positions - max(map(len, rows))  # of one text, or more than max_tokens
         found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
@@ -844,6 +857,18 @@ class VLM(nn.Module):
             for answer, mean in zip(answers, self.log_probabilities(rows, found, image_embeddings)):
                 answer.log_probability = mean
         return answers
+
+    def views_of(self, group: list[int], rows: list[list[int]],
+                 features: torch.Tensor | None) -> torch.Tensor | None:
+        """The features (V,N,Dv) of the views that some of the prompts show, of those of all (None: none)."""
+        if features is None:
+            return None
+        counts = [row.count(self.processor.marker) for row in rows]
+        if self.in_text:
+            counts = [row.count(self.processor.placeholder) // self.adapter.queries for row in rows]
+        views = features.split(counts)
+        found = torch.cat([views[i] for i in group])
+        return found if len(found) else None
 
     def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
                           image_embeddings: torch.Tensor | None) -> list[float]:
@@ -880,7 +905,9 @@ class VLM(nn.Module):
         or, where this is a public VLM, of the whole. Of the whole each part takes its own tensors, and the
         adapter, which needs no LoRA to be trained, takes its own into its weights. Raises InputError, also
         where the file changes a part that isn't asked for: a half of what was trained is another model."""
-        if any((folder / part).is_dir() for part in parts):
+        folders = [part for part in ("llm", "vit") if (folder / part).is_dir()]
+        if folders:
+            check_lora_parts(folder, folders, parts)
             for part in parts:
                 load_lora(getattr(self, part), folder / part if (folder / part).is_dir() else folder)
             return
@@ -895,10 +922,7 @@ class VLM(nn.Module):
         if "unknown" in found:
             found = dict.fromkeys(parts, tensors)
 
-        changed = [part for part in ("llm", "vit") if part in found]
-        if not {*changed} <= {*parts}:
-            raise InputError(f"{folder / WEIGHTS}: it changes {' and '.join(changed)}: "
-                             f"say --lora-on {','.join(changed)}")
+        check_lora_parts(folder / WEIGHTS, [part for part in ("llm", "vit") if part in found], parts)
         for part in parts:
             load_lora(getattr(self, part), folder, Tensors(config, found.get(part, {})))
         if "adapter" in found:
@@ -1011,6 +1035,12 @@ class VLM(nn.Module):
             vlm = build(config, dtype, checkpoint=checkpoint)
         vlm.load_state(checkpoint)
         return vlm.eval()
+
+
+def check_lora_parts(path: Path, changed: list[str], asked: list[str]) -> None:
+    """Raises InputError where the LoRA in a file or folder changes more parts than are asked for."""
+    if not {*changed} <= {*asked}:
+        raise InputError(f"{path}: it changes {' and '.join(changed)}: say --lora-on {','.join(changed)}")
 
 
 def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ...] = (),

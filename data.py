@@ -171,12 +171,13 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # ids (B,T), padded on the right
     target_positions: torch.Tensor  # (M,): where, in the flattened ids, the next token is a target
     targets: torch.Tensor  # (M,): these targets
+    answer_positions: torch.Tensor  # (A,): where the next token is an answer's, whether it is learned or not
     most_images: int  # of one text, at least 1
     fits: list[bool]  # whether each example fits the LLM; else its text is one id, without a picture
     spelling: Spelling | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = [to_device(x, device) for x in self[:3]]
+        tensors = [to_device(x, device) for x in self[:4]]
         spelling = self.spelling and Spelling(*(to_device(x, device) for x in self.spelling))
         return Batch(*tensors, self.most_images, self.fits, spelling)
 
@@ -366,22 +367,28 @@ class Processor:
         """Conversations, with pictures of these `tiles` (by default one each, seen as a whole), to a Batch on
         the CPU: see `encode`. `spelled`: the caption of each picture, which its `queries` embeddings should
         spell."""
-        rows, fits = [], []
+        rows, answers, fits = [], [], []
         for n, (*earlier, (text, answer)) in enumerate(examples):
-            images, seen = (1, WHOLE) if tiles is None else (len(tiles[n]), iter(tiles[n]))
-            row = self.encode(text, answer, max_tokens, images, seen, False, learn_prompt, earlier,
-                              learn_earlier)
+            def encoded(**options) -> tuple[list[int], list[bool]]:
+                images, seen = (1, WHOLE) if tiles is None else (len(tiles[n]), iter(tiles[n]))
+                return self.encode(text, answer, max_tokens, images, seen, earlier=earlier, **options)
+
+            row = answered = encoded()
+            if learn_prompt or not learn_earlier:
+                row = encoded(learn_prompt=learn_prompt, learn_earlier=learn_earlier)
             fits.append(len(row[0]) <= self.max_positions)
             rows.append(row if fits[-1] else NOTHING)
+            answers.append(answered if fits[-1] else NOTHING)
             if not fits[-1]:
                 self.skipped.add(hash(str(examples[n])))
         rows = rows or [NOTHING]
+        _, answer_positions, _ = stack(answers or [NOTHING])
         most = max([1] + [ids.count(self.marker) for ids, _ in rows])
         spelling = None
         if spelled is not None:
             captions = itertools.chain.from_iterable(itertools.compress(spelled, fits))
             spelling = self.spelling(captions, queries)
-        return Batch(*stack(rows), most, fits, spelling)
+        return Batch(*stack(rows), answer_positions, most, fits, spelling)
 
     def spelling(self, captions: Iterable[str], queries: int) -> Spelling:
         """Targets of the --spell loss, for pictures of `queries` embeddings each."""

@@ -472,15 +472,19 @@ class LLM(nn.Module):
         cache: keys and values of the beginning of a single text (B = 1), which the embeddings continue.
             Afterwards it holds these too, and the new ids but the last.
         on_token: called with each new id of a single text as it comes.
-        Raises InputError for an empty row, an id without an embedding, beam search with a temperature, a text
-        longer than `max_positions`, or logits that aren't finite.
+        Raises InputError for an empty row, an id without an embedding, beam search with a temperature or
+        with `on_token`, a text longer than `max_positions`, or logits that aren't finite.
         """
         device = self.embedding.weight.device
         end_tokens = self.config.end_tokens if end_tokens is None else end_tokens
         if beams > 1 and temperature:
             raise InputError("beam search draws nothing: leave the temperature at 0")
+        if beams > 1 and on_token:
+            raise InputError("beam search has no token to tell of until it ends: leave on_token out")
         if embeddings is None:
             embeddings = self.embed_rows(tokens)
+        if not len(embeddings):
+            return []
 
         # Pad the rows on the left to one length
         lengths = [len(row) for row in embeddings]
@@ -570,6 +574,8 @@ class LLM(nn.Module):
         device = self.embedding.weight.device
         V = self.config.vocabulary
         rows = [torch.as_tensor(row, dtype=torch.long, device=device) for row in tokens]
+        if not all(row.dim() for row in rows):
+            raise InputError("generate takes a list of texts' ids: for one text, [ids]")
         for row in rows:
             for id in row.tolist():
                 if not 0 <= id < V:
@@ -585,7 +591,7 @@ class LLM(nn.Module):
         dtype: of the weights.
         Raises InputError if the files are missing, of an unknown family, or not what config.json says.
         """
-        checkpoint = Checkpoint(name) if isinstance(name, str) else name
+        checkpoint = name if isinstance(name, Checkpoint) else Checkpoint(str(name))
         family, config = checkpoint.family(FAMILIES, LLMConfig)
 
         # End tokens: generation_config.json, if there is one, overrides config.json

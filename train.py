@@ -204,7 +204,7 @@ def read_options() -> argparse.Namespace:
 
     # What each may say
     one_of(ADAPTERS, "adapter", args.adapter)
-    layout_weights(args.layout)
+    layouts = layout_weights(args.layout)
     whole = [one_of(("adapter", "llm", "vit"), "part", part) for part in args.train.split(",")]
     with_lora = [one_of(("llm", "vit"), "part", part) for part in args.lora_on.split(",")]
     if args.prompt.count(IMAGE) > 1:
@@ -233,6 +233,9 @@ def read_options() -> argparse.Namespace:
         processes = f" times {WORLD} processes" if WORLD > 1 else ""
         raise InputError(f"--batch {args.batch} is no multiple of --accumulate {args.accumulate}" + processes)
     pairs = args.batch // WORLD // args.accumulate
+    if pairs == 1 and is_shards(args.data) and "text-image" in layouts:
+        raise InputError("--layout text-image: captions that don't match come from the pairs of shards that "
+                         "are computed together, here one: take a larger --batch or a smaller --accumulate")
     if args.shots >= pairs:
         raise InputError(f"--shots {args.shots}: at most {pairs - 1}, for they come from the {pairs} pairs "
                          "that are computed together")
@@ -370,7 +373,15 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
     vlm = build(config, dtype, config["train"])
     if args.split and not vlm.vit.preprocess.has_tiles:
         raise InputError("--split: this model has no tiles")
+    if args.spell and args.origin and vlm.adapter.side is not None:
+        raise InputError(f"--spell means nothing with --from {args.origin}: its adapter has no queries")
     choose_trained(vlm, args)
+
+    # A PEFT folder may train whole parameters beside its LoRA: then that part is held in float32 too
+    rounded = {name.partition(".")[0] for name, p in vlm.trained.items() if p.dtype != torch.float32}
+    if rounded:
+        vlm = build(config, dtype, [*config["train"], *rounded])
+        choose_trained(vlm, args)
     vlm.llm.recomputes = args.recompute
     if args.shard and WORLD > 1:
         shard(vlm, device)
@@ -396,7 +407,7 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
             p.requires_grad_(part in args.train.split(","))
 
     # A LoRA of PEFT's or of a run, or a new one
-    parts = args.lora_on.split(",")
+    parts = list(dict.fromkeys(args.lora_on.split(",")))
     if args.lora_from:
         vlm.load_lora(Path(args.lora_from), parts)
     if args.lora is not None:
@@ -410,6 +421,8 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
         read = max(vlm.vit.states_of(layer))
         for unread in (vlm.vit.blocks[read:], vlm.vit.norm, vlm.vit.neck):
             unread.requires_grad_(False)
+        if (args.lora or args.lora_from) and parts == ["vit"] and not read:
+            raise InputError("--lora-on vit means nothing with --layer 0: no block is read")
 
 
 def shard(vlm: VLM, device: torch.device) -> None:
@@ -500,9 +513,15 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
     expected = torch.zeros(min(losses.numel(), step))  # so many at most come since the last line
     compare(checkpoint_state(vlm, optimizer, scaler, expected), found, path)
 
-    # The weights, what AdamW keeps of each, and what the scaler keeps
+    # The weights, with those under a LoRA and its scales: --lora-from may hold others by now
+    for name, p in vlm.named_parameters(remove_duplicate=False):
+        if f"weight.{name}" in found:
+            p.copy_(found[f"weight.{name}"])
+    for name, layer in lora_layers(vlm).items():
+        layer.scale = found[f"scale.{name}"].item()
+
+    # What AdamW keeps of each, and what the scaler keeps
     for name, p in vlm.trained.items():
-        p.copy_(found[f"weight.{name}"])
         for key, value in optimizer.state[p].items():
             value.copy_(found[f"{key}.{name}"])
     scaler.load_state_dict({key: found[f"scaler.{key}"].item() for key in scaler.state_dict()})
@@ -647,7 +666,7 @@ class Run:
         self.kept_features = Encoded(vlm, self.train, args) if cache else None
         self.unreadable = self.kept_features.bad if self.kept_features else {}  # {picture: reason}
         self.entries = self.kept_features.readable if self.kept_features else range(len(self.train))
-        if not args.resume and vlm.channel_scale is not None:
+        if not self.first_step and vlm.channel_scale is not None:
             # By pictures to validate on, for those are at hand, and the same, in all processes
             _, views = next(self.val.batches(256))
             vlm.standardise(views.x)
@@ -659,7 +678,7 @@ class Run:
             return args.cache_features
         size = self.train.count * self.val.features[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
-        cache = seen and bool(args.features or size < free_memory(self.device) / 2)
+        cache = bool(args.features) or seen and size < free_memory(self.device) / 2
         return bool(sum_over_processes(torch.tensor(int(cache), device=self.device)) == WORLD)
 
     def say(self, text: str) -> None:
@@ -694,8 +713,8 @@ class Run:
         args = self.args
         # Each entry's own example comes last, behind those that are shown solved
         examples, orders = [], []
-        others = indices if self.streamed else None
         for at, i in enumerate(indices):
+            others = indices[:at] + indices[at + 1:] or [i] if self.streamed else None
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
             examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)

@@ -320,7 +320,7 @@ class ViT(nn.Module):
             are interpolated.
         Raises InputError if the files are missing, of an unknown family, or not what config.json says.
         """
-        checkpoint = Checkpoint(name) if isinstance(name, str) else name
+        checkpoint = name if isinstance(name, Checkpoint) else Checkpoint(str(name))
         family, config = checkpoint.family(FAMILIES, ViTConfig)
 
         # Make the modules without memory for their weights, then give each parameter its tensor

@@ -51,7 +51,9 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, with output in UTF-8. An InputError becomes a line on stderr and exit
     code 2; so do the errors of `reason`: `memory` names the remedies where there is too little."""
     # Prepare the interpreter
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        with contextlib.suppress(AttributeError):  # it is closed, or a caller's own
+            stream.reconfigure(encoding="utf-8", errors=errors)
     if not gc.get_freeze_count():
         gc.freeze()  # looking for garbage in all imported modules takes longer than loading a small model
 
@@ -60,7 +62,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         try:
             main()
         finally:  # here too the reader of our output may be gone
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except (InputError, RuntimeError, MemoryError) as error:
         line = reason(error, memory)
         if line is None:

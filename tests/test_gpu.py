@@ -38,7 +38,7 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tokens, positions, targets = map(mode.from_tensor, batch[:3])
         spelling = Spelling(*map(mode.from_tensor, batch.spelling))
-        fake = Batch(tokens, positions, targets, batch.most_images, batch.fits, spelling)
+        fake = Batch(tokens, positions, targets, positions, batch.most_images, batch.fits, spelling)
         losses, spelled = vlm(fake, mode.from_tensor(features))
     assert losses.shape == targets.shape and spelled.shape == spelling.targets.shape
 

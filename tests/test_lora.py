@@ -483,6 +483,7 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, train, *options, "--lora-from", "run/lora", "--out", "next") == 0
     capsys.readouterr()
     for arguments, message in (
+            (["--lora", "2", "--lora-on", "vit", "--layer", "0"], "--lora-on vit means nothing"),
             (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
             (["--lora", "0"], "--lora: '0' is not a whole number from 1 to 10,000"),
@@ -493,6 +494,43 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
         assert command(monkeypatch, train, *options, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1, captured.err
+
+
+@pytest.mark.slow
+def test_what_a_lora_trains_beside_it_is_trained_in_float32(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llm = LLM.from_pretrained("assets/llm")
+    add_lora(llm, 2, 4)
+    llm.blocks[0].norm1.requires_grad_()
+    save_lora(llm, "peft")
+    options = ["--adapter", "linear", *QUICK, "--steps", "2", "--precision", "bfloat16", "--warmup", "0"]
+    assert command(monkeypatch, train, *options, "--lr", "1e-5", "--lora-from", "peft", "--out", "run") == 0
+    state = load_file("run/checkpoint.safetensors")
+    learned = state["weight.llm.blocks.0.norm1.weight"]
+    assert learned.dtype == torch.float32 and (learned != llm.blocks[0].norm1.weight).float().mean() > 0.9
+    assert VLM.from_pretrained("run").llm.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_lora_that_it_began_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part, load_part in (("llm", LLM), ("vit", ViT)):
+        module = load_part.from_pretrained(f"assets/{part}")
+        add_lora(module, 2, 4)
+        shake(module)
+        save_lora(module, f"begun/{part}")
+    options = ["--adapter", "linear", *QUICK, "--lora-from", "begun"]
+    assert command(monkeypatch, train, *options) == 2
+    assert "begun: it changes llm and vit: say --lora-on llm,vit" in capsys.readouterr().err
+    options += ["--lora-on", "llm,vit"]
+    assert command(monkeypatch, train, *options, "--out", "whole") == 0
+    interrupt(monkeypatch, *options, "--out", "parts")
+    for part in ("llm", "vit"):  # the run that it came from has gone on since
+        path = Path("begun", part, CONFIG)
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(lora_alpha=80)))
+    assert command(monkeypatch, train, "--resume", "parts") == 0
+    whole, parts = (load_file(f"{run}/checkpoint.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_the_encoder_gets_gradients_only_where_it_is_trained(fixtures):

@@ -246,6 +246,7 @@ def test_a_lora_of_a_public_model_is_kept(fixtures, tmp_path, monkeypatch):
         picture(20 + i, 30).save(f"{i}.png")
     Path("captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
     options = ["--from", fixtures / "llava", "--data", "captions.csv", *QUICK_SET, "--precision", "float32"]
+    assert command(monkeypatch, train, *options, "--spell", "1") == 2  # it would change nothing
     options += ["--lora", "2", "--lora-on", "llm,vit", "--lr", "0.1"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     vlm = VLM.from_pretrained("run")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -332,6 +333,16 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys):
     assert [line.get("skipped") for line in lines("run")[:2]] == [2, 1]
     assert all(line["loss"] > 0 for line in lines("run")[:2])
     assert "2 steps skipped: gradients not finite" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, train, *RUN, "--layer", "2,1", "--out", "whole") == 0
+    Path("killed").mkdir()
+    shutil.copy("whole/config.json", "killed")
+    assert command(monkeypatch, train, "--resume", "killed") == 0
+    whole, again = (load_file(f"{run}/checkpoint.safetensors") for run in ("whole", "killed"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_run_that_can_only_skip_ends(tmp_path, monkeypatch, capsys):

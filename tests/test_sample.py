@@ -280,6 +280,14 @@ def test_a_chat_on_the_command_line(trained, monkeypatch, capsys):
     assert "--json means nothing with --chat" in capsys.readouterr().err
 
 
+def test_a_chat_goes_on_after_a_line_in_another_encoding(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nAnd this?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert command(monkeypatch, sample, "a.png", "--chat", "--model", "run", "--max-tokens", "6") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
 @pytest.mark.parametrize("data, more, beams", (
     ("shapes", (), 1), ("/photos/captions.csv", (), 3), ("/photos/captions.csv", ("--beams", "1"), 1),
     ("/photos/captions.csv", ("--prompt", "What is it?"), 1),

@@ -145,6 +145,25 @@ def test_shards_to_validate_on_are_all_read(shards, monkeypatch, capsys):
     assert command(monkeypatch, sample, *score) == 2 and "assets/none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_captions_that_should_not_match_are_of_other_pairs(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--adapter", "linear", "--data", f"{shards}/*.tar", *QUICK_SET, "--steps", "2", "--batch", "4",
+               "--layout", "text-image"]
+    arrange = train.arrange
+
+    def watched(layout, captions, i, seed, epoch, prompt_for, others):
+        if others is not None:
+            assert others and i not in others
+        return arrange(layout, captions, i, seed, epoch, prompt_for, others)
+
+    monkeypatch.setattr(train, "arrange", watched)
+    assert command(monkeypatch, train, *options, "--out", "run") == 0
+    capsys.readouterr()
+    assert command(monkeypatch, train, *options, "--accumulate", "4", "--out", "one") == 2
+    assert "computed together, here one" in capsys.readouterr().err
+
+
 def test_shards_are_listed_as_in_a_shell(shards):
     paths = [shards / f"{i:02}.tar" for i in range(6)]
     for names in (f"{shards}/{{00..05}}.tar", f"{shards}/*.tar",
@@ -361,6 +380,7 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
 
     assert run("memory", "--cache-features") == 22 and run("first", "--features", "kept") == 11
     assert run("second", "--features", "kept") == 0
+    assert run("short", "--features", "kept", "--steps", "1", "--batch", "2") == 0  # less than an epoch
     assert losses("memory") == losses("first") == losses("second")
     file, = Path("kept").iterdir()
     stored = load_file(file)

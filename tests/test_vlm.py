@@ -195,7 +195,9 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     for entries, count in ((pictures, 1), ([pictures[:2], pictures[2:]], 1), ([pictures[:2], pictures], 3)):
         with pytest.raises(InputError, match=f"room for 2 pictures, not {count}"):
             vlm.caption(entries, prompt="<image><image>")
-    assert vlm.caption([]) == []
+    assert vlm.caption([]) == [] and vlm.llm.generate([]) == []
+    with pytest.raises(InputError, match=r"for one text, \[ids\]"):
+        vlm.llm.generate([1, 2, 3])
 
 
 @torch.no_grad()
@@ -214,6 +216,32 @@ def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
         tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
         logits = vlm.llm.logits(vlm.states(tokens, images, where))
         assert answer.log_probability == pytest.approx(-F.cross_entropy(logits, targets).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ("linear", "qformer", "flamingo"))
+@torch.no_grad()
+def test_a_long_prompt_costs_the_others_no_words(adapter, fixtures):
+    vlm = small(fixtures, adapter)
+    room = vlm.processor.max_positions - len(vlm.processor.encode("")[0])
+    texts = ["<image>a", "b<image>" + "b" * (room - 4), "c", "d<image>"]
+    rows = [vlm.processor.encode(text, images=0)[0] for text in texts]
+    shown = [text.count("<image>") for text in texts]
+    features = vlm.features(torch.randn(sum(shown), 3, 30, 30)).split(shown)
+    together = vlm.answer(rows, torch.cat(features), max_tokens=8, score=True)
+    for row, seen, answer in zip(rows, features, together):
+        [alone] = vlm.answer([row], seen if len(seen) else None, max_tokens=8, score=True)
+        assert answer == alone
+        assert answer.log_probability == pytest.approx(alone.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", (dict(learn_prompt=True), dict(learn_earlier=False)))
+def test_what_the_adapter_reads_of_a_prompt_is_what_it_will_be_asked(options, fixtures):
+    vlm = small(fixtures, text=8)
+    batch = vlm.processor.batch([[("<image>abc", "de"), ("fg", "h")]], **options)
+    asked = torch.tensor([vlm.processor.encode("<image>abc")[0]])
+    read = vlm.prompt_tokens(batch.tokens, 1, batch.answer_positions)
+    asked = vlm.prompt_tokens(asked)
+    assert read[read >= 0].tolist() == asked[asked >= 0].tolist()
 
 
 def test_only_the_adapter_is_trained(fixtures):
