@@ -43,12 +43,12 @@ class Adapter(nn.Module):
 
     queries: Q.
     side: √Q if embedding i belongs to grid cell i; None for learned queries, which have no position.
-    text: the number of the prompt's tokens that it reads too, at most. Then `forward` also gets their
-        embeddings (P,L,D) by the LLM and a mask (P,L), true where there is a token.
+    text: how many tokens of the prompt it reads too, at most; 0: none. Above 0, `forward` also gets their
+        embeddings (P,L,D), made by the LLM, and a mask (P,L), true where there is a token.
     readers: a regular expression of the names of its modules in which queries attend to patches.
 
-    An adapter with a method `cross_attention` is read between the LLM's blocks; then nothing of a picture
-    stands among the words. It is told of these blocks in `join`.
+    An adapter with a method `cross_attention` adds the picture between the LLM's blocks. Then the sequence
+    holds no image embeddings, only the two markers. `join` tells it how many blocks there are, and how wide.
     """
     queries: int
     side: int | None = None
@@ -76,8 +76,11 @@ class Linear(Adapter):
 
 
 class MLP(Adapter):
-    """Two layers with GELU for each patch, and for the `class_tokens` before them, as LLaVA-1.5 (Liu et al.,
-    2023, arXiv:2310.03744)."""
+    """Two layers with GELU for each patch, as LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744).
+
+    class_tokens: features before the patches that are projected too. -1 leaves out the first patch, as LLaVA
+    checkpoints do that drop the "class token" of an encoder without one.
+    """
 
     def __init__(self, vision_width: int, width: int, grid: int, *, class_tokens: int = 0):
         super().__init__()
@@ -143,14 +146,12 @@ class Attention(nn.Module):
         return self.split(self.k(k)), self.split(self.v(v))
 
     def forward(self, q, k, v, mask=None):
-        q = self.split(self.q(q))
-        return self.output(q, *self.keys_and_values(k, v), mask)
+        return self.read(q, self.keys_and_values(k, v), mask)
 
     def read(self, q, keys_and_values, mask):
-        q = self.split(self.q(q))
-        return self.output(q, *keys_and_values, mask)
-
-    def output(self, q, k, v, mask):
+        """As `forward`, but with keys and values that are computed already, (P,H,N,hd) each."""
+        q = self.split(self.q(q))  # (P,H,Q,hd)
+        k, v = keys_and_values
         return self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -350,19 +351,19 @@ class TwoWayBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps)
         self.image_norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x, image, marks, places, mask):
-        """x: tokens (P,Q+L,W); marks: what they were before the first block, which stands for their
-        positions; image: patches (P,G²,W); places: their positions (G²,W); mask: of the tokens."""
-        # Tokens attend to each other. SAM's first block adds neither marks, which the tokens still are, nor x
+    def forward(self, x, image, initial, places, mask):
+        """x: tokens (P,Q+L,W). initial: these before the first block; added to queries and keys, as positions
+        are. image: patches (P,G²,W). places: embeddings of their positions (G²,W). mask: of the tokens."""
+        # Tokens attend to each other. In SAM's first block x is `initial`: nothing is added, not even x
         if self.first:
             x = self.norm1(self.attention(x, x, x, mask))
         else:
-            x = self.norm1(x + self.attention(x + marks, x + marks, x, mask))
+            x = self.norm1(x + self.attention(x + initial, x + initial, x, mask))
 
         # Tokens to the patches, and the patches to them
-        x = self.norm2(x + self.to_image(x + marks, image + places, image))
+        x = self.norm2(x + self.to_image(x + initial, image + places, image))
         x = self.norm3(x + self.mlp(x))
-        image = self.image_norm(image + self.to_tokens(image + places, x + marks, x, mask))
+        image = self.image_norm(image + self.to_tokens(image + places, x + initial, x, mask))
         return x, image
 
 
@@ -370,8 +371,8 @@ class TwoWay(Adapter):
     """The two-way transformer of SAM's mask decoder (Kirillov et al., 2023, arXiv:2304.02643).
 
     Learned queries, with `text` the words of the prompt too, attend to each other and to the patches, and the
-    patches to them. At every attention it is added anew what a token was at first, and where a patch lies
-    (random Fourier features).
+    patches attend to them. Each attention adds to its queries and keys what tells them apart: to a token its
+    initial embedding, to a patch its position (random Fourier features).
 
     Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the
     feed-forward layers, by default 4 × width), `shrink` (attentions between tokens and patches have width /
@@ -407,10 +408,10 @@ class TwoWay(Adapter):
         x, mask = self.query.expand(len(features), -1, -1), None
         if words is not None:
             x, mask = self.words(x, words, seen)
-        marks = x
+        initial = x
         for block in self.blocks:
-            x, image = block(x, image, marks, self.places, mask)
-        x = self.norm(x + self.to_image(x + marks, image + self.places, image))
+            x, image = block(x, image, initial, self.places, mask)
+        x = self.norm(x + self.to_image(x + initial, image + self.places, image))
         return self.projection(x[:, :self.queries])
 
 
@@ -431,10 +432,14 @@ class GatedBlock(nn.Module):
         self.alpha2 = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, keys_and_values, seen):  # (B,T,W), 2 × (B,H,S,hd), (B,T,S)
-        # Words before the first picture see nothing, and stay as they are
-        blind = ~seen.any(-1, keepdim=True)  # (B,T,1): softmax over nothing would be NaN
-        y = self.attention.read(self.norm1(x), keys_and_values, (seen | blind)[:, None])
+        # Words before the first picture see nothing, so that attention adds nothing to them. Their softmax
+        # over nothing would be NaN: they attend to everything, and the result is dropped
+        blind = ~seen.any(-1, keepdim=True)  # (B,T,1)
+        mask = (seen | blind)[:, None]  # (B,1,T,S)
+        y = self.attention.read(self.norm1(x), keys_and_values, mask)
         x = x + self.alpha1.tanh() * y.masked_fill(blind, 0)
+
+        # The feed-forward layer changes all words
         return x + self.alpha2.tanh() * self.mlp(self.norm2(x))
 
 
@@ -468,12 +473,13 @@ class Flamingo(Adapter):
         return self.resampler(features)
 
     def cross_attention(self, images: torch.Tensor, begins: torch.Tensor) -> Callable:
-        """Returns what `LLM.hidden` calls between its blocks.
+        """Returns the `cross_attention` of `LLM.hidden`: a function that is called before each block.
 
-        images (P,Q,D), text by text. begins (B,I): the positions from which on the words of a text see its
-        images, of which there are I at most; NEVER for one that a text doesn't have.
+        images: embeddings (P,Q,D) of all images, text by text.
+        begins: (B,I), in order, the positions where a text's images begin. I is the most images of a text;
+            one with fewer has NEVER for the rest.
         """
-        # The images of each text; where it has fewer, any others, which no word sees
+        # The images of each text. A text with fewer than I gets another's, which none of its words see
         count = (begins < self.NEVER).sum(1, keepdim=True)  # (B,1)
         first = count.cumsum(0) - count  # (B,1): a text's first image among all P
         image = torch.arange(begins.shape[1], device=images.device)  # (I,)
@@ -554,12 +560,12 @@ class VLM(nn.Module):
     - "train": what was trained whole, of "adapter", "llm" and "vit"; where it is missing, the adapter
     - and what train.py adds.
 
-    What an image's embeddings have for positions in the LLM ("image_position"):
-    - `sequence` (the default): the next one for each, as words
-    - `shared`: one for all
-    - `xy`: one for all, but a learned embedding of its row and one of its column are added to each patch's
+    "image_position" says which positions an image's embeddings have in the LLM:
+    - `sequence` (the default): one after the other, as words
+    - `shared`: all the same one
+    - `xy`: as `shared`; also, a learned embedding of its row and one of its column are added to each patch's
       features before the adapter
-    - `sequence+xy`: both
+    - `sequence+xy`: as `sequence`, with the row and column embeddings of `xy`
     - `rope-xy`: a word has (t, t, t), an image's embedding (t, t + row, t + column), as in Qwen2-VL. It takes
       an adapter that keeps the grid of patches, and an LLM with rotary positions.
     """
@@ -586,7 +592,8 @@ class VLM(nn.Module):
             if self.adapter.side is None:
                 raise InputError("rope-xy needs an adapter that keeps the grid of patches, "
                                  f"which {config['adapter']} doesn't")
-            if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:  # 1, 1 and 1 angle
+            # t, row and column each rotate at least one pair of numbers
+            if min((rope.size for rope in llm.config.ropes if rope), default=0) < 6:
                 raise InputError("rope-xy needs a language model that rotates 6 numbers of each head or more")
         _, width = vit.feature_shape(config.get("layer"))
         self.places = None
@@ -670,26 +677,30 @@ class VLM(nn.Module):
 
     def prompt_tokens(self, tokens: torch.Tensor, pictures: int | None = None,
                       answer_positions: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Returns the prompt's ids (P,L) that the adapter reads with each picture, filled up with -1: in its
-        row of the ids (B,T) the words before the first answer, at most `adapter.text`. None for an adapter
-        that reads no prompt. pictures: P; without it a GPU must be waited for. answer_positions: (A,), where
-        in the flattened ids the next token is an answer's."""
+        """Returns the ids (P,L) that the adapter reads with each picture, padded on the right with -1: of the
+        picture's row of `tokens` (B,T) the words before the first answer, at most `adapter.text`. Returns
+        None if the adapter reads no prompt.
+
+        pictures: P; if it is None, the CPU waits for the GPU to count them. answer_positions: (A,), the
+        positions in the flattened ids whose next token is an answer's.
+        """
         if not self.adapter.text:
             return None
         image = tokens == self.processor.placeholder
         seen = (tokens < self.llm.config.vocabulary) & ~image
 
-        # A word is read if no answer's position lies before it: the answer comes after its position
+        # Read up to the first of these positions, itself included: the answer begins after it
         if answer_positions is not None:
-            starts = torch.zeros(tokens.numel(), dtype=torch.long, device=tokens.device)
-            starts = starts.scatter(0, answer_positions, 1).view_as(tokens)
-            seen = seen & (starts.cumsum(1) - starts == 0)
+            is_position = torch.zeros(tokens.numel(), dtype=torch.long, device=tokens.device)
+            is_position = is_position.scatter(0, answer_positions, 1).view_as(tokens)
+            positions_before = is_position.cumsum(1) - is_position  # (B,T)
+            seen = seen & (positions_before == 0)
 
         # A stable sort puts these words first and keeps their order. Then a row for each picture
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]
         words = tokens.masked_fill(~seen, -1).gather(1, order)
         repeats = image.sum(1) // self.adapter.queries
-        if pictures is not None:  # a blank picture, of a batch without any, reads the first text's
+        if pictures is not None:  # a batch without pictures has one blank one: it reads the first prompt
             repeats[0] += pictures - repeats.sum()
         return words.repeat_interleave(repeats, 0, output_size=pictures)
 
@@ -720,10 +731,13 @@ class VLM(nn.Module):
     # Into the LLM
 
     def embed(self, tokens: torch.Tensor, image_embeddings: torch.Tensor | None) -> torch.Tensor:
-        """Ids (B,T), in which placeholders stand for the embeddings of P pictures (P,Q,D) (None if P is 0),
-        to embeddings (B,T,D). An id -1 - i is the word i, where i would stand for a picture: see
-        `log_probabilities`."""
-        # Words, by the LLM's own embedding
+        """Turns ids (B,T) into embeddings (B,T,D). The k-th placeholder becomes the k-th of the embeddings of
+        all pictures (P,Q,D) (None if P is 0).
+
+        An id i that is negative is the word -1 - i, even if that is the placeholder's id: an answer may hold
+        this id as a word, see `log_probabilities`.
+        """
+        # Words, by the LLM's own embedding. What markers and placeholders get here is replaced below
         marker = self.processor.marker
         ids = torch.where(tokens < 0, -1 - tokens, tokens)
         x = self.llm.embed(ids.clamp(0, self.llm.config.vocabulary - 1))  # (B,T,D)
@@ -735,11 +749,10 @@ class VLM(nn.Module):
         if image_embeddings is None or not self.in_text:
             return x
 
-        # An image's embeddings, one after the other: the k-th placeholder is the k-th of them
+        # Placeholders. Not by masked_scatter: its backward pass would make the CPU wait for the GPU
         image = tokens == self.processor.placeholder
-        which = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
-        # a masked_scatter would have a GPU's backward pass wait to be told how many these are
-        return torch.where(image[..., None], F.embedding(which, image_embeddings.flatten(0, 1)), x)
+        k = (image.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)  # (B,T): which embedding of all
+        return torch.where(image[..., None], F.embedding(k, image_embeddings.flatten(0, 1)), x)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The `positions` for `LLM.hidden` of ids (B,T): (B,T), or (B,T,3); None for 0, 1, …"""
@@ -750,26 +763,29 @@ class VLM(nn.Module):
         image = tokens == self.processor.placeholder
         after_image = F.pad(image, (1, 0))[:, :-1]
         side = self.adapter.side if self.image_position == "rope-xy" else 1
-        t = torch.where(after_image, side * ~image, 1).cumsum(1) - 1
+        steps = torch.ones_like(tokens).masked_fill(after_image, side).masked_fill(after_image & image, 0)
+        t = steps.cumsum(1) - 1
         if self.image_position != "rope-xy":
             return t
 
-        # rope-xy: row and column are added
-        i = (image.cumsum(1) - 1) % self.adapter.queries
-        offsets = torch.stack([0 * i, i // side, i % side], -1)  # (B,T,3): t, row, column
-        return t[..., None] + offsets * image[..., None]
+        # rope-xy: add row and column to the positions of an image's embeddings
+        cell = (image.cumsum(1) - 1) % self.adapter.queries  # (B,T), of the grid, row by row
+        nothing = torch.zeros_like(cell)
+        offsets = torch.stack([nothing, cell // side, cell % side], -1)  # (B,T,3): t, row, column
+        return t[..., None] + offsets.masked_fill(~image[..., None], 0)
 
     def llm_inputs(self, tokens: torch.Tensor, image_embeddings: torch.Tensor | None,
                    most_images: int | None = None) -> dict:
-        """What `LLM.hidden` and `LLM.generate` are to read of ids (B,T) and the embeddings of P pictures
-        (P,Q,D) (None if P is 0): their arguments by name. A GPU that isn't told the most images of a text is
-        asked for it, which waits for it."""
+        """Returns the arguments, by name, with which `LLM.hidden` and `LLM.generate` read ids (B,T) and the
+        embeddings of P pictures (P,Q,D) (None if P is 0): `embeddings`, `positions`, and `cross_attention` if
+        the adapter has it. most_images: of one text; if it is None, the CPU waits for the GPU to count."""
         positions = self.positions(tokens)
         inputs = dict(embeddings=self.embed(tokens, image_embeddings), positions=positions)
         if self.in_text:
             return inputs
 
-        # From which position on a text sees each of its images; without any there is one that none sees
+        # Where each image of a text begins: tokens from there on see it. Without pictures there is a blank
+        # one, which no token sees
         if image_embeddings is None:
             image_embeddings = self.markers.new_zeros(1, self.adapter.queries, self.llm.config.hidden)
         begin = tokens == self.processor.marker
@@ -816,23 +832,29 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
                score: bool = False, targets: list[list[bool]] | None = None, **decoding) -> "list[Answer]":
-        """The texts that go on after B prompts' ids, with the features (V,N,Dv) of all their pictures' views
-        (None if V is 0). A VLM of ours returns one line. With `score` each has its log-probability.
-        `targets`: which ids are of earlier answers, if any, as `Processor.encode` tells. `decoding`: see
-        `LLM.generate`. Raises InputError where a prompt has neither a token nor a picture."""
+        """Returns the answers to B prompts, `rows` of ids. A run of ours answers in one line.
+
+        features: (V,N,Dv), of the views of all pictures, prompt by prompt; None if V is 0.
+        score: whether each answer gets its log-probability.
+        targets: which ids are of earlier answers, as `Processor.encode` returns them; by default none.
+        decoding: see `LLM.generate`.
+        Raises InputError for an empty prompt.
+        """
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
 
-        # A text that comes near the LLM's last position has few tokens left: it goes on alone
+        # A prompt that leaves little room is answered alone: in a batch, all answers would be as short as its
         near = [len(row) + max_tokens > processor.max_positions for row in rows]
         if any(near) and len(rows) > 1:
             groups = [[i] for i in range(len(rows)) if near[i]]
             groups.append([i for i in range(len(rows)) if not near[i]])
             answers = {}
             for group in filter(None, groups):
-                part = [rows[i] for i in group], self.views_of(group, rows, features), max_tokens, score
-                said = self.answer(*part, [targets[i] for i in group], **decoding)
-                answers.update(zip(group, said))
+                some_rows = [rows[i] for i in group]
+                some_targets = [targets[i] for i in group]
+                some_features = self.views_of(group, rows, features)
+                found = self.answer(some_rows, some_features, max_tokens, score, some_targets, **decoding)
+                answers.update(zip(group, found))
             return [answers[i] for i in range(len(rows))]
         tokens, positions, _ = stack([*zip(rows, targets)])
 
@@ -849,7 +871,7 @@ class VLM(nn.Module):
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        room = processor.max_positions - max(map(len, rows))  # of one text, or more than max_tokens
+        room = processor.max_positions - max(map(len, rows))  # less than max_tokens only for a single prompt
         found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
                                   end_tokens=processor.ends, keep_end=True, **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
@@ -901,10 +923,15 @@ class VLM(nn.Module):
     # Files
 
     def load_lora(self, folder: Path, parts: list[str]) -> None:
-        """Gives the `parts` ("llm", "vit") the LoRA in a folder: a run's lora/, or one of PEFT's, of a part
-        or, where this is a public VLM, of the whole. Of the whole each part takes its own tensors, and the
-        adapter, which needs no LoRA to be trained, takes its own into its weights. Raises InputError, also
-        where the file changes a part that isn't asked for: a half of what was trained is another model."""
+        """Gives the `parts` ("llm", "vit") the LoRA in a folder. It may be:
+
+        - a run's lora/, with a folder llm or vit for each part
+        - PEFT's, of one part
+        - PEFT's, of a whole public VLM: each part takes its own tensors, and the adapter's LoRA is merged
+          into its weights.
+        Raises InputError, also if the folder changes a part that isn't asked for: half a LoRA is another
+        model.
+        """
         folders = [part for part in ("llm", "vit") if (folder / part).is_dir()]
         if folders:
             check_lora_parts(folder, folders, parts)
@@ -912,13 +939,14 @@ class VLM(nn.Module):
                 load_lora(getattr(self, part), folder / part if (folder / part).is_dir() else folder)
             return
 
-        # Whose tensors are they? Where one has no owner, the names are those of a part's own class
+        # Sort the tensors by part. If one belongs to none, the names aren't a whole VLM's but a single part's
         config, tensors = read_folder(folder)
         found = collections.defaultdict(dict)  # part -> its tensors
         for name, tensor in tensors.items():
             path = name.removeprefix(ROOT)
             owners = [part for part, prefixes in self.prefixes.items() if re.match(prefixes, path)]
-            found[owners[0] if owners else "unknown"][name] = tensor
+            owner = owners[0] if owners else "unknown"
+            found[owner][name] = tensor
         if "unknown" in found:
             found = dict.fromkeys(parts, tensors)
 
@@ -987,8 +1015,9 @@ class VLM(nn.Module):
                     p.copy_(found[f"weight.{name}"])
 
     def mark_saved_beside_lora(self, found: dict[str, torch.Tensor], with_lora: list[str]) -> set[str]:
-        """Finds what a checkpoint holds of the parts that have a LoRA, beside the LoRA: what came with it, or
-        was trained with it. Marks it, so that `state` gives it again. Returns its names in the checkpoint."""
+        """Finds the parameters of the parts `with_lora` that a checkpoint holds beside A, B and m: weights
+        that came with the LoRA, and norms or biases that were trained with it. Marks them, so that `state`
+        saves them again. Returns their names in the checkpoint."""
         layers = lora_layers(self)
         beside = set()
         for name, p in self.named_parameters(remove_duplicate=False):
@@ -1005,8 +1034,8 @@ class VLM(nn.Module):
         return beside
 
     def expected_state(self, found: dict[str, torch.Tensor], beside: set[str]) -> dict[str, torch.Tensor]:
-        """What `state` would give, on the meta device. What a run trains is float32; what it has `beside` its
-        LoRA may have the run's precision."""
+        """Returns what `state` would, as empty tensors on the meta device, with the dtypes that a checkpoint
+        must have: scales float64, parameters float32; those `beside` a LoRA may be bfloat16 or float16."""
         expected = {}
         for name, tensor in self.state().items():
             dtype = torch.float64 if name.startswith("scale.") else torch.float32
@@ -1069,7 +1098,7 @@ def build(config: dict, dtype: torch.dtype = torch.float32, whole: tuple[str, ..
 
 
 def public(run: dict, dtype: torch.dtype, vit_dtype: torch.dtype, llm_dtype: torch.dtype) -> VLM:
-    """The public VLM that the config of a run is "from", its weights as it was published: see `build`."""
+    """Builds the public VLM that a run's config names in "from", with its published weights: see `build`."""
     name = run["from"]
     if (find_checkpoint(name) / CHECKPOINT).is_file():
         raise InputError(f"{name}: a run of ours, no public VLM: --resume goes on with it")
@@ -1094,8 +1123,8 @@ def public(run: dict, dtype: torch.dtype, vit_dtype: torch.dtype, llm_dtype: tor
     with guard(path), named(path):
         for token, id in config.pop("tokens", {}).items():
             tokenizer.add(token, id, special=True)
-        format = config.pop("format", None) or next(
-            format for token, format in row.formats.items() if not token or token in tokenizer.special)
+        fitting = [row.formats[token] for token in row.formats if not token or token in tokenizer.special]
+        format = config.pop("format", None) or fitting[0]  # the first whose special token the tokenizer has
         vlm = VLM(vit, llm, tokenizer, {"from": name} | config | run, format, dtype)
     vlm.prefixes = {"vit": row.vision, "llm": row.language, "adapter": row.adapter}
     vlm.adapter.family = Family(row.config, row.names, row.unused)

@@ -67,14 +67,15 @@ def draw_conversation(captions, index: int, seed: int, epoch: int) -> Conversati
     return random.Random(f"{seed} {epoch} {index}").choice(captions.conversations(index))
 
 
-def place(turns: Conversation, pictures: int) -> Conversation:
-    """A conversation that says where each of its pictures stands: first, unless it says so itself. Raises
-    InputError where it has room for more."""
-    places = sum(text.count(IMAGE) for text, _ in turns)
-    if places > pictures:
-        raise InputError(f"the prompt has room for {places} pictures, not {pictures}")
-    (text, answer), *later = turns
-    return [(IMAGE * (pictures - places) + text, answer), *later]
+def place_images(turns: Conversation, pictures: int) -> Conversation:
+    """Returns the conversation with an IMAGE for each of its `pictures`: those that its questions don't place
+    come first. Raises InputError if the questions place more than there are."""
+    placed = sum(question.count(IMAGE) for question, _ in turns)
+    if placed > pictures:
+        raise InputError(f"the prompt has room for {placed} pictures, not {pictures}")
+    question, answer = turns[0]
+    question = IMAGE * (pictures - placed) + question
+    return [(question, answer), *turns[1:]]
 
 
 def is_caption(captions, index: int) -> bool:
@@ -103,7 +104,7 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
         asked = prompt_for(question)
         if not question and any(IMAGE in text for text, _ in later):  # they show the picture
             asked = asked.replace(IMAGE, "")
-        return place([(asked, caption), *later], len(captions.pictures(index)))
+        return place_images([(asked, caption), *later], len(captions.pictures(index)))
     if layout == "text-image-text":
         words = caption.split(" ")
         at = rng.randrange(len(words))
@@ -125,7 +126,7 @@ def gap(text: str) -> str:
 
 def few_shot(examples: list[Conversation]) -> Conversation:
     """Joins conversations into one. The last is the one to be answered. The others come before it, a line
-    for each turn with its answer. Each says where its pictures stand: see `place`."""
+    for each turn with its answer. Each says where its pictures stand: see `place_images`."""
     *solved, ((text, answer), *later) = examples
     lines = ""
     for turns in solved:
@@ -218,7 +219,10 @@ class Processor:
         self.no_embedding = {id for id in ids if id >= self.vocabulary} - {self.placeholder}
         tokenizer.add(IMAGE, self.placeholder)
 
-        # What begins a text, and what ends an answer. End tokens say nothing themselves
+        # What begins a text, and what ends an answer:
+        # - end_tokens: the LLM's own end tokens; they spell nothing
+        # - ends: every id at which an answer stops, in a run of ours those with a newline too
+        # - end: what closes an answer that was cut, before the next turn: a newline, else an end token
         self.start = tokenizer.prefix
         self.end_tokens = llm.end_tokens
         if format.end and not self.end_tokens:
@@ -254,40 +258,41 @@ class Processor:
         text: the question or prompt. `<image>` marks a picture's place; without one, `images` pictures come
             first. It is data: a special token that it spells is read as plain text.
         caption: the answer; None for a prompt that is to be continued.
-        max_tokens: ids of an answer, at most; of a prompt, room for as many is left (a quarter of all, at
-            most).
+        max_tokens: the most ids of an answer. If `caption` is None, room for as many is left, but for no more
+            than a quarter of the LLM's positions.
         tiles: yields rows and columns of tiles of each picture.
         raw: `text` is the whole prompt: special tokens are read, and there is no format.
         learn_prompt: the words of the texts are targets too.
         earlier: turns before this one. learn_earlier: their answers are targets too.
-        An answer's end is a newline in a run of ours (it may be one token with the sign before it); in a
-        public VLM, or where the vocabulary has no newline, the end token. What doesn't fit the LLM loses its
-        first turns, then its first words; it may be too long all the same. Raises InputError where a token
-        has no embedding.
+        An answer ends with a newline in a run of ours (it may be one token with the sign before it), and with
+        the end token in a public VLM or if the vocabulary has no newline. An example that doesn't fit the LLM
+        loses its first turns, then its first words; the result may still be too long. Raises InputError if a
+        token has no embedding.
         """
         # The turns, with the tiles of their pictures
         said = [*earlier, (text, caption)]
         if not any(IMAGE in question for question, _ in said):
-            said = place(said, images)
+            said = place_images(said, images)
         turns = []
         for question, answer in said:
             turns.append(Turn(question, answer, [next(tiles) for _ in range(question.count(IMAGE))]))
 
-        # A prompt leaves room for its answer; the answers in it are given, and kept whole
+        # A prompt leaves room for its answer; answers in earlier turns are then kept whole
         room = self.max_positions
+        longest_answer = max_tokens
         if caption is None:
             room -= min(max_tokens, self.max_positions // 4)
-            max_tokens = self.max_positions
+            longest_answer = self.max_positions
 
-        # Their ids. What is too long gets shorter
+        # The turns' ids. While there are too many, shorten the conversation
         whole = turns
-        pairs = self.encode_turns(turns, max_tokens, raw)
-        while (excess := sum(len(prompt) + len(answer) for prompt, answer in pairs) - room) > 0:
-            shorter = shorten(turns, excess)
+        while True:
+            pairs = self.encode_turns(turns, longest_answer, raw)
+            excess = sum(len(prompt) + len(answer) for prompt, answer in pairs) - room
+            shorter = shorten(turns, excess) if excess > 0 else None
             if shorter is None:
                 break
             turns = shorter
-            pairs = self.encode_turns(turns, max_tokens, raw)
         if turns != whole and excess <= 0:
             self.cut.add(hash(str([turn.text for turn in whole])))
 
@@ -364,23 +369,33 @@ class Processor:
     def batch(self, examples: list[Conversation], max_tokens: int = 128,
               tiles: list[list[tuple[int, int]]] | None = None, learn_prompt: bool = False,
               spelled: list[list[str]] | None = None, queries: int = 0, learn_earlier: bool = True) -> Batch:
-        """Conversations, with pictures of these `tiles` (by default one each, seen as a whole), to a Batch on
-        the CPU: see `encode`. `spelled`: the caption of each picture, which its `queries` embeddings should
-        spell."""
-        rows, answers, fits = [], [], []
-        for n, (*earlier, (text, answer)) in enumerate(examples):
-            def encoded(**options) -> tuple[list[int], list[bool]]:
-                images, seen = (1, WHOLE) if tiles is None else (len(tiles[n]), iter(tiles[n]))
-                return self.encode(text, answer, max_tokens, images, seen, earlier=earlier, **options)
+        """Turns conversations into a Batch on the CPU: see `encode`.
 
-            row = answered = encoded()
+        tiles: of the pictures of each conversation; by default it has one, seen as a whole.
+        spelled: for each conversation, the caption that each of its pictures should spell in its `queries`
+            embeddings.
+        """
+        rows, answers, fits = [], [], []
+        for n, example in enumerate(examples):
+            *earlier, (text, answer) = example
+            images = 1 if tiles is None else len(tiles[n])
+            of_images = WHOLE if tiles is None else tiles[n]
+
+            # The same ids twice: with what is learned as targets, and with all answers
+            row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier,
+                              learn_prompt=learn_prompt, learn_earlier=learn_earlier)
+            answered = row
             if learn_prompt or not learn_earlier:
-                row = encoded(learn_prompt=learn_prompt, learn_earlier=learn_earlier)
-            fits.append(len(row[0]) <= self.max_positions)
-            rows.append(row if fits[-1] else NOTHING)
-            answers.append(answered if fits[-1] else NOTHING)
-            if not fits[-1]:
-                self.skipped.add(hash(str(examples[n])))
+                answered = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier)
+
+            # Nothing is learned of an example that doesn't fit
+            fit = len(row[0]) <= self.max_positions
+            if not fit:
+                self.skipped.add(hash(str(example)))
+                row = answered = NOTHING
+            rows.append(row)
+            answers.append(answered)
+            fits.append(fit)
         rows = rows or [NOTHING]
         _, answer_positions, _ = stack(answers or [NOTHING])
         most = max([1] + [ids.count(self.marker) for ids, _ in rows])
@@ -405,9 +420,11 @@ class Processor:
         """Ids of a prompt for each entry of `pictures`, and the pixels (V,3,S,S) of all views (None if V is
         0).
 
-        An entry is a PIL.Image, or a list of any number of them, as many as `prompt` (by default the run's
-        own) says `<image>`, or, where it says none, all before it. raw: see `encode`. split: in tiles, where
-        the family does so (by default as the run was trained). Raises InputError.
+        pictures: an entry is a PIL.Image, or a list of any number of them.
+        prompt: has an `<image>` for each picture of an entry, or none: then all come first. By default it is
+            the run's own. raw: see `encode`.
+        split: whether pictures are seen in tiles too, if the family does so; by default as in training.
+        Raises InputError if an entry has another number of pictures than the prompt has `<image>`s.
         """
         prompt = self.prompt_for("") if prompt is None else prompt
         split = self.split if split is None else split

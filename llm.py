@@ -368,13 +368,13 @@ class LLM(nn.Module):
         T = embeddings.shape[1]
         self.check_length(T + (0 if cache is None else cache.length))
 
-        # Indices of the tokens and of the keys in the text: they decide what is seen. `positions` may differ
+        # Indices of tokens and keys in the text decide what a token sees; its `positions` may be others
         if cache is None:
-            query = key = torch.arange(T, device=embeddings.device)
+            token_index = key_index = torch.arange(T, device=embeddings.device)
         else:
-            query, key = cache.positions(T)
+            token_index, key_index = cache.positions(T)
         if positions is None:
-            positions = query[None]
+            positions = token_index[None]
 
         # The input of the first block
         x = self.project_in(embeddings.to(self.dtype))  # (B,T,W)
@@ -385,7 +385,7 @@ class LLM(nn.Module):
         rotations = {None: None}
         for rope in {*config.ropes} - {None}:
             rotations[rope] = rotary(rope, positions, x.dtype)
-        masks = {window: narrow(mask, window, query, key) for window in set(config.windows)}
+        masks = {window: narrow(mask, window, token_index, key_index) for window in set(config.windows)}
 
         # Through the blocks
         for layer, block in enumerate(self.blocks):
@@ -498,7 +498,7 @@ class LLM(nn.Module):
         x = pad_left(embeddings, T).to(self.dtype)  # (B,T,D)
         positions = pad_left(positions, T)
         pad = T - torch.tensor(lengths, device=device)[:, None]  # (B,1): tokens of padding
-        after = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1): the next position
+        next_positions = positions.flatten(1).amax(1, keepdim=True) + 1  # (B,1)
 
         # Room for what can be read. A multiple of 64 suits the attention kernels of a GPU
         size = -(-min(past + T + max_tokens, self.config.max_positions) // 64) * 64
@@ -514,8 +514,8 @@ class LLM(nn.Module):
             hidden = self.hidden(x, positions, mask, cache, cross_attention)
             return self.exact_logits(hidden[:, -1])
 
-        def step(chosen, after):  # one new id for each text (B,) to logits (B,V) of the token after it
-            return read(self.embed(chosen)[:, None], after)
+        def step(chosen, positions):  # one new id for each text (B,) to logits (B,V) of the token after it
+            return read(self.embed(chosen)[:, None], positions)
 
         # Prefill: read the prompts
         logits = read(x, positions)
@@ -546,26 +546,30 @@ class LLM(nn.Module):
             if rows is not None:
                 cache.select(rows)
                 pad = pad[rows]
-                after = after[rows]
+                next_positions = next_positions[rows]
             if on_token:
                 on_token(chosen.item())
 
             # Stop if all are done. Reading `done` waits for a GPU, so there it is read every eighth token
-            full = past + T + n > self.config.max_positions
-            look = done.is_cpu or n < 3 or n % 8 == 0 or full
-            if n == max_tokens or look and done.all():
+            if n == max_tokens:
                 break
+            full = past + T + n > self.config.max_positions
+            if done.is_cpu or n < 3 or n % 8 == 0 or full:
+                if done.all():
+                    break
 
             # Read the chosen tokens
             self.check_length(past + T + n)
-            logits = step(chosen, after)
-            after = after + 1
+            logits = step(chosen, next_positions)
+            next_positions = next_positions + 1
 
-        # Cut each text at its end token
+        # Cut each text at its first end token
         texts = []
         for text in search.best():
-            end = next((n for n, id in enumerate(text) if id in end_tokens), len(text))
-            texts.append(text[:end + keep_end])
+            length = 0
+            while length < len(text) and text[length] not in end_tokens:
+                length += 1
+            texts.append(text[:length + 1] if keep_end else text[:length])
         return texts
 
     def embed_rows(self, tokens) -> list[torch.Tensor]:
@@ -633,33 +637,37 @@ def pad_left(rows: list[torch.Tensor], T: int) -> torch.Tensor:
     return torch.stack(padded)
 
 
-def padded_mask(pad: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Returns the causal mask (B,1,T,S) of rows that begin with pad (B,1) tokens of padding: true where the
-    query with index `query` (T,) sees the key with index `key` (S,).
+def padded_mask(pad: torch.Tensor, token_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
+    """Returns the causal mask (B,1,T,S) of rows that begin with `pad` (B,1) tokens of padding: true where the
+    token with index `token_index` (T,) sees the key with index `key_index` (S,).
 
     No token sees the padding, except that a token of padding sees itself: softmax over nothing would be NaN.
     """
-    seen = (key >= pad[:, :, None]) | (key == query[:, None])
-    return (seen & (key <= query[:, None]))[:, None]
+    is_text = key_index >= pad[:, :, None]  # (B,1,S)
+    is_itself = key_index == token_index[:, None]  # (T,S)
+    not_later = key_index <= token_index[:, None]  # (T,S)
+    return ((is_text | is_itself) & not_later)[:, None]
 
 
-def narrow(mask: torch.Tensor | None, window: int | None, query: torch.Tensor,
-           key: torch.Tensor) -> torch.Tensor | None:
+def narrow(mask: torch.Tensor | None, window: int | None, token_index: torch.Tensor,
+           key_index: torch.Tensor) -> torch.Tensor | None:
     """Returns a layer's mask: `mask`, but a token sees only the last `window` keys up to itself.
 
-    mask: (B,1,T,S), or None for a causal mask. window: None for no window. query, key: indices (T,) and (S,)
-    of tokens and keys in the text. A causal mask stays None if `attend` can do without: for a text from its
-    beginning, which `attend` masks by itself, and for a single token, which sees all keys.
+    mask: (B,1,T,S), or None for a causal mask. window: None for no window. token_index (T,), key_index (S,):
+    where tokens and keys stand in the text.
     """
-    S = len(key)
-    window = min(window or S, S)
-    if window == S and (mask is not None or len(query) in (1, S)):
-        return mask
+    S = len(key_index)
+    if window is None or window >= S:
+        window = S
+        if mask is not None:
+            return mask
+        if len(token_index) in (1, S):  # one token sees all keys; a whole text `attend` masks by itself
+            return None
 
-    # Not after the token, and less than a window before it
-    distance = query[:, None] - key  # (T,S)
-    near = (distance >= 0) & (distance < window)
-    return near if mask is None else near & mask
+    # A key isn't after the token, and less than a window before it
+    distance = token_index[:, None] - key_index  # (T,S)
+    seen = (distance >= 0) & (distance < window)
+    return seen if mask is None else seen & mask
 
 
 def token_losses(states: torch.Tensor, targets: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],

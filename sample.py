@@ -12,6 +12,7 @@
 """
 import argparse
 import glob
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from adapters import VLM
-from data import Processor, Views, chunks, encode_pictures, few_shot, place, stack
+from data import Processor, Views, chunks, encode_pictures, few_shot, place_images, stack
 from formats.captions import IMAGE, Conversation, flat
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
@@ -178,8 +179,8 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
     size = max(1, prompt.count(IMAGE))  # pictures a caption
     if len(files) % size:
         raise InputError(f"the prompt takes {size} pictures at a time: {len(files)} can't be shared out")
-    solved = [place([(prompt, caption)], 1) for _, caption in shots]
-    [(prompt, _)] = few_shot([*solved, place([(prompt, "")], size)])
+    solved = [place_images([(prompt, caption)], 1) for _, caption in shots]
+    [(prompt, _)] = few_shot([*solved, place_images([(prompt, "")], size)])
     examples = [picture for picture, _ in shots]
 
     as_it_comes = sys.stdout.isatty() and args.beams == 1 and not (args.json or args.quiet)
@@ -291,7 +292,8 @@ class Chat:
             new = vlm.embed_images(vlm.features(pixels), None if prompt is None else prompt[-len(pixels):])
             images = new if images is None else torch.cat([images, new])
 
-        # What comes after that which was read: all of it, where the first turns were cut
+        # Read only what is new: the cache has the first `same` ids, few if the first turns were cut. At least
+        # one id is read, for its logits
         same = 0
         while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
             same += 1
@@ -388,9 +390,13 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
 
 def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str | None = None,
                 raw: bool = False, **decoding) -> dict[int, str]:
-    """Answers the last question of each entry that `batches` of a set yields, (indices, features as Views),
-    each after the same `shots`. `prompt`: what is asked where an entry asks nothing, by default the run's.
-    Returns {index: answer}."""
+    """Answers the last question of each entry of a caption set, after the same `shots`. Returns {index:
+    answer}, without the entries whose text doesn't fit the LLM.
+
+    batches: yields (indices, Views of their features). prompt: the question of an entry that has none; by
+        default the run's. raw: see `Processor.encode`. decoding: see `VLM.answer`.
+    Raises InputError if no entry fits.
+    """
     texts = {}
     processor = vlm.processor
     if prompt is None:
@@ -407,10 +413,10 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             *earlier, (question, _) = captions.conversations(i)[0]
             question = question or prompt
             examples = [solved(shots.said[j], question, len(features.tiles[j])) for j in range(K)]
-            asked = place([*earlier, (question, "")], len(features.tiles[at]))
+            asked = place_images([*earlier, (question, "")], len(features.tiles[at]))
             *earlier, (text, _) = few_shot([*examples, asked])
-            shown = [*range(K), at]
-            tiles = (size for j in shown for size in features.tiles[j])
+            shown = [*range(K), at]  # places of the shots and of the entry in `features`
+            tiles = itertools.chain.from_iterable(features.tiles[j] for j in shown)
             ids, learned = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
             if len(ids) < processor.max_positions:
                 rows.append(ids)
@@ -433,7 +439,7 @@ def solved(turns: Conversation, prompt: str, pictures: int) -> Conversation:
     question = question or prompt
     if question.count(IMAGE) > pictures:
         question = question.replace(IMAGE, "")
-    return place([(question, answer), *later], pictures)
+    return place_images([(question, answer), *later], pictures)
 
 
 def as_lines(captions, texts: dict[int, str]) -> str:
@@ -460,12 +466,13 @@ def as_lines(captions, texts: dict[int, str]) -> str:
 @torch.inference_mode()
 def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
          raw: bool = False) -> list[tuple[str, torch.Tensor]]:
-    """Where the LLM looked for each word of a `text` that it gave, from features (P,N,Dv) of the prompt's
-    pictures: the word, and what it paid to their patches (P,G,G).
+    """Returns each word of an answer `text`, and the attention (P,G,G) that it paid to the patches of the
+    prompt's pictures, of which these are the features (P,N,Dv).
 
-    That is the attention from the position that predicts a token to the image's embeddings, mean over heads
-    and layers (of `flamingo`: the gated blocks); where an adapter has queries, times that of each query to
-    the patches, mean over heads and the layers that read them. A word of several tokens is their mean.
+    A token's attention to the image embeddings is taken at the position that predicts it, as the mean over
+    heads and layers of the LLM (of `flamingo`: of the gated blocks). An adapter with queries hands it on to
+    the patches: it is multiplied by each query's attention to them, the mean over heads and over the layers
+    that read patches. A word of several tokens has their mean.
     """
     adapter, P = vlm.adapter, len(features)
     ids, wanted = vlm.processor.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)

@@ -103,8 +103,9 @@ def make_parser() -> Parser:
         add(flag(name), type=type_, help=text, **optional)
     add("--image-position", default="sequence", metavar="KIND",
         type=functools.partial(one_of, IMAGE_POSITIONS, "image position"),
-        help="of an image's embeddings in the LLM: sequence, as words; shared, one for all; xy, shared, plus "
-             "learned row and column; sequence+xy; rope-xy, rotary row and column, where the grid is kept")
+        help="positions of an image's embeddings in the LLM: sequence, one after the other, as words; "
+             "shared, all the same; xy, shared, with learned embeddings of row and column; sequence+xy; "
+             "rope-xy, rotary by row and column, for an adapter that keeps the grid of patches")
     add("--train", default="adapter", metavar="PARTS", type=without_spaces,
         help="trained whole, in float32: a list of adapter, llm, vit")
     add("--prompt", default="", metavar="TEXT",
@@ -138,11 +139,12 @@ def make_parser() -> Parser:
     add("--buffer", type=COUNT, default=1000, metavar="PAIRS",
         help="with shards: pairs in memory, of which the next is drawn; 1 GB at most")
     add("--layout", default="image-text", metavar="MIX", type=without_spaces,
-        help="what is learned: image-text, the caption after its picture; text-image-text, the rest of a "
-             "caption around it; text-image, whether the two match; a mix, as in image-text:3,text-image:1")
+        help="what is learned: image-text, the caption after its picture; text-image-text, the end of a "
+             "caption, after its beginning and the picture; text-image, whether a caption and the picture "
+             "after it match; or a mix with weights, as in image-text:3,text-image:1")
     add("--shots", type=Number(int, 0, 1000), default=0, metavar="K",
-        help="0 to K other pairs of the batch come solved before each")
-    add("--prefix-loss", action="store_true", help="learn the words before the picture, and shots, too")
+        help="before each pair, show 0 to K others of the batch with their answers")
+    add("--prefix-loss", action="store_true", help="learn the words of the prompt too, with those of --shots")
     add("--max-tokens", type=MANY, default=128, help="longest caption, tokens; longer ones are cut")
 
     add = parser.add_argument_group("training").add_argument
@@ -195,8 +197,8 @@ def make_parser() -> Parser:
 
 
 def read_options() -> argparse.Namespace:
-    """The command line; with --resume, the run's own options, which the command line may only repeat. Raises
-    InputError for what can't be."""
+    """Reads the command line. With --resume the options are the run's own; the command line may change only
+    those in FREE and, without the shapes world, in MOVED. Raises InputError if options don't fit together."""
     parser = make_parser()
     args = parser.parse_args()
     if args.resume:
@@ -243,8 +245,8 @@ def read_options() -> argparse.Namespace:
 
 
 def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -> tuple:
-    """Rules for `check_meaning`: options, whether they mean something beside the others, why not. `whole`,
-    `with_lora`: the parts that --train and --lora-on name."""
+    """Returns the rules for `check_meaning`: names of options, whether they have an effect beside the other
+    options, and what to say if not. whole, with_lora: the parts that --train and --lora-on name."""
     sizes = ADAPTERS[args.adapter].__init__.__kwdefaults__ or {}
     foreign = [option for option in ADAPTER_SIZES if option.removeprefix("adapter_") not in sizes]
     own = f"with --from: {args.origin} has its own"
@@ -654,20 +656,29 @@ class Run:
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
 
     def encode(self, val) -> None:
-        """Encodes the pictures whose features are kept: to validate on, if the encoder is frozen, and to
-        train on, if they fit."""
+        """Encodes the pictures whose features are kept: if the encoder is frozen, those to validate on, and
+        those to train on if they fit. Writes config.json, which says whether those to train on are kept."""
         args, vlm = self.args, self.vlm
         self.val = Encoded(vlm, val, args, self.vit_is_frozen)
-        cache = self.keeps_features() if self.vit_is_frozen and not self.streamed else False
+        keep = self.vit_is_frozen and not self.streamed and self.keeps_features()
+
+        # A resumed run does the same: kept features differ in the last bits from those of a step's batch
         if not args.resume:
-            args.cache_features = cache  # for good: kept features differ from others in the last bits
-        if not RANK and (not args.resume or args.data != "shapes"):  # it may have moved
+            args.cache_features = keep
+        if not RANK and (not args.resume or args.data != "shapes"):  # --data may have moved
             write_json(self.folder / "config.json", vlm.config)
-        self.kept_features = Encoded(vlm, self.train, args) if cache else None
-        self.unreadable = self.kept_features.bad if self.kept_features else {}  # {picture: reason}
-        self.entries = self.kept_features.readable if self.kept_features else range(len(self.train))
+
+        # Pictures to train on
+        self.kept_features = None
+        self.unreadable = {}  # {picture: reason}
+        self.entries = range(len(self.train))
+        if keep:
+            self.kept_features = Encoded(vlm, self.train, args)
+            self.unreadable = self.kept_features.bad
+            self.entries = self.kept_features.readable
+
+        # Several layers: scale their channels by pictures to validate on, which all processes have alike
         if not self.first_step and vlm.channel_scale is not None:
-            # By pictures to validate on, for those are at hand, and the same, in all processes
             _, views = next(self.val.batches(256))
             vlm.standardise(views.x)
 
@@ -691,34 +702,38 @@ class Run:
     def pictures(self):
         """Yields this process's share of each step's batch, from the first step on: indices, and features or,
         where these aren't kept, pixels, as Views."""
-        # Kept features
+        # Endless batches of this process's entries
         args, size = self.args, self.local_batch
-        mine = slice(RANK * size, RANK * size + size)
-        if self.kept_features:
-            for batch in shuffled(len(self.entries), args.batch, args.seed, self.first_step):
-                indices = [self.entries[i] for i in batch[mine]]
-                yield indices, self.kept_features.of(indices)
-
-        # Else the pictures are read as they are needed
         if self.streamed:
             batches = self.train.batches(size, args.seed, self.first_step, RANK, WORLD)
         else:
-            every = shuffled(len(self.entries), args.batch, args.seed, self.first_step)
-            batches = (batch[mine] for batch in every)
-        yield from read_pictures(self.vlm, self.train, batches, self.unreadable, args.workers)
+            mine = slice(RANK * size, (RANK + 1) * size)
+            order = shuffled(len(self.entries), args.batch, args.seed, self.first_step)
+            batches = ([self.entries[i] for i in batch[mine]] for batch in order)
+
+        # Their kept features, or their pictures, which are read as they are needed
+        if self.kept_features:
+            for indices in batches:
+                yield indices, self.kept_features.of(indices)
+        else:
+            yield from read_pictures(self.vlm, self.train, batches, self.unreadable, args.workers)
 
     def draw(self, indices: list[int], epoch: int) -> tuple[list[Conversation], list[list[int]]]:
-        """What is learned of each entry to train on, in a layout that is drawn, after its shots; and for
-        each, where in `indices` these and the entry itself are."""
+        """Draws a layout and shots for each entry. Returns for each its example, with the shots before it,
+        and the places in `indices` of the shots and, last, of the entry itself."""
         args = self.args
-        # Each entry's own example comes last, behind those that are shown solved
         examples, orders = [], []
         for at, i in enumerate(indices):
-            others = indices[:at] + indices[at + 1:] or [i] if self.streamed else None
+            # Where captions that don't match come from: of shards only the batch is at hand
+            others = None
+            if self.streamed:
+                others = indices[:at] + indices[at + 1:] or [i]
+
+            # The shots, then the entry itself
             layout = draw_layout(self.layouts, args.seed, epoch, i)
             shown = [*draw_shots(indices, at, args.shots, args.seed, epoch), at]
-            examples.append(few_shot([self.arrange(layout, self.train, indices[j], epoch, others)
-                                      for j in shown]))
+            conversations = [self.arrange(layout, self.train, indices[j], epoch, others) for j in shown]
+            examples.append(few_shot(conversations))
             orders.append(shown)
         return examples, orders
 
@@ -832,8 +847,8 @@ class Run:
 
     @torch.no_grad()
     def matching(self, data: Encoded) -> dict[str, float]:
-        """How often the right one of "yes" and "no" is the likelier answer to "match?": {"matching": share},
-        or nothing where that isn't learned, or where no entry is a caption."""
+        """Returns {"matching": share}: how often the right answer to "match?" is likelier than the wrong one.
+        Returns {} if no layout asks it, or if no entry is a caption."""
         if "text-image" not in self.layouts:
             return {}
         right = count = 0
@@ -843,14 +858,14 @@ class Run:
                 continue
             features = features.pick(kept)
             asked = [self.arrange("text-image", data.captions, indices[at]) for at in kept]
-            sums = []  # of all tokens of an answer, (B,): not every tokenizer has one for it
+            sums = []  # for "yes" and "no": (B,), the loss of all its tokens, for it may have several
             for answer in ("yes", "no"):
                 examples = [[(text, answer)] for [(text, _)] in asked]
                 batch, losses = self.losses_of(examples, features, 128)
                 row = batch.target_positions.to(self.device) // batch.tokens.shape[1]
                 sums.append(losses.new_zeros(len(asked)).index_add(0, row, losses))
-            yes = (sums[0] < sums[1]).tolist()
-            right += sum(said == (answer == "yes") for said, [(_, answer)] in zip(yes, asked))
+            for says_yes, [(_, answer)] in zip((sums[0] < sums[1]).tolist(), asked):
+                right += says_yes == (answer == "yes")
             count += len(kept)
         return {"matching": right / count} if count else {}
 
@@ -909,8 +924,9 @@ class Run:
             self.report([])
 
     def keep_best(self, step: int, loss: float) -> None:
-        """Writes the weights to best.safetensors, if no earlier validation gave so low a loss; those of the
-        last step lie in the checkpoint. It comes before it: a run that is killed between does it again."""
+        """Writes the weights to best.safetensors, if no earlier validation gave so low a loss. After the last
+        step it removes the file instead: the checkpoint has these weights. Call it before `save_checkpoint`:
+        a run that is killed between the two repeats the steps since its last checkpoint, and this."""
         earlier = [entry["val"] for entry in self.log.entries() if entry["step"] < step and entry.get("val")]
         if loss < min(earlier, default=math.inf):
             if step < self.args.steps:

@@ -293,10 +293,11 @@ class ViT(nn.Module):
         Raises InputError if that is less than one patch, or for SAM, whose relative positions fit one size.
         """
         old = self.config
-        too_small = image_size < old.patch_size
-        if too_small or image_size != old.image_size and old.window:
-            least = f"{old.image_size} px alone" if old.window else f"{old.patch_size} px, one patch, or more"
-            raise InputError(f"image_size {image_size}: the encoder takes {least}")
+        if old.window and image_size != old.image_size:
+            raise InputError(f"image_size {image_size}: the encoder takes {old.image_size} px alone")
+        if image_size < old.patch_size:
+            raise InputError(f"image_size {image_size}: the encoder takes {old.patch_size} px, one patch, or "
+                             "more")
         self.config = replace(old, image_size=image_size)
 
         # The positions are a picture with D channels: resize it to the new grid

@@ -16,7 +16,7 @@ import data
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import Views, arrange, place, stack
+from data import Views, arrange, place_images, stack
 from fixtures.pictures import picture
 from formats.captions import Captions
 from formats.files import InputError
@@ -455,11 +455,11 @@ def test_messages_name_their_pictures_in_parts_or_beside_them(parts, images, wan
 
 
 def test_each_picture_has_a_place_and_each_place_a_picture():
-    assert place([("see <image>:", "x")], 2) == [("<image>see <image>:", "x")]
-    assert place([("a", "x"), ("<image>b", "y")], 1) == [("a", "x"), ("<image>b", "y")]
-    assert place([("a", "x")], 0) == [("a", "x")]
+    assert place_images([("see <image>:", "x")], 2) == [("<image>see <image>:", "x")]
+    assert place_images([("a", "x"), ("<image>b", "y")], 1) == [("a", "x"), ("<image>b", "y")]
+    assert place_images([("a", "x")], 0) == [("a", "x")]
     with pytest.raises(InputError, match="room for 2 pictures, not 1"):
-        place([("<image>a", "x"), ("<image>b", "y")], 1)
+        place_images([("<image>a", "x"), ("<image>b", "y")], 1)
 
 
 def test_sets_that_share_pictures_are_told(tmp_path, monkeypatch, capsys):
