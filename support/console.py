@@ -51,6 +51,8 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     """Runs a command line's `main`, with output in UTF-8. An InputError becomes a line on stderr and exit
     code 2; so do the errors of `reason`: `memory` names the remedies where there is too little."""
     # Prepare the interpreter
+    if sys.stdout is None:  # its reader closed it
+        sys.stdout = open(os.devnull, "w")
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         with contextlib.suppress(AttributeError):  # it is closed, or a caller's own
             stream.reconfigure(encoding="utf-8", errors=errors)
@@ -62,8 +64,7 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         try:
             main()
         finally:  # here too the reader of our output may be gone
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except (InputError, RuntimeError, MemoryError) as error:
         line = reason(error, memory)
         if line is None:

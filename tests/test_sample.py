@@ -482,6 +482,15 @@ def test_syntax_is_that_of_python_3_10(name):
 
 
 @pytest.mark.slow
+def test_a_closed_output_is_no_error():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from support.console import run; "
+            "run(lambda: print(sys.stdout.isatty()))")
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" "$2" >&-', sys.executable, code, str(ROOT)],
+                          stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
 def test_file_names_of_any_bytes_are_printed(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from support.console import run; "
             "run(lambda: print('\\udcff: …'))")
