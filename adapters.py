@@ -843,19 +843,21 @@ class VLM(nn.Module):
         processor = self.processor
         targets = targets or [[False] * len(row) for row in rows]
 
-        # A prompt that leaves little room is answered alone: in a batch, all answers would be as short as its
-        near = [len(row) + max_tokens > processor.max_positions for row in rows]
-        if any(near) and len(rows) > 1:
-            groups = [[i] for i in range(len(rows)) if near[i]]
-            groups.append([i for i in range(len(rows)) if not near[i]])
+        # How long an answer may be depends on its prompt: those that leave as much room go together
+        groups = collections.defaultdict(list)  # tokens of an answer -> which prompts
+        for i, row in enumerate(rows):
+            room = max(1, processor.max_positions - len(row))
+            groups[min(max_tokens, room)].append(i)
+        if len(groups) > 1:
             answers = {}
-            for group in filter(None, groups):
+            for length, group in groups.items():
                 some_rows = [rows[i] for i in group]
                 some_targets = [targets[i] for i in group]
                 some_features = self.views_of(group, rows, features)
-                found = self.answer(some_rows, some_features, max_tokens, score, some_targets, **decoding)
+                found = self.answer(some_rows, some_features, length, score, some_targets, **decoding)
                 answers.update(zip(group, found))
             return [answers[i] for i in range(len(rows))]
+        [length] = groups
         tokens, positions, _ = stack([*zip(rows, targets)])
 
         # An adapter that reads the prompt reads it up to the first earlier answer, or to the row's last id
@@ -871,9 +873,8 @@ class VLM(nn.Module):
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = [x[:len(row)] for x, row in zip(inputs[name], rows)]
-        room = processor.max_positions - max(map(len, rows))  # less than max_tokens only for a single prompt
-        found = self.llm.generate(**inputs, max_tokens=min(max_tokens, max(1, room)),
-                                  end_tokens=processor.ends, keep_end=True, **decoding)
+        found = self.llm.generate(**inputs, max_tokens=length, end_tokens=processor.ends, keep_end=True,
+                                  **decoding)
         answers = [Answer(processor.text(ids).strip()) for ids in found]
         if score:
             for answer, mean in zip(answers, self.log_probabilities(rows, found, image_embeddings)):
@@ -1009,10 +1010,16 @@ class VLM(nn.Module):
         with_lora = [part for part in updates if updates[part]]
         beside = self.mark_saved_beside_lora(found, with_lora)
         compare(self.expected_state(found, beside), found, path)
-        with torch.no_grad():
-            for name, p in self.named_parameters(remove_duplicate=False):  # a tied head has two names
-                if f"weight.{name}" in found:
-                    p.copy_(found[f"weight.{name}"])
+        self.take(found)
+
+    @torch.no_grad()
+    def take(self, found: dict[str, torch.Tensor]) -> None:
+        """Takes the weights and the scales of LoRAs that a checkpoint holds, of layers that are here."""
+        for name, p in self.named_parameters(remove_duplicate=False):  # a tied head has two names
+            if f"weight.{name}" in found:
+                p.copy_(found[f"weight.{name}"])
+        for name, layer in lora_layers(self).items():
+            layer.scale = found[f"scale.{name}"].item()
 
     def mark_saved_beside_lora(self, found: dict[str, torch.Tensor], with_lora: list[str]) -> set[str]:
         """Finds the parameters of the parts `with_lora` that a checkpoint holds beside A, B and m: weights

@@ -375,35 +375,36 @@ class Processor:
         spelled: for each conversation, the caption that each of its pictures should spell in its `queries`
             embeddings.
         """
-        rows, answers, fits = [], [], []
+        rows, answered, fits = [], [], []
+        learns_answers = learn_earlier and not learn_prompt  # all of them, and nothing else
         for n, example in enumerate(examples):
             *earlier, (text, answer) = example
             images = 1 if tiles is None else len(tiles[n])
             of_images = WHOLE if tiles is None else tiles[n]
 
-            # The same ids twice: with what is learned as targets, and with all answers
+            # Nothing is learned of an example that doesn't fit
             row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier,
                               learn_prompt=learn_prompt, learn_earlier=learn_earlier)
-            answered = row
-            if learn_prompt or not learn_earlier:
-                answered = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier)
-
-            # Nothing is learned of an example that doesn't fit
-            fit = len(row[0]) <= self.max_positions
-            if not fit:
+            fits.append(len(row[0]) <= self.max_positions)
+            if not fits[-1]:
                 self.skipped.add(hash(str(example)))
-                row = answered = NOTHING
+                row = NOTHING
             rows.append(row)
-            answers.append(answered)
-            fits.append(fit)
-        rows = rows or [NOTHING]
-        _, answer_positions, _ = stack(answers or [NOTHING])
+
+            # The same ids, with all answers as targets
+            if fits[-1] and not learns_answers:
+                row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier)
+            answered.append(row)
+        tokens, target_positions, targets = stack(rows or [NOTHING])
+        answer_positions = target_positions
+        if not learns_answers:
+            _, answer_positions, _ = stack(answered or [NOTHING])
         most = max([1] + [ids.count(self.marker) for ids, _ in rows])
         spelling = None
         if spelled is not None:
             captions = itertools.chain.from_iterable(itertools.compress(spelled, fits))
             spelling = self.spelling(captions, queries)
-        return Batch(*stack(rows), answer_positions, most, fits, spelling)
+        return Batch(tokens, target_positions, targets, answer_positions, most, fits, spelling)
 
     def spelling(self, captions: Iterable[str], queries: int) -> Spelling:
         """Targets of the --spell loss, for pictures of `queries` embeddings each."""

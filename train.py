@@ -423,7 +423,7 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
         read = max(vlm.vit.states_of(layer))
         for unread in (vlm.vit.blocks[read:], vlm.vit.norm, vlm.vit.neck):
             unread.requires_grad_(False)
-        if (args.lora or args.lora_from) and parts == ["vit"] and not read:
+        if (args.lora or args.lora_from) and "vit" in parts and not read:
             raise InputError("--lora-on vit means nothing with --layer 0: no block is read")
 
 
@@ -516,11 +516,7 @@ def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
     compare(checkpoint_state(vlm, optimizer, scaler, expected), found, path)
 
     # The weights, with those under a LoRA and its scales: --lora-from may hold others by now
-    for name, p in vlm.named_parameters(remove_duplicate=False):
-        if f"weight.{name}" in found:
-            p.copy_(found[f"weight.{name}"])
-    for name, layer in lora_layers(vlm).items():
-        layer.scale = found[f"scale.{name}"].item()
+    vlm.take(found)
 
     # What AdamW keeps of each, and what the scaler keeps
     for name, p in vlm.trained.items():
@@ -946,10 +942,9 @@ class Run:
             compare(self.vlm.state(), found, path)
             self.say(f"{self.folder}: the lowest validation loss was that of step "
                      f"{read_metadata(path).get('step')}: scores and sample.py take its weights")
-        for name, p in self.vlm.trained.items():
-            if not RANK:
-                p.copy_(found[f"weight.{name}"])
-            if WORLD > 1:
+            self.vlm.take(found)
+        if WORLD > 1:
+            for p in self.trained:
                 dist.broadcast(p, 0)
 
     def report(self, bad: list[dict[int, str]]) -> None:

@@ -484,6 +484,7 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for arguments, message in (
             (["--lora", "2", "--lora-on", "vit", "--layer", "0"], "--lora-on vit means nothing"),
+            (["--lora", "2", "--lora-on", "llm,vit", "--layer", "0"], "--lora-on vit means nothing"),
             (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
             (["--lora", "0"], "--lora: '0' is not a whole number from 1 to 10,000"),
