@@ -96,26 +96,31 @@ class MLP(Adapter):
 class PixelShuffle(Adapter):
     """The connector of Idefics3 (Laurençon et al., 2024, arXiv:2408.12637), SmolVLM and nanoVLM: the features
     of each square of `scale` × `scale` patches, row by row, become one long vector; then one projection. With
-    `deep` that of InternVL (Chen et al., 2024, arXiv:2404.16821): a norm, then two layers with GELU. Raises
-    InputError where the patch grid can't be cut in such squares."""
+    `deep` that of InternVL (Chen et al., 2024, arXiv:2404.16821): a norm, then two layers with GELU. A grid
+    that can't be cut in such squares grows by zeros, on the right and below."""
 
     def __init__(self, vision_width: int, width: int, grid: int, *, scale: int = 2, bias: bool = False,
                  deep: bool = False):
         super().__init__()
-        if scale < 1 or grid % scale:
-            raise InputError(
-                f"pixelshuffle: {grid} × {grid} patches can't be cut in squares of {scale} × {scale}")
+        if not 1 <= scale <= grid:
+            raise InputError(f"pixelshuffle: {grid} × {grid} patches have no square of {scale} × {scale}")
+        self.grid = grid
         self.scale = scale
-        self.side = grid // scale
+        self.side = math.ceil(grid / scale)
         self.queries = self.side ** 2
         self.norm = nn.LayerNorm(vision_width * scale ** 2) if deep else nn.Identity()
         self.projection = nn.Linear(vision_width * scale ** 2, width, bias)
         self.down = nn.Linear(width, width) if deep else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        # Patches row by row to squares of s × s, each one long vector
-        x = features[:, -self.queries * self.scale ** 2:]
-        x = x.unflatten(1, (self.side, self.scale, self.side, self.scale)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
+        # The grid of patches, whole squares of it
+        x = features[:, -self.grid ** 2:].unflatten(1, (self.grid, self.grid))  # (P,G,G,Dv)
+        missing = self.side * self.scale - self.grid
+        x = F.pad(x, (0, 0, 0, missing, 0, missing))
+
+        # Squares of s × s, row by row, each one long vector
+        s = self.scale
+        x = x.unflatten(2, (-1, s)).unflatten(1, (-1, s)).transpose(2, 3)  # (P,Y,X,s,s,Dv)
         x = self.projection(self.norm(x.flatten(3).flatten(1, 2)))
         return x if self.down is None else self.down(F.gelu(x))
 
@@ -514,15 +519,19 @@ ADAPTERS = {"linear": Linear, "mlp": MLP, "pixelshuffle": PixelShuffle, "qformer
             "resampler": Resampler, "twoway": TwoWay, "flamingo": Flamingo}
 
 
+def default_sizes(kind: str) -> dict:
+    """An adapter's sizes, by name, and their defaults: its keyword-only arguments."""
+    return dict(ADAPTERS[kind].__init__.__kwdefaults__ or {})
+
+
 def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
     """The untrained adapter that the config of a run (see `VLM`) names. Raises InputError."""
     kind = one_of(ADAPTERS, "adapter", config["adapter"])
     sizes = config["adapter_sizes"]
     layer = config.get("layer")
     _, width = vit.feature_shape(layer)
-    known = ADAPTERS[kind].__init__.__kwdefaults__ or {}
     for size in sizes:
-        if size not in known:
+        if size not in default_sizes(kind):
             raise InputError(f"the {kind} adapter has no size {size!r}")
     try:
         depth(sizes.get("layers", 1))

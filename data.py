@@ -427,6 +427,8 @@ class Processor:
         split: whether pictures are seen in tiles too, if the family does so; by default as in training.
         Raises InputError if an entry has another number of pictures than the prompt has `<image>`s.
         """
+        if isinstance(pictures, Image.Image):
+            raise InputError("pictures come in a list: for one, [picture]")
         prompt = self.prompt_for("") if prompt is None else prompt
         split = self.split if split is None else split
         groups = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in pictures]

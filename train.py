@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build
+from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, default_sizes
 from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
                   few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation, listed
@@ -97,7 +97,8 @@ def make_parser() -> Parser:
     add("--layer", type=Numbers(Number(int, -1000, 1000)), metavar="I",
         help="encoder's layer to read: hidden_states[I] (default: its output); of several, as in 12,10,7, "
              "each patch's features are joined")
-    add("--adapter", default="qformer", metavar="KIND", help=", ".join(ADAPTERS))
+    add("--adapter", default="qformer", metavar="KIND",
+        help=", ".join(ADAPTERS) + " (default: qformer; with --data, pixelshuffle)")
     for name, (type_, text) in ADAPTER_SIZES.items():
         optional = dict(nargs="?", const=32, metavar="N") if name == "adapter_text" else {}
         add(flag(name), type=type_, help=text, **optional)
@@ -151,7 +152,9 @@ def make_parser() -> Parser:
     add("--steps", type=COUNT, default=400, help="optimizer steps")
     add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
     add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
-    add("--lr", type=RATE, default=2e-3, help="peak learning rate of adapter and LoRA")
+    add("--lr", type=RATE, default=2e-3, 
+        help="peak learning rate of adapter and LoRA (default: 2e-3; of a new adapter with --data, 1e-3 "
+             "if it has queries, else 3e-3)")
     add("--lr-llm", type=RATE, default=1e-4, help="peak learning rate of the LLM, if --train names it")
     add("--lr-vit", type=RATE, default=1e-4, help="peak learning rate of the encoder, if --train names it")
     add("--warmup", type=Number(int, 0, 10 ** 9), default=100,
@@ -203,6 +206,8 @@ def read_options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.resume:
         args = resumed_options(args.resume, parser)
+    elif args.data != "shapes" and not args.origin:
+        args = options_for_captions(parser)
 
     # What each may say
     one_of(ADAPTERS, "adapter", args.adapter)
@@ -247,7 +252,7 @@ def read_options() -> argparse.Namespace:
 def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -> tuple:
     """Returns the rules for `check_meaning`: names of options, whether they have an effect beside the other
     options, and what to say if not. whole, with_lora: the parts that --train and --lora-on name."""
-    sizes = ADAPTERS[args.adapter].__init__.__kwdefaults__ or {}
+    sizes = default_sizes(args.adapter)
     foreign = [option for option in ADAPTER_SIZES if option.removeprefix("adapter_") not in sizes]
     own = f"with --from: {args.origin} has its own"
     to = f"to the {args.adapter} adapter"
@@ -279,6 +284,15 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("shard", WORLD > 1, "without torchrun"),
         ("out", not args.resume or Path(args.out or "") == Path(args.resume), "with --resume"),
     )
+
+
+def options_for_captions(parser: Parser) -> argparse.Namespace:
+    """The options of a run on captions of one's own: what an LLM learns best that has read no grids of words
+    (RESULTS.md, "On photographs")."""
+    parser.set_defaults(adapter="pixelshuffle")
+    kind = one_of(ADAPTERS, "adapter", parser.parse_args().adapter)
+    parser.set_defaults(lr=1e-3 if "queries" in default_sizes(kind) else 3e-3)
+    return parser.parse_args()
 
 
 def resumed_options(folder: str, parser: Parser) -> argparse.Namespace:
@@ -392,7 +406,7 @@ def make_vlm(args: argparse.Namespace, device: torch.device) -> VLM:
 
 def adapter_sizes(args: argparse.Namespace) -> dict:
     """All sizes of the chosen adapter: those on the command line, else its defaults."""
-    sizes = dict(ADAPTERS[args.adapter].__init__.__kwdefaults__ or {})
+    sizes = default_sizes(args.adapter)
     for option in ADAPTER_SIZES:
         value, size = getattr(args, option), option.removeprefix("adapter_")
         if value is not None and size in sizes:

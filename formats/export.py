@@ -132,6 +132,7 @@ def export_run(target: Path, vlm) -> None:
     encoder, language = Checkpoint(vlm.vit.name), Checkpoint(vlm.llm.name)
     shown = vlm.vit.preprocess.settings
     layer = config.get("layer")
+    grid = vlm.vit.config.grid
     clip = encoder.config["model_type"].startswith("clip")
     tokenizer = language.json("tokenizer.json")
     plain = not (shown.get("do_center_crop") or shown.get("do_pad")) and shown.get("do_resize", True)
@@ -149,6 +150,7 @@ def export_run(target: Path, vlm) -> None:
         "class tokens among the embeddings": bool(sizes.get("class_tokens")),
         "--adapter-text": bool(sizes.get("text")),
         "two layers after the squares": bool(sizes.get("deep")),
+        f"squares beyond the grid of {grid} × {grid} patches": grid % sizes.get("scale", 1) > 0,
         "pictures that are cropped or padded": layout.kind == "idefics3" and not plain,
         "a tokenizer without a tokenizer.json of pairs":
             not isinstance(tokenizer.get("model", {}).get("vocab"), dict),

@@ -130,6 +130,21 @@ def test_pixelshuffle_equals_idefics3(fixtures):
 
 
 @torch.no_grad()
+def test_squares_beyond_the_grid_have_zeros():
+    adapter = PixelShuffle(3, 10, 5, scale=2)
+    features = torch.randn(2, 26, 3)  # a class token, 5 × 5 patches
+    larger = torch.zeros(2, 6, 6, 3)
+    larger[:, :5, :5] = features[:, 1:].view(2, 5, 5, 3)
+    whole = PixelShuffle(3, 10, 6, scale=2)
+    whole.load_state_dict(adapter.state_dict())
+    assert (adapter.side, adapter.queries) == (3, 9)
+    close(adapter(features), whole(larger.flatten(1, 2)))
+    for scale in (0, 6):
+        with pytest.raises(InputError, match="5 × 5 patches have no square of"):
+            PixelShuffle(3, 10, 5, scale=scale)
+
+
+@torch.no_grad()
 def test_resampler_equals_idefics(fixtures):
     adapter = Resampler(12, 12, 3, queries=5, layers=2, width=12, heads=3)
     parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "output_proj"}

@@ -24,7 +24,7 @@ from formats.pictures import FORMATS, open_picture
 from formats.shards import caption_data, read_shard
 from support.answers import exact_match, vqa_accuracy
 from test_scale import write_tar
-from test_vlm import QUICK_SET, SMALL, command, interrupt, small
+from test_vlm import QFORMER, QUICK_SET, SMALL, command, interrupt, small
 
 KARPATHY = {
     "dataset": "flickr8k",
@@ -269,7 +269,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
     for i in range(8):
         picture(20 + i, 30).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + rows)
-    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
+    options = [*QFORMER, *QUICK_SET, "--data", "c.csv", "--batch", "4", "--warmup", "8"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "the warm-up of 8 steps doesn't end within 8: give a shorter --warmup" in out
@@ -281,7 +281,7 @@ def test_hints_where_people_trip(tmp_path, monkeypatch, capsys):
 def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("image,caption\na.jpg,A dog\nb.jpg,A cat\n")
-    assert command(monkeypatch, train, *SMALL, *QUICK_SET, "--data", "c.csv") == 2
+    assert command(monkeypatch, train, *QFORMER, *QUICK_SET, "--data", "c.csv") == 2
     assert (
         "a.jpg: no such picture, nor others of c.csv: --images says where they lie" in capsys.readouterr().err
     )
@@ -330,7 +330,7 @@ def test_a_text_that_does_not_fit_loses_its_first_words(tmp_path, monkeypatch, c
         {"image": f"{i}.png", "question": question, "answer": "A dog"} for i, question in enumerate(asked)
     ]
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*QFORMER, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     captured = capsys.readouterr()
     assert "1 texts too long for the language model's 512 positions lost their first turns" in captured.out
@@ -468,7 +468,7 @@ def test_sets_that_share_pictures_are_told(tmp_path, monkeypatch, capsys):
         picture(20 + i, 30).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(4)))
     Path("val.csv").write_text("image,caption\n3.png,It is 3\n")
-    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--val", "val.csv", "--batch", "4", "--steps", "1"]
+    options = [*QFORMER, *QUICK_SET, "--data", "c.csv", "--val", "val.csv", "--batch", "4", "--steps", "1"]
     mix = "image-text:0.5,text-image:0.5"
     assert command(monkeypatch, train, *options, "--warmup", "0", "--layout", mix, "--out", "run") == 0
     assert "1 pictures are in the training and in the validation set, such as " in capsys.readouterr().err
@@ -535,7 +535,7 @@ def test_layouts_of_captions_leave_conversations_as_they_are(tmp_path, monkeypat
         picture(20 + i, 30).save(f"{i}.png")
         rows.append({"image": f"{i}.png", "conversations": turns("A?", "a", "B?", "b")})
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4", "--steps", "2"]
+    options = [*QFORMER, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4", "--steps", "2"]
     mix = "text-image-text:0.5,text-image:0.5"
     assert command(monkeypatch, train, *options, "--warmup", "0", "--layout", mix, "--out", "run") == 0
     assert "| val (8) " in capsys.readouterr().out
@@ -706,7 +706,7 @@ def test_a_run_goes_on_where_its_data_moved(tmp_path, monkeypatch, capsys):
         picture(20 + i, 30).save(f"old/{i}.png")
     text = "image,caption\n" + "".join(f"{i}.png,A dog {i}\n" for i in range(8))
     Path("old/c.csv").write_text(text)
-    options = [*SMALL, *QUICK_SET, "--data", "old/c.csv", "--batch", "4"]
+    options = [*QFORMER, *QUICK_SET, "--data", "old/c.csv", "--batch", "4"]
     interrupt(monkeypatch, *options, "--out", "run")
     Path("old").rename("new")
     capsys.readouterr()
@@ -750,7 +750,7 @@ def test_every_question_of_a_picture_is_asked(tmp_path, monkeypatch, capsys):
     for i in range(6):
         picture(20 + i, 30).save(f"{i}.png")
     Path("qa.json").write_text(json.dumps(rows))
-    options = [*SMALL, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
+    options = [*QFORMER, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     assert "| exact match |" in (out := capsys.readouterr().out) and "| val (12) |" in out
     assert (

@@ -120,6 +120,20 @@ def test_an_option_may_say_its_default(module, arguments, monkeypatch):
     module.read_options()
 
 
+@pytest.mark.parametrize("arguments, adapter, lr", (
+    ([], "qformer", 2e-3),
+    (["--adapter", "mlp"], "mlp", 2e-3),
+    (["--data", "c.csv"], "pixelshuffle", 3e-3),
+    (["--data", "c.csv", "--adapter", "mlp"], "mlp", 3e-3),
+    (["--data", "c.csv", "--adapter", "flamingo"], "flamingo", 1e-3),
+    (["--data", "c.csv", "--lr", "5e-4"], "pixelshuffle", 5e-4),
+    (["--data", "c.csv", "--from", "x"], "qformer", 2e-3)))  # it has its own adapter
+def test_captions_of_ones_own_have_other_defaults(arguments, adapter, lr, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    options = train.read_options()
+    assert (options.adapter, options.lr) == (adapter, lr)
+
+
 def test_lists_may_have_spaces():
     parse = train.make_parser().parse_args
     args = parse(["--train", "adapter, llm", "--lora-targets", "q, v",

@@ -448,6 +448,7 @@ def test_a_run_of_ours_becomes_a_public_layout(vit, kind, adapter, config, fixtu
     ("clip", "pixelshuffle", dict(adapter_sizes=dict(scale=5)), "no place for an encoder of model_type clip"),
     ("siglip", "mlp", {}, "no place for the output of SigLIP's last norm"),
     ("siglip", "pixelshuffle", dict(adapter_sizes=dict(scale=5), layer=2), "no place for --layer 2"),
+    ("siglip", "pixelshuffle", dict(adapter_sizes=dict(scale=4)), "no place for squares beyond the grid"),
     ("clip", "mlp", dict(image_size=24), "an encoder of 24 px, whose file has another size"),
     ("clip", "mlp", dict(image_position="xy"), "no place for --image-position xy")))
 def test_what_has_no_public_layout_is_not_exported(vit, adapter, config, reason, fixtures, tmp_path):

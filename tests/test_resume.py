@@ -22,12 +22,12 @@ from support import console, journal
 from adapters import VLM
 from formats.files import write_file
 from fixtures.pictures import picture
-from test_vlm import QUICK_SET, SMALL, command, interrupt
+from test_vlm import QFORMER, QUICK_SET, command, interrupt
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch")
 
-RUN = ["--adapter", "qformer", *SMALL, "--adapter-dropout", "0.1", "--lora", "2", "--lora-dropout", "0.1",
+RUN = [*QFORMER, "--adapter-dropout", "0.1", "--lora", "2", "--lora-dropout", "0.1",
        "--scenes", "24",
        "--val-size", "4", "--steps", "10", "--batch", "6", "--save-every", "2", "--log-every", "1",
        "--warmup", "2",
@@ -202,7 +202,7 @@ def test_a_batch_that_can_not_be_read_is_a_step_all_the_same(tmp_path, monkeypat
     Path("7.png").write_bytes(b"no picture")
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,It is {i}\n" for i in range(12)))
     Path("val.csv").write_text("image,caption\n1.png,It is 1\n")
-    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--val", "val.csv", "--batch", "1", "--steps", "8",
+    options = [*QFORMER, *QUICK_SET, "--data", "c.csv", "--val", "val.csv", "--batch", "1", "--steps", "8",
                "--warmup", "0", "--no-cache-features", "--save-every", "1", "--log-every", "1"]
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
     assert [line["loss"] is None for line in lines("whole")[:8]] == [False] * 3 + [True] + [False] * 4

@@ -22,7 +22,7 @@ from conftest import ROOT
 from formats.shards import Shards, read_shard
 from support.shapes import Shapes
 from formats.files import InputError
-from test_vlm import QUICK, QUICK_SET, SMALL, command, interrupt
+from test_vlm import QFORMER, QUICK, QUICK_SET, SMALL, command, interrupt
 from vit import ViT
 
 
@@ -204,7 +204,7 @@ def test_each_pair_comes_once_an_epoch_to_one_process(world, shards):
 @pytest.mark.slow
 def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shards)
-    options = [*SMALL, *QUICK_SET, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1",
+    options = [*QFORMER, *QUICK_SET, "--data", "{00..05}.tar", "--buffer", "30", "--shots", "1",
                "--log-every", "1", "--layout", "image-text,text-image"]
     assert command(monkeypatch, train, *options, "--out", tmp_path / "whole", "--workers", "2") == 0
     interrupt(monkeypatch, *options, "--out", tmp_path / "parts")
@@ -218,7 +218,7 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "there is one shard alone"),
                                (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):
-        assert command(monkeypatch, train, *SMALL, *QUICK_SET, *arguments) == 2
+        assert command(monkeypatch, train, *QFORMER, *QUICK_SET, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1
 
@@ -252,7 +252,7 @@ def test_hostile_and_broken_shards(shards, tmp_path, monkeypatch, capsys):
     assert "says that it has 1,099,511,627,776 bytes" in pair.fault
     assert {path.name for path in tmp_path.rglob("*")} == {"in", "0.tar", "1.tar", "2.tar"}
 
-    options = [*SMALL, *QUICK_SET, "--val", shards / "00.tar", "--steps", "12"]
+    options = [*QFORMER, *QUICK_SET, "--val", shards / "00.tar", "--steps", "12"]
     data = f"in/1.tar,{shards}/01.tar,{shards}/02.tar"
     assert command(monkeypatch, train, *options, "--data", data, "--out", "run") == 0
     text, = Path("run/unreadable.txt").read_text().splitlines()  # though met in each epoch
@@ -361,7 +361,7 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
         SCENES.picture(i).save(f"{i}.png")
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i}\n" for i in range(12)))
     Path("5.png").write_text("no picture")
-    options = [*SMALL, *QUICK_SET, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
+    options = [*QFORMER, *QUICK_SET, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
                "--precision", "bfloat16"]
     encoded = Counter()
     forward = ViT.forward

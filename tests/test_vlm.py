@@ -198,6 +198,8 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
     assert vlm.caption([]) == [] and vlm.llm.generate([]) == []
     with pytest.raises(InputError, match=r"for one text, \[ids\]"):
         vlm.llm.generate([1, 2, 3])
+    with pytest.raises(InputError, match=r"for one, \[picture\]"):
+        vlm.caption(pictures[0])
 
 
 @torch.no_grad()
@@ -295,6 +297,7 @@ QUICK_SET = ["--val-size", "8", "--steps", "8", "--batch", "16", "--workers", "0
              "--log-every", "2", "--warmup", "2"]  # with --data
 QUICK = ["--scenes", "48", *QUICK_SET]
 SMALL = ["--queries", "4", "--adapter-layers", "2", "--adapter-width", "32", "--adapter-heads", "2"]
+QFORMER = ["--adapter", "qformer", *SMALL]
 
 
 def command(monkeypatch, module, *arguments) -> int:
