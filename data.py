@@ -452,11 +452,11 @@ class Processor:
         positions = f"for the language model's {self.max_positions} positions"
         told = []
         if self.cut:
-            told.append(f"{len(self.cut)} texts too long {positions} lost their first turns or words")
+            told.append(f"texts too long {positions} lost their first turns or words: {len(self.cut)}")
         if self.skipped:
-            told.append(f"{len(self.skipped)} texts too long {positions} were left out")
+            told.append(f"texts too long {positions} were left out: {len(self.skipped)}")
         if self.shortened:
-            told.append(f"{len(self.shortened)} answers too long for --max-tokens lost their last words")
+            told.append(f"answers too long for --max-tokens lost their last words: {len(self.shortened)}")
         return "; ".join(told)
 
     def text(self, ids: list[int]) -> str:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from adapters import VLM
 from data import Processor, Views, chunks, encode_pictures, few_shot, place_images, stack
-from formats.captions import IMAGE, Conversation, flat
+from formats.captions import IMAGE, Conversation, flat, listed
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
 from formats.shards import Shards, caption_data
@@ -92,8 +92,8 @@ def make_parser() -> Parser:
     add("--top-p", type=Number(float, 1e-6, 1), default=1.0,
         help="draw among the fewest tokens of this probability together")
     add("--beams", type=Number(int, 1, 1000), metavar="N",
-        help="search for the likeliest text with N beams; 1: off (default: 3 for a caption, where the run "
-             "learned captions of your own, without --prompt, --chat or --temperature; else 1)")
+        help="search for the likeliest text with N beams; 1: off (default: 3 of a run that learned captions of "
+             "your own, not --from a public VLM, without --prompt, --chat or --temperature; else 1)")
     add("--length-penalty", type=Number(float, 0, 10), metavar="P",
         help="with beams: the best text has the highest log-probability divided by its length to this power; "
              "1 favours long ones, 0 short ones (default: 0.5)")
@@ -131,8 +131,8 @@ def read_options() -> argparse.Namespace:
         ("images split_name save workers", args.data, "without --data"),
         ("images split_name", args.data != "shapes", "with the shapes world"),
         ("attention show_prompt chat", not args.data, "with --data"),
-        ("chat json quiet merge_lora split batch beams length_penalty max_tokens temperature shot compile",
-         not args.export, "with --export"),
+        ("chat json quiet merge_lora split batch beams length_penalty max_tokens temperature shot compile "
+         "prompt raw_prompt show_prompt attention device precision", not args.export, "with --export"),
         ("attention show_prompt raw_prompt shot beams length_penalty batch json", not args.chat,
          "with --chat"),
         ("split", not args.attention, "with --attention"),
@@ -221,7 +221,13 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
                 sections.append((text, spotlights(vlm, pixels[mine], looks)))
     if sections:
         write_picture(Path(args.attention), contact_sheet(sections, 7, 150))
+    tell_lost(vlm, args)
     sys.exit(2 if failed else 0)
+
+
+def tell_lost(vlm: VLM, args: argparse.Namespace) -> None:
+    if (lost := vlm.processor.lost()) and not args.quiet:
+        print(lost, file=sys.stderr)
 
 
 def as_read(vlm: VLM, ids: list[int]) -> str:
@@ -315,12 +321,15 @@ class Chat:
 
 def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -> None:
     """Answers line after line of standard input about the pictures in `files`; see --chat."""
-    if "-" in files:
-        raise InputError("-: with --chat, standard input has the questions")
+    def read(name: str) -> Image.Image:
+        if name == "-":
+            raise InputError("-: with --chat, standard input has the questions")
+        return open_picture(name)
+
     if sys.stdin is None:
         raise InputError("--chat: standard input is closed")
     talk = Chat(vlm, args.split, decoding)
-    pictures = [open_picture(name) for name in files]
+    pictures = [read(name) for name in files]
     question = args.prompt
     while True:
         if question is None:
@@ -332,11 +341,13 @@ def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -
         try:
             command, _, name = question.strip().partition(" ")
             if command == "/image":
-                pictures.append(open_picture(name.strip()))
+                pictures.append(read(name.strip()))
             elif question.strip():
                 typed = Typed(vlm.processor)
                 answer = talk.ask(question.strip(), pictures, typed if sys.stdout.isatty() else None)
                 print(typed.rest(answer), flush=True)
+                tell_lost(vlm, args)
+                vlm.processor.cut.clear()  # it may be one of its turns each time
                 pictures = []
         except InputError as error:  # what came with the question is forgotten
             complain(error)
@@ -379,8 +390,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
         if not args.quiet:
             for reason in bad.values():
                 print(f"skipped: {reason}", file=sys.stderr)
-    if (lost := vlm.processor.lost()) and not args.quiet:
-        print(lost, file=sys.stderr)
+    tell_lost(vlm, args)
     if args.json:
         print(lines, end="")
     print(table(scores), file=sys.stderr if args.json else sys.stdout)
@@ -554,11 +564,25 @@ def usual_beams(vlm: VLM, args: argparse.Namespace) -> int:
     return 1 if learned == "shapes" or vlm.config.get("from") or asked else 3
 
 
+def check_outputs(args: argparse.Namespace, files: list[str]) -> None:
+    """Raises InputError where --save or --attention can't be written, or is one of the files that are
+    read."""
+    read = files + [name for name, _ in args.shot] + listed(args.data or "")
+    read = [name for name in read if os.path.exists(name)]
+    for output in (args.save, args.attention):
+        if output is None:
+            continue
+        check_writable(Path(output))
+        if os.path.exists(output) and any(os.path.samefile(name, output) for name in read):
+            raise InputError(f"{output}: it is read too: write to another file")
+
+
 def main() -> None:
     args = read_options()
-    for file in (args.save, args.attention):
-        if file is not None:
-            check_writable(Path(file))
+    files = []
+    for name in args.pictures:
+        files += pictures_of(name) or [name]
+    check_outputs(args, files)
     if args.export:  # in float32: rounded once, when it is written
         VLM.from_pretrained(args.model or newest_run()).export(Path(args.export))
         return
@@ -570,10 +594,6 @@ def main() -> None:
         if isinstance(captions, Shards):
             captions = captions.take(MANY.most)
         sets = {Path(args.data).name: captions.by_question()}
-    else:
-        files = []
-        for name in args.pictures:
-            files += pictures_of(name) or [name]
 
     # The model, made fast
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)

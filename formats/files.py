@@ -105,7 +105,8 @@ def check_writable(path: Path) -> None:
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
-    the process or the power ends. Raises InputError."""
+    the process or the power ends. A link stays, and leads to the new file. Raises InputError."""
+    path = Path(os.path.realpath(path))
     with temporary_for(path) as temporary:
         remove_leftovers(path.parent)
         with locked(temporary):
@@ -214,7 +215,8 @@ def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], pat
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """Writes UTF-8. The name of a file may have other bytes: as "\\udce9", which JSON reads back."""
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, value) -> None:

@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
                "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-               "vocab.json", "merges.txt")
+               "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
 
 incomplete: set[Path] = set()  # snapshots whose missing files this process couldn't fetch
 

@@ -73,8 +73,8 @@ class Preprocessor:
         # Scale all lengths so that the square's side is S
         self.image_size = image_size or last["height"]
         self.size = {edge: round(length * self.image_size / last["height"]) for edge, length in size.items()}
-        one_edge = "longest_edge" in self.size or "shortest_edge" in self.size
-        if not one_edge and not set(square) <= self.size.keys():
+        edges = self.size.keys() & {"longest_edge", "shortest_edge"}
+        if len(edges) > 1 or not edges and not set(square) <= self.size.keys():
             raise ValueError(f"{size} is no size")
         for length in [self.image_size] + list(self.size.values()):
             if not 0 < length <= self.MOST:

@@ -134,17 +134,23 @@ def read_shard(path: Path):
             fault = members_of.get("fault") or fault or ("" if file else "without a picture")
         except Exception as error:  # whatever stands there
             fault = f"its caption can't be read ({type(error).__name__}: {error})"
-        yield Pair(name, said, file, fault)
+        label = name.encode(errors="backslashreplace").decode()  # a tar's names are any bytes
+        yield Pair(label, said, file, fault)
 
 
 def said_in(members: dict[str, bytes]) -> tuple[list[Conversation], str]:
     """What is said of a picture in its .json or, where that can't be used, in its .txt; and why neither
     can."""
-    row = read_entry("", json.loads(members.get("json", "{}")))._replace(images=[""])
-    said, fault = usable(row)
+    question = ""
+    try:
+        row = read_entry("", json.loads(members.get("json", "{}")))._replace(images=[""])
+        said, fault = usable(row)
+        if row.conversations:
+            question = row.conversations[0][0][0]
+    except Exception as error:  # whatever stands there
+        said, fault = [], f"its caption can't be read ({type(error).__name__}: {error})"
     if fault and "txt" in members:
-        question = row.conversations[0][0][0] if row.conversations else ""
-        said, fault = usable(Row("", [""], one_turn(question, [members["txt"].decode()])))
+        said, fault = usable(Row("", [""], one_turn(question, [members["txt"].decode("utf-8-sig")])))
     return said, fault
 
 
@@ -276,6 +282,8 @@ def caption_data(names: str, images: str | None = None, buffer: int = 1000, spli
     if is_shards(names):
         if split:
             raise InputError(f"--split-name {split}: shards have no splits: name them")
+        if images:
+            raise InputError(f"--images {images}: shards hold their own pictures")
         return Shards(names, buffer)
     captions = Captions(names, images, split, text_only)
     captions.check_pictures()

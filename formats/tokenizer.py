@@ -479,7 +479,7 @@ class Tokenizer:
             file = with_added_tokens(file, config, folder)
             tokenizer = cls(file)
             if config.get("add_bos_token") and not tokenizer.prefix:
-                start = as_text(config["bos_token"])
+                start = as_text(config.get("bos_token"))
                 tokenizer.prefix = [t["id"] for t in file["added_tokens"] if t["content"] == start]
             return tokenizer
 

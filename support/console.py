@@ -77,9 +77,15 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as in `sample.py … | head`
+    except OSError as error:
+        if error.filename:
+            raise
+        # The reader of our output went away, as in `sample.py … | head`, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        complain(f"the output can't be written: {error.strerror}")
+        sys.exit(2)
     finally:
         for child in multiprocessing.active_children():  # that read pictures, and ignore SIGTERM
             child.kill()

@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1,
                         help="runs at a time, which share the cores (default: 1)")
     args, common = parser.parse_known_args()
+    if min(args.seeds, args.jobs) < 1:
+        parser.error("--seeds and --jobs are 1 or more")
     for name in ALL if args.comparison == "all" else [args.comparison]:
         compare(name, args.seeds, args.jobs, common)
 

@@ -109,6 +109,11 @@ LAYOUTS = {  # name -> text, what is read
                     "annotations": [{"image_id": 1, "caption": "A dog"}]}),
         {"a.jpg": [[("", "A dog")]]},
     ),
+    "COCO's, with questions": (
+        json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}],
+                    "annotations": [{"image_id": 1, "question": "What is it?", "answer": "A dog"}]}),
+        ASKED,
+    ),
     "COCO without one image": (
         json.dumps(
             {
@@ -286,6 +291,12 @@ def test_pictures_that_lie_elsewhere(tmp_path, monkeypatch, capsys):
         "a.jpg: no such picture, nor others of c.csv: --images says where they lie" in capsys.readouterr().err
     )
 
+    # It is enough that the last is there
+    picture(20, 30).save("last.jpg")
+    rows = "".join(f"{i}.jpg,A dog\n" for i in range(100))
+    Path("c.csv").write_text(f"image,caption\n{rows}last.jpg,A cat\n")
+    assert len(caption_data("c.csv")) == 101
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Text
@@ -333,7 +344,7 @@ def test_a_text_that_does_not_fit_loses_its_first_words(tmp_path, monkeypatch, c
     options = [*QFORMER, *QUICK_SET, "--data", "qa.json", "--val", "qa.json", "--batch", "4"]
     assert command(monkeypatch, train, *options, "--out", "run") == 0
     captured = capsys.readouterr()
-    assert "1 texts too long for the language model's 512 positions lost their first turns" in captured.out
+    assert "texts too long for the language model's 512 positions lost their first turns or words: 1" in captured.out
     assert "the built-in llm knows the shapes world alone: give --llm another" in captured.err
     processor = VLM.from_pretrained("run").processor
     ids, targets = processor.encode(asked[3], "A dog")

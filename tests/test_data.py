@@ -21,7 +21,7 @@ from support.shapes import RULES, SHAPES, SIDE, SIZE_WORDS, SKILLS, THING, UNSEE
 from conftest import ROOT
 from fixtures.pictures import picture
 from llm import LLM
-from formats.files import InputError, write_file
+from formats.files import InputError, read_json, write_file, write_text
 from formats.hub import HERE
 from formats.tokenizer import Tokenizer
 from vit import ViT
@@ -402,6 +402,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="file: No space left"):
         write_file(tmp_path / "file", fail)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    (tmp_path / "link").symlink_to("folder/file")
+    write_file(tmp_path / "link", lambda path: path.write_text("new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def test_a_name_of_any_bytes_is_written_as_json(tmp_path):
+    write_text(tmp_path / "file", json.dumps({"image": "caf\udce9.png"}, ensure_ascii=False))
+    assert read_json(tmp_path / "file") == {"image": "caf\udce9.png"}
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

@@ -574,6 +574,12 @@ def test_what_a_snapshot_lacks_is_fetched(server, snapshot, repository, monkeypa
     assert len(server.asked) == 2 and "warning" not in capsys.readouterr().err
 
 
+def test_what_an_export_hands_on_is_downloaded(server, fixtures):
+    server.folder = fixtures / "llava"
+    template = find_checkpoint("someone/tiny") / "chat_template.jinja"
+    assert template.read_bytes() == (fixtures / "llava" / template.name).read_bytes()
+
+
 def test_a_fresh_download_asks_once(server, fixtures):
     server.folder = fixtures / "clip"
     ViT.from_pretrained("someone/tiny")

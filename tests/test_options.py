@@ -93,6 +93,8 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (sample, ["--split-name", "test", "a.png"], "without --data"),
     (sample, ["--split-name", "test", "--data", "shapes"], "with the shapes world"),
     (sample, ["--images", "folder", "--data", "shapes"], "with the shapes world"),
+    (sample, ["--attention", "x.png", "--export", "y"], "with --export"),
+    (sample, ["--precision", "float32", "--export", "y"], "with --export"),
     (sample, ["--show-prompt", "--data", "c.csv"], "with --data"),
     (sample, ["--attention", "seen.png", "--data", "c.csv"], "with --data"),
     (sample, ["--split", "a.png", "--attention", "seen.png"], "with --attention"),

@@ -21,7 +21,7 @@ import train
 from adapters import ADAPTERS, VLM, Attention, build
 from data import Pixels
 from formats.files import InputError
-from support import drawing, scores
+from support import console, drawing, scores
 from support.kernels import attend, watch
 from support.shapes import Shapes
 from fixtures.pictures import picture
@@ -270,12 +270,13 @@ def test_a_chat_goes_on_when_its_first_turns_do_not_fit(fixtures):
 def test_a_chat_on_the_command_line(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     ask = ("--model", "run", "--max-tokens", "6")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What?\n\n/image nowhere.png\n/image b.png\nAnd this?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What?\n\n/image nowhere.png\n/image b.png\n/image -\nAnd this?\n"))
     picture(50, 40).save("b.png")
     assert command(monkeypatch, sample, "a.png", "--chat", *ask) == 0
     captured = capsys.readouterr()
-    assert captured.out.count("\n") == 2 and captured.err.count("\n") == 1
+    assert captured.out.count("\n") == 2 and captured.err.count("\n") == 2
     assert "error: nowhere.png: no such picture" in captured.err
+    assert "error: -: with --chat, standard input has the questions" in captured.err
     assert command(monkeypatch, sample, "a.png", "--chat", "--json", *ask) == 2
     assert "--json means nothing with --chat" in capsys.readouterr().err
 
@@ -363,6 +364,31 @@ def test_pictures_come_as_folders_patterns_and_from_stdin(trained, tmp_path, mon
     assert "empty: no pictures in this folder" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_is_told(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    ask = ("--model", "run", "--max-tokens", "4", "--prompt", "In French. " + "a red circle " * 400)
+    told = "texts too long for the language model's 512 positions lost their first turns or words: 1\n"
+    assert command(monkeypatch, sample, "a.png", *ask) == 0
+    assert capsys.readouterr().err == told
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert command(monkeypatch, sample, "a.png", "--chat", *ask) == 0
+    assert capsys.readouterr().err == told
+
+
+def test_what_is_read_is_not_written_over(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(40, 30).save("a.png")
+    Path("c.csv").write_text("image,caption\na.png,a thing\n")
+    Path("link.png").symlink_to("a.png")
+    for arguments in (["a.png", "--attention", "link.png"], [".", "--attention", "a.png"],
+                      ["--data", "c.csv", "--save", "c.csv"],
+                      ["--data", "c.csv", "--save", "a.png", "--shot", "a.png", "a thing"]):
+        before = Path("a.png").read_bytes() + Path("c.csv").read_bytes()
+        assert command(monkeypatch, sample, "--model", trained / "run", *arguments) == 2
+        assert "it is read too: write to another file" in capsys.readouterr().err
+        assert Path("a.png").read_bytes() + Path("c.csv").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_json_of_a_set_and_quiet(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
@@ -427,7 +453,7 @@ def test_help_is_readable(module, monkeypatch, capsys):
     groups = text.split("\n\n")
     assert max(group.count("\n") for group in groups) < 30
     if module is train:
-        assert "default: 400" in text and "default: 0.002" in text
+        assert "default: 400" in text and "default: 0.05" in text
 
 
 @pytest.mark.slow
@@ -488,6 +514,16 @@ def test_a_closed_output_is_no_error():
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" "$2" >&-', sys.executable, code, str(ROOT)],
                           stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a file that is always full")
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            console.run(lambda: print("a line"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.endswith("the output can't be written: No space left on device\n")
 
 
 @pytest.mark.slow

@@ -182,6 +182,19 @@ def test_a_pair_of_a_shard(shards):
     assert source.picture(pair).tobytes() == SCENES.picture(20).tobytes() and not pair.file
 
 
+def test_what_a_pair_says_and_what_it_is_called(tmp_path):
+    """A text in place of a .json that is broken, without Notepad's first bytes; names of any bytes."""
+    for n, broken in enumerate((b"{bad", b'["x"]', b"null", b'{"caption": ""}')):
+        write_tar(tmp_path / f"{n}.tar", [("a.png", png(0)), ("a.json", broken), ("a.txt", b"\xef\xbb\xbfone")])
+        [pair] = read_shard(tmp_path / f"{n}.tar")
+        assert (pair.said, pair.fault) == ([[("", "one")]], "")
+    write_tar(tmp_path / "caf\udce9.tar", [("\udce8.png", png(0)), ("\udce8.txt", b"one"),
+                                           ("\udce9.png", png(0)), ("\udce9.txt", b"two")])
+    pairs = [*read_shard(tmp_path / "caf\udce9.tar")]
+    assert pairs == ["caf\\udce9.tar/\\udce8", "caf\\udce9.tar/\\udce9"]
+    assert data.draw_conversation(Shards(str(tmp_path / "caf\udce9.tar")), pairs[1], 0, 0) == [("", "two")]
+
+
 def epochs(batches, size: int, count: int) -> list[list[str]]:
     names = [*itertools.chain.from_iterable(itertools.islice(batches, size * count // 4))]
     return [names[i:i + size] for i in range(0, size * count, size)]
@@ -217,7 +230,9 @@ def test_training_on_shards(shards, tmp_path, monkeypatch, capsys):
                for i, line in enumerate(lines))
     capsys.readouterr()
     for arguments, message in ((["--data", shards / "00.tar"], "there is one shard alone"),
-                               (["--data", shards / "*.tar", "--features", "f"], "more than can be kept")):
+                               (["--data", shards / "*.tar", "--features", "f"], "more than can be kept"),
+                               (["--data", shards / "*.tar", "--val", shards / "*.tar", "--images", "f"],
+                                "with shards, which hold their own")):
         assert command(monkeypatch, train, *QFORMER, *QUICK_SET, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1

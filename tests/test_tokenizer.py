@@ -77,6 +77,8 @@ def test_other_files_add_what_tokenizer_json_lacks(fixtures, tmp_path):
     tokenizer = Tokenizer.from_pretrained(str(tmp_path))
     assert tokenizer.special == {end["content"]: end["id"], "<image>": 900} and tokenizer.prefix == [900]
     assert tokenizer.encode("a \n<image>") == [*tokenizer.encode("a"), 900]
+    (tmp_path / "special_tokens_map.json").unlink()  # nothing says which token begins a text
+    assert Tokenizer.from_pretrained(str(tmp_path)).prefix == []
 
 
 @pytest.mark.parametrize("change, name", [

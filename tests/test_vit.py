@@ -130,6 +130,8 @@ def test_processor_that_is_not_known(fixtures, tmp_path):
                                "'ConvNext' is not one of ViT,"),
                               (dict(size=dict(height=30, width=20)), "is not a square"),
                               (dict(size=dict(shortest_edge=30)), "is not a square"),
+                              (dict(size=dict(shortest_edge=30, longest_edge=60), do_center_crop=True,
+                                    crop_size=30), "is no size"),
                               (dict(size="30"), "can't be read")):
         file.write_text(json.dumps(settings))
         with pytest.raises(InputError, match=message):
