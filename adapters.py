@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import OURS, Batch, Processor, stack
+from data import LAST, OURS, WORD, Batch, Example, Processor, stack
 from formats.export import export, export_run
 from formats.files import InputError, compare, guard, named, read_json, read_tensors
 from formats.hub import find_checkpoint, find_file
@@ -46,6 +46,9 @@ class Adapter(nn.Module):
     text: how many tokens of the prompt it reads too, at most; 0: none. Above 0, `forward` also gets their
         embeddings (P,L,D), made by the LLM, and a mask (P,L), true where there is a token.
     readers: a regular expression of the names of its modules in which queries attend to patches.
+
+    Sizes of those with learned queries: number of `queries`, `layers`, their `width` and `heads`, and `mlp`,
+    the hidden size of the feed-forward layers, by default 4 × width. `text` is as above.
 
     An adapter with a method `cross_attention` adds the picture between the LLM's blocks. Then the sequence
     holds no image embeddings, only the two markers. `join` tells it how many blocks there are, and how wide.
@@ -237,8 +240,7 @@ class QFormer(Adapter):
     projection to the LLM's width follows. With `text` the prompt's words join the queries' attention to each
     other (InstructBLIP: Dai et al., 2023, arXiv:2305.06500).
 
-    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
-    layers, by default 4 × width), `dropout` after every sublayer, `text` (tokens of the prompt it reads).
+    dropout: after every sublayer.
     """
     readers = r"blocks\.\d+\.cross"
 
@@ -301,9 +303,6 @@ class Resampler(Adapter):
 
     The paper's embeddings of a frame's time are embeddings of a patch's position, a picture being one frame.
     Norms and the ReLU are those of IDEFICS, its public reproduction.
-
-    Sizes: number of `queries`, `layers`, their `width` and `heads`, `mlp` (hidden size of the feed-forward
-    layers, by default 4 × width).
     """
     readers = r"blocks\.\d+\.attention"
 
@@ -379,9 +378,8 @@ class TwoWay(Adapter):
     patches attend to them. Each attention adds to its queries and keys what tells them apart: to a token its
     initial embedding, to a patch its position (random Fourier features).
 
-    Sizes: number of `queries`, `layers`, their `width` (even) and `heads`, `mlp` (hidden size of the
-    feed-forward layers, by default 4 × width), `shrink` (attentions between tokens and patches have width /
-    shrink numbers in all heads together), `text` (tokens of the prompt it reads).
+    width: even. shrink: attentions between tokens and patches have width / shrink numbers in all heads
+        together.
     """
     readers = r"(blocks\.\d+\.)?to_image"
 
@@ -452,10 +450,9 @@ class Flamingo(Adapter):
     """Flamingo (Alayrac et al., 2022, arXiv:2204.14198): a gated block stands before every `every`-th block
     of the frozen LLM. In it a token attends to the resampled embeddings of the latest picture before it.
 
-    Norms and feed-forward layers are those of IDEFICS, its public reproduction.
-
-    Sizes: number of `queries`, `layers`, `width`, `heads` and `mlp` of the resampler; `heads` of the gated
-    blocks too, whose feed-forward layers are 4 times as wide as the LLM.
+    Norms and feed-forward layers are those of IDEFICS, its public reproduction. The sizes are the
+    resampler's; `heads` are those of the gated blocks too, whose feed-forward layers are 4 times as wide as
+    the LLM.
     """
     NEVER = 1 << 62  # a position that no word has
     readers = r"resampler\.blocks\.\d+\.attention"
@@ -530,9 +527,6 @@ def make_adapter(config: dict, vit: ViT, llm: LLM) -> Adapter:
     sizes = config["adapter_sizes"]
     layer = config.get("layer")
     _, width = vit.feature_shape(layer)
-    for size in sizes:
-        if size not in default_sizes(kind):
-            raise InputError(f"the {kind} adapter has no size {size!r}")
     try:
         depth(sizes.get("layers", 1))
         adapter = ADAPTERS[kind](width, llm.config.hidden, vit.config.grid, **sizes)
@@ -592,7 +586,8 @@ class VLM(nn.Module):
             self.adapter = make_adapter(config, vit, llm)
         self.in_text = not hasattr(self.adapter, "cross_attention")  # whether images stand among the words
         queries = self.adapter.queries if self.in_text else 0
-        self.processor = Processor(tokenizer, llm.config, vit.preprocess, queries, config, format)
+        text = self.adapter.text
+        self.processor = Processor(tokenizer, llm.config, vit.preprocess, queries, text, config, format)
 
         # Positions of an image
         position = config.get("image_position", "sequence")
@@ -684,40 +679,11 @@ class VLM(nn.Module):
         self.channel_scale.copy_(1 / std.clamp(min=1e-6))
         self.channel_shift.copy_(-mean * self.channel_scale)
 
-    def prompt_tokens(self, tokens: torch.Tensor, pictures: int | None = None,
-                      answer_positions: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Returns the ids (P,L) that the adapter reads with each picture, padded on the right with -1: of the
-        picture's row of `tokens` (B,T) the words before the first answer, at most `adapter.text`. Returns
-        None if the adapter reads no prompt.
-
-        pictures: P; if it is None, the CPU waits for the GPU to count them. answer_positions: (A,), the
-        positions in the flattened ids whose next token is an answer's.
-        """
-        if not self.adapter.text:
-            return None
-        image = tokens == self.processor.placeholder
-        seen = (tokens < self.llm.config.vocabulary) & ~image
-
-        # Read up to the first of these positions, itself included: the answer begins after it
-        if answer_positions is not None:
-            is_position = torch.zeros(tokens.numel(), dtype=torch.long, device=tokens.device)
-            is_position = is_position.scatter(0, answer_positions, 1).view_as(tokens)
-            positions_before = is_position.cumsum(1) - is_position  # (B,T)
-            seen = seen & (positions_before == 0)
-
-        # A stable sort puts these words first and keeps their order. Then a row for each picture
-        order = (~seen).byte().argsort(stable=True, dim=1)[:, :self.adapter.text]
-        words = tokens.masked_fill(~seen, -1).gather(1, order)
-        repeats = image.sum(1) // self.adapter.queries
-        if pictures is not None:  # a batch without pictures has one blank one: it reads the first prompt
-            repeats[0] += pictures - repeats.sum()
-        return words.repeat_interleave(repeats, 0, output_size=pictures)
-
     def embed_images(self, features: torch.Tensor | None,
                      prompt: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The adapter's embeddings (P,Q,D) of features (P,N,Dv), with the `prompt_tokens` (P,L), if it reads
-        them. None without features."""
-        if features is None:
+        """The adapter's embeddings (P,Q,D) of features (P,N,Dv), with the ids (P,L) of `Processor.prompts`,
+        if it reads them. None without features."""
+        if features is None or not len(features):
             return None
         features = features.float()
         if self.channel_scale is not None:
@@ -733,6 +699,7 @@ class VLM(nn.Module):
         with self.autocast(torch.float32):
             if prompt is None:
                 return self.adapter(features).to(self.llm.dtype)
+            prompt = prompt.to(self.device)
             embeddings = self.llm.embed(prompt.clamp(min=0)).float()  # (P,L,D)
             return self.adapter(features, embeddings, prompt >= 0).to(self.llm.dtype)
 
@@ -815,8 +782,7 @@ class VLM(nn.Module):
         loss of each embedding (K,) that should spell a token; K is 0 where the batch has no `spelling`."""
         V = self.llm.config.vocabulary
         with self.autocast(self.llm.dtype):
-            prompt = self.prompt_tokens(batch.tokens, len(features), batch.answer_positions)
-            image_embeddings = self.embed_images(features, prompt)
+            image_embeddings = self.embed_images(features, batch.prompts)
             states = self.states(batch.tokens, image_embeddings, batch.target_positions, batch.most_images)
             losses = token_losses(states, batch.targets, self.llm.logits, V)
             if batch.spelling is None:
@@ -825,32 +791,30 @@ class VLM(nn.Module):
             weight = self.llm.embedding.weight
             return losses, token_losses(spelling, batch.spelling.targets, lambda x: F.linear(x, weight), V)
 
-    def logits(self, tokens: torch.Tensor, features: torch.Tensor,
-               target_positions: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, features: torch.Tensor, target_positions: torch.Tensor,
+               prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (M,V) of the token after each of the `target_positions` (M,) of the flattened ids (B,T),
-        with features (P,N,Dv) of their pictures. An adapter that reads the prompt reads it up to the first
-        of them."""
+        with features (P,N,Dv) and `Processor.prompts` (P,L) of their pictures."""
         with self.autocast(self.llm.dtype):
-            prompt = self.prompt_tokens(tokens, len(features), target_positions)
-            image_embeddings = self.embed_images(features, prompt)
+            image_embeddings = self.embed_images(features, prompts)
             return self.llm.logits(self.states(tokens, image_embeddings, target_positions))
 
     # -----------------------------------------------------------------------------------------------------
     # Text
 
     @torch.inference_mode()
-    def answer(self, rows: list[list[int]], features: torch.Tensor | None, max_tokens: int = 60,
-               score: bool = False, targets: list[list[bool]] | None = None, **decoding) -> "list[Answer]":
-        """Returns the answers to B prompts, `rows` of ids. A run of ours answers in one line.
+    def answer(self, prompts: list[Example], features: torch.Tensor | None, max_tokens: int = 60,
+               score: bool = False, **decoding) -> "list[Answer]":
+        """Returns the answers to B prompts, as `Processor.encode` returns them. A run of ours answers in one
+        line.
 
-        features: (V,N,Dv), of the views of all pictures, prompt by prompt; None if V is 0.
+        features: (V,N,Dv), of the views of all pictures, prompt by prompt; None: V is 0.
         score: whether each answer gets its log-probability.
-        targets: which ids are of earlier answers, as `Processor.encode` returns them; by default none.
         decoding: see `LLM.generate`.
         Raises InputError for an empty prompt.
         """
         processor = self.processor
-        targets = targets or [[False] * len(row) for row in rows]
+        rows = [ids for ids, _ in prompts]
 
         # How long an answer may be depends on its prompt: those that leave as much room go together
         groups = collections.defaultdict(list)  # tokens of an answer -> which prompts
@@ -859,25 +823,20 @@ class VLM(nn.Module):
             groups[min(max_tokens, room)].append(i)
         if len(groups) > 1:
             answers = {}
+            features = torch.zeros(0) if features is None else features
+            views = features.split([processor.views(row) for row in rows])
             for length, group in groups.items():
-                some_rows = [rows[i] for i in group]
-                some_targets = [targets[i] for i in group]
-                some_features = self.views_of(group, rows, features)
-                found = self.answer(some_rows, some_features, length, score, some_targets, **decoding)
+                some_prompts = [prompts[i] for i in group]
+                some_features = torch.cat([views[i] for i in group])
+                found = self.answer(some_prompts, some_features, length, score, **decoding)
                 answers.update(zip(group, found))
             return [answers[i] for i in range(len(rows))]
         [length] = groups
-        tokens, positions, _ = stack([*zip(rows, targets)])
-
-        # An adapter that reads the prompt reads it up to the first earlier answer, or to the row's last id
-        T = tokens.shape[1]
-        last = torch.tensor([i * T + len(row) - 1 for i, row in enumerate(rows)])
-        positions = torch.cat([positions, last]).to(self.device)
-        tokens = tokens.to(self.device)
-        image_embeddings = self.embed_images(features, self.prompt_tokens(tokens, None, positions))
 
         # What the LLM reads, without the padding: `generate` pads on the other side
-        most = max([1] + [row.count(processor.marker) for row in rows])
+        tokens = stack(prompts)[0].to(self.device)
+        image_embeddings = self.embed_images(features, processor.prompts(prompts))
+        most = max([1] + [processor.views(row) for row in rows])
         inputs = self.llm_inputs(tokens, image_embeddings, most)
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
@@ -890,25 +849,13 @@ class VLM(nn.Module):
                 answer.log_probability = mean
         return answers
 
-    def views_of(self, group: list[int], rows: list[list[int]],
-                 features: torch.Tensor | None) -> torch.Tensor | None:
-        """The features (V,N,Dv) of the views that some of the prompts show, of those of all (None: none)."""
-        if features is None:
-            return None
-        counts = [row.count(self.processor.marker) for row in rows]
-        if self.in_text:
-            counts = [row.count(self.processor.placeholder) // self.adapter.queries for row in rows]
-        views = features.split(counts)
-        found = torch.cat([views[i] for i in group])
-        return found if len(found) else None
-
     def log_probabilities(self, rows: list[list[int]], answers: list[list[int]],
                           image_embeddings: torch.Tensor | None) -> list[float]:
         """The mean natural logarithm of the probability of each answer's ids, after its prompt's ids, with
         the embeddings (P,Q,D) of their pictures."""
         examples = []
         for row, ids in zip(rows, answers):
-            examples.append((row + ids, [False] * len(row) + [True] * len(ids)))
+            examples.append(Example(row + ids, [WORD] * len(row) + [LAST] * len(ids)))
         tokens, positions, targets = [x.to(self.device) for x in stack(examples)]
         for row, prompt in zip(tokens, rows):  # an answer may hold the placeholder, where it is no picture
             said = row[len(prompt):]
@@ -919,13 +866,12 @@ class VLM(nn.Module):
         return [-loss.mean().item() for loss in losses.split([len(ids) for ids in answers])]
 
     @torch.inference_mode()
-    def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, split: bool | None = None,
-                **decoding) -> list[str]:
+    def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, **decoding) -> list[str]:
         """One caption for each entry of `pictures`, a PIL.Image or a list of them: see `Processor.ask` and
         `answer`."""
         if not pictures:
             return []
-        rows, pixels = self.processor.ask(pictures, prompt, raw, split)
+        rows, pixels = self.processor.ask(pictures, prompt, raw)
         features = None if pixels is None else self.features(pixels.to(self.device))
         return self.answer(rows, features, **decoding)
 
@@ -997,10 +943,10 @@ class VLM(nn.Module):
         for name, layer in lora_layers(self).items():
             scales[f"scale.{name}"] = torch.tensor(layer.scale, dtype=torch.float64)
             for letter in "ABm":
-                if (p := getattr(layer, letter)) is not None:
-                    weights[f"{name}.{letter}"] = p.detach().clone()  # one A may come under several names
+                if (p := getattr(layer, letter)) is not None:  # layers that share one A each have it
+                    weights[f"{name}.{letter}"] = p
             if layer.replaced:
-                weights[f"{name}.weight"] = layer.weight.detach().clone()
+                weights[f"{name}.weight"] = layer.weight.float()
         return {f"weight.{name}": p for name, p in weights.items()} | scales
 
     def load_state(self, path: Path) -> None:
@@ -1017,8 +963,12 @@ class VLM(nn.Module):
 
         # Exactly what the run would write must be there. Then take the weights
         with_lora = [part for part in updates if updates[part]]
-        beside = self.mark_saved_beside_lora(found, with_lora)
-        compare(self.expected_state(found, beside), found, path)
+        self.mark_saved_beside_lora(found, with_lora)
+        expected = {}
+        for name, tensor in self.state().items():
+            dtype = torch.float64 if name.startswith("scale.") else torch.float32
+            expected[name] = torch.empty_like(tensor, dtype=dtype, device="meta")
+        compare(expected, found, path)
         self.take(found)
 
     @torch.no_grad()
@@ -1030,35 +980,19 @@ class VLM(nn.Module):
         for name, layer in lora_layers(self).items():
             layer.scale = found[f"scale.{name}"].item()
 
-    def mark_saved_beside_lora(self, found: dict[str, torch.Tensor], with_lora: list[str]) -> set[str]:
-        """Finds the parameters of the parts `with_lora` that a checkpoint holds beside A, B and m: weights
-        that came with the LoRA, and norms or biases that were trained with it. Marks them, so that `state`
-        saves them again. Returns their names in the checkpoint."""
+    def mark_saved_beside_lora(self, found: dict[str, torch.Tensor], with_lora: list[str]) -> None:
+        """Marks the parameters of the parts `with_lora` that a checkpoint holds beside A, B and m, so that
+        `state` saves them again: weights that came with the LoRA, and norms or biases trained with it."""
         layers = lora_layers(self)
-        beside = set()
         for name, p in self.named_parameters(remove_duplicate=False):
             part = name.partition(".")[0]
             layer, _, leaf = name.rpartition(".")
-            is_lora = layer in layers and leaf in ("A", "B", "m")
-            if f"weight.{name}" not in found or part not in with_lora or is_lora:
+            if f"weight.{name}" not in found or part not in with_lora:
                 continue
-            beside.add(f"weight.{name}")
             if layer in layers and leaf == "weight":
                 layers[layer].replaced = True
             else:
                 p.requires_grad_()
-        return beside
-
-    def expected_state(self, found: dict[str, torch.Tensor], beside: set[str]) -> dict[str, torch.Tensor]:
-        """Returns what `state` would, as empty tensors on the meta device, with the dtypes that a checkpoint
-        must have: scales float64, parameters float32; those `beside` a LoRA may be bfloat16 or float16."""
-        expected = {}
-        for name, tensor in self.state().items():
-            dtype = torch.float64 if name.startswith("scale.") else torch.float32
-            if name in beside and found[name].dtype in (torch.bfloat16, torch.float16):
-                dtype = found[name].dtype
-            expected[name] = torch.empty_like(tensor, dtype=dtype, device="meta")
-        return expected
 
     @classmethod
     @collection_paused()

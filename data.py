@@ -14,7 +14,6 @@ three kinds of sets: `Captions` in formats/captions.py, `Shards` in formats/shar
 built-in world, in support/shapes.py. In `Shards`, i and p are not numbers but a `Pair`, and there is no
 label.
 """
-import collections
 import hashlib
 import itertools
 import random
@@ -29,7 +28,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from formats.captions import IMAGE, Conversation
-from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_rows
+from formats.files import InputError, compare, guard, named, read_tensors, write_file, write_safetensors
 from formats.tokenizer import Tokenizer
 from formats.vlms import OTHERS, Format, ours
 from support.console import Number, one_of
@@ -150,7 +149,17 @@ def draw_shots(indices: list[int], at: int, most: int, seed: int, epoch: int) ->
 BEGIN, END, _ = OTHERS
 OURS = ours(BEGIN, END)
 WHOLE = itertools.repeat((0, 0))  # rows and columns of tiles, of pictures that are seen as a whole
-NOTHING = ([0], [False])  # ids and targets of a text to learn nothing from: every step takes part
+
+
+class Example(NamedTuple):
+    """A text in ids, and what each of these is: one of the next four."""
+    ids: list[int]
+    kinds: list[int]
+
+
+IMAGE_PART, WORD, EARLIER, LAST = range(4)  # an image's, a prompt's, an earlier answer's, the last answer's
+ANSWERS = (EARLIER, LAST)
+NOTHING = Example([0], [IMAGE_PART])  # to learn nothing from: every step takes part
 
 
 class Spelling(NamedTuple):
@@ -172,15 +181,15 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # ids (B,T), padded on the right
     target_positions: torch.Tensor  # (M,): where, in the flattened ids, the next token is a target
     targets: torch.Tensor  # (M,): these targets
-    answer_positions: torch.Tensor  # (A,): where the next token is an answer's, whether it is learned or not
+    prompts: torch.Tensor | None  # (P,L): see `Processor.prompts`
     most_images: int  # of one text, at least 1
-    fits: list[bool]  # whether each example fits the LLM; else its text is one id, without a picture
+    shown: list[int]  # the entries whose pictures the texts show, in order
     spelling: Spelling | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = [to_device(x, device) for x in self[:4]]
+        tensors = [x if x is None else to_device(x, device) for x in self[:4]]
         spelling = self.spelling and Spelling(*(to_device(x, device) for x in self.spelling))
-        return Batch(*tensors, self.most_images, self.fits, spelling)
+        return Batch(*tensors, self.most_images, self.shown, spelling)
 
 
 class Processor:
@@ -191,14 +200,16 @@ class Processor:
     begin and end an image, and the placeholder. Public VLMs have these, if any, in their vocabulary.
 
     llm: the LLM's config. preprocess: makes the pixels. queries: embeddings of an image among the ids, 0 for
-    an adapter that is read between the LLM's blocks. config: that of a run, see `adapters.VLM`.
+    an adapter that is read between the LLM's blocks. text: tokens of a prompt that the adapter reads.
+    config: that of a run, see `adapters.VLM`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, llm, preprocess, queries: int, config: dict,
+    def __init__(self, tokenizer: Tokenizer, llm, preprocess, queries: int, text: int, config: dict,
                  format: Format = OURS):
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.queries = queries
+        self.prompt_length = text
         self.config = config
         self.format = format
         self.split = config.get("split", True)  # whether pictures are seen in tiles too, if the family does
@@ -245,15 +256,18 @@ class Processor:
         """What is asked of a picture: the `question` of its caption set or, without one, the run's prompt."""
         return question or self.config.get("prompt", "")
 
+    def views(self, ids: list[int]) -> int:
+        """How many views of pictures the ids show."""
+        return ids.count(self.placeholder) // self.queries if self.queries else ids.count(self.marker)
+
     def image_tokens(self, rows: int = 0, columns: int = 0) -> list[int]:
         """Ids of a picture of so many tiles; 0 and 0: one that is seen as a whole."""
         return self.tokenizer.encode(self.format.image(self.queries, rows, columns))
 
     def encode(self, text: str, caption: str | None = None, max_tokens: int = 128, images: int = 1,
-               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False, learn_prompt: bool = False,
-               earlier: Conversation = (), learn_earlier: bool = True) -> tuple[list[int], list[bool]]:
-        """Returns one example's ids, and which of them are targets: start token, the `earlier` turns, `text`
-        in the model's format, caption, end.
+               tiles: Iterator[tuple[int, int]] = WHOLE, raw: bool = False,
+               earlier: Conversation = ()) -> Example:
+        """Returns one example: start token, the `earlier` turns, `text` in the model's format, caption, end.
 
         text: the question or prompt. `<image>` marks a picture's place; without one, `images` pictures come
             first. It is data: a special token that it spells is read as plain text.
@@ -262,8 +276,7 @@ class Processor:
             than a quarter of the LLM's positions.
         tiles: yields rows and columns of tiles of each picture.
         raw: `text` is the whole prompt: special tokens are read, and there is no format.
-        learn_prompt: the words of the texts are targets too.
-        earlier: turns before this one. learn_earlier: their answers are targets too.
+        earlier: turns before this one.
         An answer ends with a newline in a run of ours (it may be one token with the sign before it), and with
         the end token in a public VLM or if the vocabulary has no newline. An example that doesn't fit the LLM
         loses its first turns, then its first words; the result may still be too long. Raises InputError if a
@@ -296,19 +309,21 @@ class Processor:
         if turns != whole and excess <= 0:
             self.cut.add(hash(str([turn.text for turn in whole])))
 
-        # All ids, and what is learned of them
-        ids, targets = [], []
+        # All ids, and what they are
+        ids, kinds = [], []
         for n, (prompt, answer) in enumerate(pairs, start=1):
             ids += prompt + answer
-            targets += [learn_prompt and id < self.vocabulary and id != self.placeholder for id in prompt]
-            targets += [learn_earlier or n == len(pairs)] * len(answer)
+            for id in prompt:
+                is_word = id < self.vocabulary and id != self.placeholder
+                kinds.append(WORD if is_word else IMAGE_PART)
+            kinds += [LAST if n == len(pairs) else EARLIER] * len(answer)
 
         # An extended tokenizer may have tokens that the LLM doesn't know
         for id in self.no_embedding.intersection(ids):
             token = self.tokenizer.bytes[id].decode(errors="replace")
             raise InputError(f"token {token!r} ({id}) has no embedding: the tokenizer was extended, the "
                              f"language model wasn't (it has {self.vocabulary})")
-        return ids, targets
+        return Example(ids, kinds)
 
     def encode_turns(self, turns: list[Turn], max_tokens: int,
                      raw: bool) -> list[tuple[list[int], list[int]]]:
@@ -367,44 +382,52 @@ class Processor:
         return ids if newline and self.ended(ids) else ids + list(self.end_tokens[:1])
 
     def batch(self, examples: list[Conversation], max_tokens: int = 128,
-              tiles: list[list[tuple[int, int]]] | None = None, learn_prompt: bool = False,
-              spelled: list[list[str]] | None = None, queries: int = 0, learn_earlier: bool = True) -> Batch:
+              tiles: list[list[tuple[int, int]]] | None = None, learned: tuple[int, ...] = ANSWERS,
+              spelled: list[list[str]] | None = None, queries: int = 0,
+              orders: list[list[int]] | None = None) -> Batch:
         """Turns conversations into a Batch on the CPU: see `encode`.
 
-        tiles: of the pictures of each conversation; by default it has one, seen as a whole.
-        spelled: for each conversation, the caption that each of its pictures should spell in its `queries`
+        tiles: of the pictures of each entry; by default it has one, seen as a whole.
+        learned: what the targets are, of WORD, EARLIER and LAST.
+        spelled: for each entry, the caption that each of its pictures should spell in its `queries`
             embeddings.
+        orders: for each conversation, the entries that it shows; by default the n-th shows the n-th.
         """
-        rows, answered, fits = [], [], []
-        learns_answers = learn_earlier and not learn_prompt  # all of them, and nothing else
+        rows, shown = [], []
         for n, example in enumerate(examples):
             *earlier, (text, answer) = example
-            images = 1 if tiles is None else len(tiles[n])
-            of_images = WHOLE if tiles is None else tiles[n]
+            order = [n] if orders is None else orders[n]
+            images = 1 if tiles is None else sum(len(tiles[j]) for j in order)
+            of_images = WHOLE if tiles is None else itertools.chain.from_iterable(tiles[j] for j in order)
 
-            # Nothing is learned of an example that doesn't fit
-            row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier,
-                              learn_prompt=learn_prompt, learn_earlier=learn_earlier)
-            fits.append(len(row[0]) <= self.max_positions)
-            if not fits[-1]:
+            # Nothing is learned or shown of an example that doesn't fit
+            row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier)
+            if len(row.ids) <= self.max_positions:
+                rows.append(row)
+                shown += order
+            else:
+                rows.append(NOTHING)
                 self.skipped.add(hash(str(example)))
-                row = NOTHING
-            rows.append(row)
-
-            # The same ids, with all answers as targets
-            if fits[-1] and not learns_answers:
-                row = self.encode(text, answer, max_tokens, images, iter(of_images), earlier=earlier)
-            answered.append(row)
-        tokens, target_positions, targets = stack(rows or [NOTHING])
-        answer_positions = target_positions
-        if not learns_answers:
-            _, answer_positions, _ = stack(answered or [NOTHING])
-        most = max([1] + [ids.count(self.marker) for ids, _ in rows])
+        rows = rows or [NOTHING]
+        tokens, positions, targets = stack(rows, learned)
+        most = max([1] + [self.views(row.ids) for row in rows])
         spelling = None
         if spelled is not None:
-            captions = itertools.chain.from_iterable(itertools.compress(spelled, fits))
+            captions = itertools.chain.from_iterable(spelled[j] for j in shown)
             spelling = self.spelling(captions, queries)
-        return Batch(tokens, target_positions, targets, answer_positions, most, fits, spelling)
+        return Batch(tokens, positions, targets, self.prompts(rows), most, shown, spelling)
+
+    def prompts(self, examples: list[Example]) -> torch.Tensor | None:
+        """The ids (P,L) that the adapter reads with each picture, padded on the right with -1: the words
+        before the first answer of its example, at most `prompt_length`. None if it reads no prompt."""
+        if not self.prompt_length:
+            return None
+        found = []
+        for ids, kinds in examples:
+            begin = next((at for at, kind in enumerate(kinds) if kind in ANSWERS), len(ids))
+            words = [id for id, kind in zip(ids[:begin], kinds) if kind == WORD]
+            found += [torch.tensor(words[:self.prompt_length], dtype=torch.long)] * self.views(ids)
+        return pad_sequence(found or [torch.zeros(1, dtype=torch.long)], True, -1)  # else of a blank picture
 
     def spelling(self, captions: Iterable[str], queries: int) -> Spelling:
         """Targets of the --spell loss, for pictures of `queries` embeddings each."""
@@ -416,21 +439,18 @@ class Processor:
             targets += ids
         return Spelling(torch.tensor(positions, dtype=torch.long), torch.tensor(targets, dtype=torch.long))
 
-    def ask(self, pictures: list, prompt: str | None = None, raw: bool = False,
-            split: bool | None = None) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids of a prompt for each entry of `pictures`, and the pixels (V,3,S,S) of all views (None if V is
-        0).
+    def ask(self, pictures: list, prompt: str | None = None,
+            raw: bool = False) -> tuple[list[Example], torch.Tensor | None]:
+        """A prompt for each entry of `pictures`, and the pixels (V,3,S,S) of all views (None if V is 0).
 
         pictures: an entry is a PIL.Image, or a list of any number of them.
         prompt: has an `<image>` for each picture of an entry, or none: then all come first. By default it is
             the run's own. raw: see `encode`.
-        split: whether pictures are seen in tiles too, if the family does so; by default as in training.
         Raises InputError if an entry has another number of pictures than the prompt has `<image>`s.
         """
         if isinstance(pictures, Image.Image):
             raise InputError("pictures come in a list: for one, [picture]")
         prompt = self.prompt_for("") if prompt is None else prompt
-        split = self.split if split is None else split
         groups = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in pictures]
         if IMAGE in prompt:
             wanted = prompt.count(IMAGE)
@@ -441,10 +461,10 @@ class Processor:
         # Each entry: its views, and a prompt with as many image tokens as they take
         rows, pixels = [], []
         for group in groups:
-            views = [self.preprocess.tiles(picture, split) for picture in group]
+            views = [self.preprocess.tiles(picture, self.split) for picture in group]
             pixels += [x for x, _, _ in views]
             tiles = iter([(rows_, columns) for _, rows_, columns in views])
-            rows.append(self.encode(prompt, images=len(group), tiles=tiles, raw=raw)[0])
+            rows.append(self.encode(prompt, images=len(group), tiles=tiles, raw=raw))
         return rows, torch.cat(pixels) if pixels else None
 
     def lost(self) -> str:
@@ -493,12 +513,14 @@ def shorten(turns: list[Turn], excess: int) -> list[Turn] | None:
     return [first._replace(text=head + left)]
 
 
-def stack(sequences: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Joins sequences of (ids, which of them are targets) into a batch: ids (B,T), padded on the right; the
-    positions (M,) in the flattened ids whose next token is a target; and these targets (M,). Nothing predicts
-    the first id of a sequence, so that it is never a target."""
-    tokens = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids, _ in sequences], True)
-    wanted = pad_sequence([torch.tensor(targets, dtype=torch.bool) for _, targets in sequences], True)
+def stack(examples: list[Example],
+          learned: tuple[int, ...] = ANSWERS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Joins examples into a batch: ids (B,T), padded on the right; the positions (M,) in the flattened ids
+    whose next token is a target, one of a kind that is `learned`; and these targets (M,). Nothing predicts
+    the first id of an example, so that it is never a target."""
+    tokens = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids, _ in examples], True)
+    kinds = pad_sequence([torch.tensor(kinds, dtype=torch.long) for _, kinds in examples], True)
+    wanted = torch.isin(kinds, torch.tensor(learned))
     wanted[:, :1] = False
     positions = wanted.flatten().nonzero()[:, 0]
     return tokens, positions - 1, tokens.flatten()[positions]
@@ -580,14 +602,11 @@ def count_bad(bad: dict[int, str], found: dict[int, str], captions) -> None:
         raise InputError(f"{len(bad)} of {captions.count} pictures can't be read; the last: {last}")
 
 
-def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
-                  alone: bool = False):
+def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, alone: bool = False):
     """Reads the pictures of a caption set, batch by batch of entries (`alone`: of pictures). Yields the
     entries whose pictures can be read, and their pixels on the VLM's device. Counts the other pictures in
-    `bad`, {picture: reason}. split: in tiles, where the family does so (by default as the run was trained).
-    Raises InputError as `count_bad` does."""
-    split = vlm.processor.split if split is None else split
-    pixels = Pixels(captions, vlm.vit.preprocess, split)
+    `bad`, {picture: reason}. Raises InputError as `count_bad` does."""
+    pixels = Pixels(captions, vlm.vit.preprocess, vlm.processor.split)
 
     def items_of(batch):
         return [(i, (i,) if alone else captions.pictures(i)) for i in batch]
@@ -601,10 +620,9 @@ def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0,
         yield indices, views._replace(x=to_device(views.x, vlm.device))
 
 
-def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, split: bool | None = None,
-                    alone: bool = False):
+def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, alone: bool = False):
     """As `read_pictures`, but yields features, without gradients, in place of the pixels."""
-    for indices, views in read_pictures(vlm, captions, batches, bad, workers, split, alone):
+    for indices, views in read_pictures(vlm, captions, batches, bad, workers, alone):
         if indices:
             with torch.no_grad():
                 views = views._replace(x=vlm.features(views.x))
@@ -619,11 +637,15 @@ def chunks(sequence, size: int) -> list:
 def shuffled(size: int, batch: int, seed: int, step: int = 0):
     """Yields endless batches (lists of indices below `size`) from `step` on: one shuffled epoch after the
     other, a pure function of the seed. Batch `step` begins in epoch `step * batch // size`."""
-    epoch, done = divmod(step * batch, size)
-    epochs = (random.Random(f"{seed} {e}").sample(range(size), size) for e in itertools.count(epoch))
-    indices = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
+    first_epoch, done = divmod(step * batch, size)
+
+    def indices():
+        for epoch in itertools.count(first_epoch):
+            yield from random.Random(f"{seed} {epoch}").sample(range(size), size)
+
+    left = itertools.islice(indices(), done, None)
     while True:
-        yield list(itertools.islice(indices, batch))
+        yield list(itertools.islice(left, batch))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -679,26 +701,28 @@ class Encoded:
         """The features from the file in --features, which is written first where it isn't there."""
         path = Path(self.args.features, f"{self.key()}.safetensors")
         device = self.vlm.device
-        shape = (self.captions.count, *self.shape)
+        count = self.captions.count
+        tensors = {"rows": torch.empty(count, *self.shape, dtype=self.dtype, device="meta"),
+                   "marks": torch.empty(count, dtype=torch.bool, device="meta")}  # whether it could be read
 
-        def write(file: Path) -> None:
-            rows = (rows for _, rows in self.encode())
-            write_rows(file, shape, self.dtype, rows,
-                       lambda: [p not in self.bad for p in range(self.captions.count)])
+        def values():
+            for _, rows in self.encode():
+                yield rows
+            yield torch.tensor([p not in self.bad for p in range(count)])
 
         there = torch.tensor(path.is_file(), device=device, dtype=torch.int)
         if sum_over_processes(there) < WORLD:
             if LOCAL:  # one process on each machine writes, the others encode their share
-                collections.deque(self.encode(), 0)
+                for _ in self.encode():
+                    pass
             else:
                 with guard(path.parent, "can't be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, write)
+                write_file(path, lambda file: write_safetensors(file, tensors, {}, values()))
             sum_over_processes(torch.zeros(1, device=device))  # wait until the file is there
 
         found = read_tensors(path)
-        compare({"rows": torch.empty(shape, dtype=self.dtype, device="meta"),
-                 "marks": torch.empty(shape[:1], dtype=torch.bool, device="meta")}, found, path)
+        compare(tensors, found, path)
         unread = (~found["marks"]).nonzero().flatten().tolist()
         reasons = {i: f"{self.captions.name(i)}: couldn't be read" for i in unread}
         count_bad(self.bad, reasons | self.bad, self.captions)

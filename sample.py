@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from adapters import VLM
@@ -34,7 +33,7 @@ from llm import KVCache
 from lora import merge_lora
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
                              run)
-from support.drawing import GREY, INK, contact_sheet, write_picture
+from support.drawing import contact_sheet, spotlights, write_picture
 from support.journal import counted
 from support.kernels import watch
 from support.machine import can_compile, pick_device, pick_precision
@@ -92,8 +91,8 @@ def make_parser() -> Parser:
     add("--top-p", type=Number(float, 1e-6, 1), default=1.0,
         help="draw among the fewest tokens of this probability together")
     add("--beams", type=Number(int, 1, 1000), metavar="N",
-        help="search for the likeliest text with N beams; 1: off (default: 3 of a run that learned captions of "
-             "your own, not --from a public VLM, without --prompt, --chat or --temperature; else 1)")
+        help="search for the likeliest text with N beams; 1: off (default: 3 of a run that learned captions "
+             "of your own, not --from a public VLM, without --prompt, --chat or --temperature; else 1)")
     add("--length-penalty", type=Number(float, 0, 10), metavar="P",
         help="with beams: the best text has the highest log-probability divided by its length to this power; "
              "1 favours long ones, 0 short ones (default: 0.5)")
@@ -190,7 +189,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
         batch = batches.pop(0)
         try:
             pictures = [examples + [open_picture(name) for name in names] for names in batch]
-            rows, pixels = vlm.processor.ask(pictures, prompt, args.raw_prompt, args.split)
+            rows, pixels = vlm.processor.ask(pictures, prompt, args.raw_prompt)
             features = vlm.features(pixels.to(vlm.device))
             typed = Typed(vlm.processor) if as_it_comes and len(files) == size else None
             texts = vlm.answer(rows, features, score=args.json, on_token=typed, **decoding)
@@ -205,9 +204,9 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             continue
 
         views = len(pixels) // len(batch)
-        for i, (names, ids, text) in enumerate(zip(batch, rows, texts)):
+        for i, (names, row, text) in enumerate(zip(batch, rows, texts)):
             if args.show_prompt:
-                print(as_read(vlm, ids), file=sys.stderr)
+                print(as_read(vlm, row.ids), file=sys.stderr)
             if args.json:
                 line = dict(image=names if size > 1 else names[0], caption=text,
                             log_probability=round(text.log_probability, 4))
@@ -218,7 +217,7 @@ def caption_files(vlm: VLM, files: list[str], shots: list, decoding: dict, args:
             if args.attention:
                 mine = slice(i * views, (i + 1) * views)
                 looks = look(vlm, features[mine], prompt, text, args.raw_prompt)
-                sections.append((text, spotlights(vlm, pixels[mine], looks)))
+                sections.append((text, spotlights(vlm.vit.preprocess.visible(pixels[mine]), looks)))
     if sections:
         write_picture(Path(args.attention), contact_sheet(sections, 7, 150))
     tell_lost(vlm, args)
@@ -265,9 +264,8 @@ class Chat:
     """A conversation about pictures. What the LLM has read stays in its cache, so that it reads only what is
     new."""
 
-    def __init__(self, vlm: VLM, split: bool, decoding: dict):
+    def __init__(self, vlm: VLM, decoding: dict):
         self.vlm = vlm
-        self.split = split
         self.decoding = decoding
         self.turns: Conversation = []
         self.tiles: list[tuple[int, int]] = []  # of each picture
@@ -280,22 +278,22 @@ class Chat:
         """The answer to a question, which comes with these pictures, new ones. Raises InputError."""
         vlm = self.vlm
         processor = vlm.processor
-        views = [vlm.vit.preprocess.tiles(picture, self.split) for picture in pictures]
+        views = [vlm.vit.preprocess.tiles(picture, processor.split) for picture in pictures]
         tiles = self.tiles + [(rows, columns) for _, rows, columns in views]
         text = IMAGE * len(views) + question.replace(IMAGE, " ")
-        ids, targets = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
+        example = processor.encode(text, images=0, tiles=iter(tiles), earlier=self.turns)
+        ids = example.ids
         room = processor.max_positions - len(ids)
         if room < 1:
             raise InputError("these pictures don't fit the language model's "
                              f"{processor.max_positions} positions")
 
         # The new pictures' embeddings, behind the others'
-        tokens, positions = [x.to(vlm.device) for x in stack([(ids, targets)])[:2]]
         images = self.images
         if views:
             pixels = torch.cat([x for x, _, _ in views]).to(vlm.device)
-            prompt = vlm.prompt_tokens(tokens, None, positions)
-            new = vlm.embed_images(vlm.features(pixels), None if prompt is None else prompt[-len(pixels):])
+            prompts = processor.prompts([example])
+            new = vlm.embed_images(vlm.features(pixels), None if prompts is None else prompts[-len(pixels):])
             images = new if images is None else torch.cat([images, new])
 
         # Read only what is new: the cache has the first `same` ids, few if the first turns were cut. At least
@@ -305,7 +303,7 @@ class Chat:
             same += 1
         self.cache.length = same
         self.read = self.read[:same]
-        inputs = vlm.llm_inputs(tokens, images)
+        inputs = vlm.llm_inputs(torch.tensor([ids], device=vlm.device), images)
         for name in ("embeddings", "positions"):
             if inputs[name] is not None:
                 inputs[name] = inputs[name][:, same:]
@@ -328,7 +326,7 @@ def chat(vlm: VLM, files: list[str], decoding: dict, args: argparse.Namespace) -
 
     if sys.stdin is None:
         raise InputError("--chat: standard input is closed")
-    talk = Chat(vlm, args.split, decoding)
+    talk = Chat(vlm, decoding)
     pictures = [read(name) for name in files]
     question = args.prompt
     while True:
@@ -380,7 +378,7 @@ def score_sets(vlm: VLM, sets: dict, shots: list, decoding: dict, args: argparse
     for label, captions in sets.items():
         bad = {}
         batches = chunks(range(len(captions)), args.batch)
-        encoded = encode_pictures(vlm, captions, batches, bad, args.workers, args.split)
+        encoded = encode_pictures(vlm, captions, batches, bad, args.workers)
         readable = ((indices, features) for indices, features in encoded if indices)
         shown = counted(readable, "captioned", len(captions), label, args.quiet, sys.stderr)
         texts = caption_set(vlm, captions, shown, solved, args.prompt, args.raw_prompt,
@@ -418,7 +416,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             features = shots.views.join(features)
 
         # Each entry's conversation up to its last question, after the solved examples, and their views
-        rows, targets, order, answered = [], [], [], []
+        rows, order, answered = [], [], []
         for at, i in enumerate(indices, start=K):
             *earlier, (question, _) = captions.conversations(i)[0]
             question = question or prompt
@@ -427,17 +425,16 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
             *earlier, (text, _) = few_shot([*examples, asked])
             shown = [*range(K), at]  # places of the shots and of the entry in `features`
             tiles = itertools.chain.from_iterable(features.tiles[j] for j in shown)
-            ids, learned = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
-            if len(ids) < processor.max_positions:
-                rows.append(ids)
-                targets.append(learned)
+            row = processor.encode(text, raw=raw and not earlier, tiles=tiles, earlier=earlier)
+            if len(row.ids) < processor.max_positions:
+                rows.append(row)
                 order += shown
                 answered.append(i)
             else:
                 processor.skipped.add(hash(str(asked)))
         if rows:
             x = features.pick(order).x
-            texts.update(zip(answered, vlm.answer(rows, x, targets=targets, **decoding)))
+            texts.update(zip(answered, vlm.answer(rows, x, **decoding)))
     if not texts:
         raise InputError(f"no text fits the language model's {processor.max_positions} positions")
     return texts
@@ -485,14 +482,15 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     that read patches. A word of several tokens has their mean.
     """
     adapter, P = vlm.adapter, len(features)
-    ids, wanted = vlm.processor.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
-    tokens, positions, targets = stack([(ids, wanted)])
+    example = vlm.processor.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
+    tokens, positions, targets = stack([example])
 
     # Run it once more, and watch who attends to images and who reads patches
     readers = [module for name, module in adapter.named_modules() if re.fullmatch(adapter.readers, name)]
     writers = [block.attention for block in (vlm.llm if vlm.in_text else adapter).blocks]
     with watch([*readers, *writers]) as seen:
-        vlm.logits(tokens.to(vlm.device), features, positions.to(vlm.device))
+        prompts = vlm.processor.prompts([example])
+        vlm.logits(tokens.to(vlm.device), features, positions.to(vlm.device), prompts)
 
     # From each target to the embeddings of the images, then to the patches
     maps = torch.stack([seen[module] for module in writers]).mean(0)[0, positions]  # (M,T), or (M,P·Q)
@@ -523,37 +521,6 @@ def words_of(processor: Processor, ids: list[int], maps: torch.Tensor) -> list[t
             found.append((word + piece, word_maps))
         after_space = piece[-1:].isspace()
     return [(word.decode(errors="replace").strip(), torch.stack(seen).mean(0)) for word, seen in found]
-
-
-WARM = torch.tensor([1.0, 0.45, 0.0])[:, None, None]
-LITTLE_WORDS = "a an the of in on at to is are and with by for from its it his her their there that".split()
-
-
-def spotlights(vlm: VLM, pixels: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
-               side: int = 150) -> list[tuple[Image.Image, list]]:
-    """Pictures for `contact_sheet`: what the encoder sees (P,3,S,S), first as it is, then in grey, and warm
-    where a word of `looks` paid a larger share than words do on average: all pay the most to the same few
-    patches. All words have one scale, and those that name something come first."""
-    black = vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), "black"))
-    white = vlm.vit.preprocess.pixels(Image.new("RGB", (1, 1), "white"))
-    size = (side, side)
-    views = F.interpolate((pixels - black) / (white - black), size, mode="bilinear", antialias=True)
-    cells = [(views, [("the picture", INK), ("warm: where a word looked more than the others", GREY)])]
-
-    shares = [at / at.sum() for _, at in looks]
-    usual = torch.stack(shares).mean(0) if len(shares) > 1 else torch.tensor(0.0)
-    more = [(share - usual).clamp(min=0) for share in shares]
-    most = max((at.max().item() for at in more), default=0.0) or 1.0
-    grey = 0.8 * views.clamp(0, 1).mean(1, keepdim=True)  # (P,1,side,side)
-    for (word, _), at in sorted(zip(looks, more), key=lambda cell: cell[0][0].lower() in LITTLE_WORDS):
-        heat = F.interpolate(at[:, None] / most, size, mode="bicubic").clamp(0, 1).sqrt()
-        cells.append((grey + (WARM - grey) * 0.8 * heat, [(word, INK if at.max() > most / 4 else GREY)]))
-
-    pictures = []
-    for view, lines in cells:
-        array = (torch.cat([*view], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        pictures.append((Image.fromarray(array.numpy()), lines))
-    return pictures
 
 
 def usual_beams(vlm: VLM, args: argparse.Namespace) -> int:
@@ -608,9 +575,10 @@ def main() -> None:
         vlm.pack()
 
     # What depends on it
-    args.split = not args.attention and (vlm.processor.split if args.split is None else args.split)
-    args.split = args.split and vlm.vit.preprocess.has_tiles
-    args.batch = args.batch or (4 if args.split else 64 if args.data else 16)
+    if args.split is not None or args.attention:
+        vlm.processor.split = bool(args.split)
+    tiled = vlm.processor.split and vlm.vit.preprocess.has_tiles
+    args.batch = args.batch or (4 if tiled else 64 if args.data else 16)
     args.beams = args.beams or usual_beams(vlm, args)
     if args.length_penalty is None:
         args.length_penalty = 0.5

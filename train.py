@@ -21,15 +21,14 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, default_sizes
-from data import (Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout, draw_shots,
-                  few_shot, is_caption, layout_weights, read_pictures, shuffled)
+from data import (ANSWERS, LAST, WORD, Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout,
+                  draw_shots, few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation, listed
 from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
                            warn, write_json, write_tensors, write_text)
@@ -42,7 +41,7 @@ from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
 from support.processes import CORES, RANK, WORLD, merge_over_processes, sum_over_processes
-from support.runs import BEST, CHECKPOINT, adamw_state, resume_state
+from support.runs import BEST, CHECKPOINT, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
 
@@ -114,12 +113,15 @@ def make_parser() -> Parser:
              "<image>, or first (default: none)")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", type=Number(int, 1, 10_000), metavar="R",
-        help="train a LoRA of rank R too (default: the backbones stay frozen)")
+    add("--lora", type=Number(int, 0, 10_000), metavar="R",
+        help="train a LoRA of rank R too; 0: the backbones stay frozen (default: 0; of a new adapter with "
+             "--data, 16)")
     add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
         help="its updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES", type=without_spaces,
-        help="layers with it: q, k, v, out, gate, up, down; or all")
+        
+        help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
+             "--data, all)")
     add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")
     add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
@@ -287,11 +289,14 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
 
 
 def options_for_captions(parser: Parser) -> argparse.Namespace:
-    """The options of a run on captions of one's own: what an LLM learns best that has read no grids of words
-    (RESULTS.md, "On photographs")."""
+    """The options of a run on captions of one's own, by defaults that suit them (RESULTS.md, "On
+    photographs"): their LLM, unlike the built-in one, was never taught to read pictures."""
     parser.set_defaults(adapter="pixelshuffle")
-    kind = one_of(ADAPTERS, "adapter", parser.parse_args().adapter)
+    args = parser.parse_args()
+    kind = one_of(ADAPTERS, "adapter", args.adapter)
     parser.set_defaults(lr=1e-3 if "queries" in default_sizes(kind) else 3e-3)
+    if "llm" not in args.train.split(",") and not args.lora_from:
+        parser.set_defaults(lora=16, lora_targets="all")
     return parser.parse_args()
 
 
@@ -426,7 +431,7 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
     parts = list(dict.fromkeys(args.lora_on.split(",")))
     if args.lora_from:
         vlm.load_lora(Path(args.lora_from), parts)
-    if args.lora is not None:
+    if args.lora:
         targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
         alpha = args.lora_alpha or 2 * args.lora
         for part in parts:
@@ -472,7 +477,7 @@ def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Optimizer and checkpoint
+# Optimizer
 
 def parameter_groups(vlm: VLM, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: each part's peak learning rate, and weight decay for its matrices."""
@@ -496,71 +501,8 @@ def schedule(step: int, args: argparse.Namespace) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-def save_checkpoint(folder: Path, step: int, vlm: VLM, optimizer, scaler, losses: list[torch.Tensor]) -> None:
-    """Writes the one file of a run: what `VLM.from_pretrained` reads, and what --resume needs, with the
-    `losses` since the last line of metrics.jsonl."""
-    losses = torch.tensor([loss.item() for loss in losses])
-    state = checkpoint_state(vlm, optimizer, scaler, losses)
-    write_tensors(folder / CHECKPOINT, state, {"step": str(step)})
-
-
-def checkpoint_state(vlm: VLM, optimizer, scaler, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    moments = {name: optimizer.state[p] for name, p in vlm.trained.items()}
-    return vlm.state() | resume_state(moments, scaler, losses)
-
-
-@torch.no_grad()
-def load_checkpoint(folder: Path, vlm: VLM, optimizer, scaler,
-                    steps: int) -> tuple[int, list[torch.Tensor]]:
-    """Takes up what `save_checkpoint` left. Returns the number of steps done, of the run's `steps`, and the
-    losses since the last line. A run that came to no checkpoint starts anew. Raises InputError where a tensor
-    there isn't one that `save_checkpoint` would write now."""
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        if (folder / "adapter.safetensors").is_file():
-            raise InputError(f"{folder}: a run of an older version of train.py, which can't go on")
-        return 0, []
-    found = read_tensors(path)
-    said = read_metadata(path).get("step", "none")
-    if not re.fullmatch("[0-9]{1,18}", said) or int(said) > steps:
-        raise InputError(f"{path}: its step is {said}, not a number up to {steps}")
-    step = int(said)
-    losses = found.get("losses", torch.zeros(0))
-    expected = torch.zeros(min(losses.numel(), step))  # so many at most come since the last line
-    compare(checkpoint_state(vlm, optimizer, scaler, expected), found, path)
-
-    # The weights, with those under a LoRA and its scales: --lora-from may hold others by now
-    vlm.take(found)
-
-    # What AdamW keeps of each, and what the scaler keeps
-    for name, p in vlm.trained.items():
-        for key, value in optimizer.state[p].items():
-            value.copy_(found[f"{key}.{name}"])
-    scaler.load_state_dict({key: found[f"scaler.{key}"].item() for key in scaler.state_dict()})
-    return step, list(losses)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # A run
-
-class MicroBatch(NamedTuple):
-    """A part of a step's batch: its texts, the views of its entries' pictures, and which entries the texts
-    show, in order: an entry may be an example in several texts."""
-    texts: Batch
-    views: Views
-    order: list[int]
-
-
-def joined(rows: list[list], orders: list[list[int]]) -> list[list]:
-    """For each text, the rows of the entries that it shows, one after the other."""
-    found = []
-    for shown in orders:
-        of_text = []
-        for j in shown:
-            of_text += rows[j]
-        found.append(of_text)
-    return found
-
 
 class Run:
     """A training run: what learns, from what, and the folder where it is kept."""
@@ -635,11 +577,11 @@ class Run:
         self.fused = self.device.type != "mps"
         self.optimizer = torch.optim.AdamW(parameter_groups(vlm, args), betas=(0.9, 0.98), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=vlm.dtype == torch.float16)
+        counter = self.device if self.fused else "cpu"  # who counts the steps
         for p in vlm.trained.values():  # what a checkpoint holds is known before the first step
-            state = adamw_state(p)
-            if not self.fused:  # then the CPU counts steps, and would wait for each
-                state["step"] = state["step"].cpu()
-            self.optimizer.state[p] = state
+            step = torch.zeros((), device=counter)
+            self.optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
+                                           exp_avg_sq=torch.zeros_like(p))
         compiles = compiling_pays(vlm, args) if args.compile is None else args.compile
         if compiles and can_compile(self.device):
             vlm.compile_blocks()
@@ -656,14 +598,55 @@ class Run:
         self.log = Log(self.folder, args.tensorboard)
         self.first_step, self.losses = 0, []
         if args.resume:
-            self.first_step, self.losses = load_checkpoint(self.folder, vlm, self.optimizer, self.scaler,
-                                                      args.steps)
+            self.load_checkpoint()
         elif not RANK:
             check_new(self.folder)  # again: it is this process's alone only now
         self.log.begin(self.first_step)
         count = sum(p.numel() for p in self.trained)
         self.say(f"{self.folder}: {adapter} adapter, {count:,} trained parameters, "
                  f"{vlm.adapter.queries} embeddings a picture; {self.device}, {args.precision}")
+
+    # -----------------------------------------------------------------------------------------------------
+    # The checkpoint
+
+    def save_checkpoint(self, step: int, losses: list[torch.Tensor]) -> None:
+        """Writes the one file of a run: what `VLM.from_pretrained` reads, and what --resume needs, with the
+        `losses` since the last line of metrics.jsonl."""
+        state = self.state(torch.tensor([loss.item() for loss in losses]))
+        write_tensors(self.folder / CHECKPOINT, state, {"step": str(step)})
+
+    def state(self, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = {name: self.optimizer.state[p] for name, p in self.vlm.trained.items()}
+        return self.vlm.state() | resume_state(moments, self.scaler, losses)
+
+    @torch.no_grad()
+    def load_checkpoint(self) -> None:
+        """Takes up what `save_checkpoint` left. A run that came to no checkpoint starts anew. Raises
+        InputError where a tensor there isn't one that `save_checkpoint` would write now."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            if (self.folder / "adapter.safetensors").is_file():
+                raise InputError(f"{self.folder}: a run of an older version of train.py, which can't go on")
+            return
+        found = read_tensors(path)
+        said = read_metadata(path).get("step", "none")
+        if not re.fullmatch("[0-9]{1,18}", said) or int(said) > self.args.steps:
+            raise InputError(f"{path}: its step is {said}, not a number up to {self.args.steps}")
+        self.first_step = int(said)
+        losses = found.get("losses", torch.zeros(0))
+        expected = torch.zeros(min(losses.numel(), self.first_step))  # so many at most since the last line
+        compare(self.state(expected), found, path)
+        self.losses = list(losses)
+
+        # The weights, with those under a LoRA and its scales: --lora-from may hold others by now
+        self.vlm.take(found)
+
+        # What AdamW keeps of each, and what the scaler keeps
+        for name, p in self.vlm.trained.items():
+            for key, value in self.optimizer.state[p].items():
+                value.copy_(found[f"{key}.{name}"])
+        scaler = {key: found[f"scaler.{key}"].item() for key in self.scaler.state_dict()}
+        self.scaler.load_state_dict(scaler)
 
     def encode(self, val) -> None:
         """Encodes the pictures whose features are kept: if the encoder is frozen, those to validate on, and
@@ -751,20 +734,16 @@ class Run:
         prompt_for = self.vlm.processor.prompt_for
         return arrange(layout, captions, i, self.args.seed, epoch, prompt_for, others)
 
-    def micro_batch(self, indices: list[int], views: Views, epoch: int, spell: float) -> MicroBatch:
-        """The texts of some entries, as tensors on the device, and the views of the pictures in them."""
+    def micro_batch(self, indices: list[int], views: Views, epoch: int, spell: float) -> Batch:
+        """The texts of some entries, whose pictures have these `views`, on the device."""
         args, adapter = self.args, self.vlm.adapter
         examples, orders = self.draw(indices, epoch)
-        tiles = joined(views.tiles, orders)
-        spelled = joined([self.spelled(i) for i in indices], orders) if spell else None
+        spelled = [self.spelled(i) for i in indices] if spell else None
         queries = adapter.queries if adapter.side is None else 0  # a grid can't be put in a caption's order
-        texts = self.vlm.processor.batch(examples, args.max_tokens, tiles, args.prefix_loss, spelled, queries)
-
-        # The entries whose pictures the texts show
-        order = []
-        for shown, fits in zip(orders, texts.fits):
-            order += shown if fits else []
-        return MicroBatch(texts.to(self.device), views, order)
+        learned = (WORD, *ANSWERS) if args.prefix_loss else ANSWERS
+        texts = self.vlm.processor.batch(examples, args.max_tokens, views.tiles, learned, spelled, queries,
+                                         orders)
+        return texts.to(self.device)
 
     def spelled(self, i: int) -> list[str]:
         """What the embeddings of each picture of an entry should spell: its caption, of several nothing."""
@@ -787,23 +766,23 @@ class Run:
         parts = []
         for places in chunks(range(len(indices)), self.local_batch // args.accumulate) or [[]]:
             entries = [indices[i] for i in places]
-            parts.append(self.micro_batch(entries, inputs.pick(places), epoch, spell))
+            views = inputs.pick(places)
+            parts.append((self.micro_batch(entries, views, epoch, spell), views))
 
         # Divide by the targets of the whole batch: --accumulate and more GPUs don't change the loss
-        targets = sum(len(part.texts.targets) for part in parts)
-        spell_count = sum(len(part.texts.spelling.targets) for part in parts if part.texts.spelling)
+        targets = sum(len(texts.targets) for texts, _ in parts)
+        spell_count = sum(len(texts.spelling.targets) for texts, _ in parts if texts.spelling)
         counts = sum_over_processes(to_device(torch.tensor([targets, spell_count]), self.device))
         targets, spell_count = counts.clamp(min=1)
 
         # Forward and backward, part by part
         loss = torch.zeros((), device=self.device)
-        for part in parts:
+        for texts, views in parts:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
-                self.forward.require_backward_grad_sync = part is parts[-1]
-            views = part.views
+                self.forward.require_backward_grad_sync = texts is parts[-1][0]
             if not self.kept_features:
                 views = views._replace(x=vlm.features(views.x))
-            losses, spelling = self.forward(part.texts, views.pick(part.order).x)
+            losses, spelling = self.forward(texts, views.pick(texts.shown).x)
             mean = losses.sum() / targets
             loss += mean.detach()
             # DDP averages the gradients of the processes: times their number they are the sum
@@ -817,7 +796,7 @@ class Run:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(part.texts.tokens.numel() for part in parts)
+        tokens = sum(texts.tokens.numel() for texts, _ in parts)
         return sum_over_processes(loss).masked_fill(broken, torch.nan), tokens
 
     # -----------------------------------------------------------------------------------------------------
@@ -840,9 +819,8 @@ class Run:
     def losses_of(self, examples: list[Conversation], features: Views,
                   max_tokens: int) -> tuple[Batch, torch.Tensor]:
         """A batch of examples, a text for each entry of `features`, and the loss of each target."""
-        batch = self.vlm.processor.batch(examples, max_tokens, features.tiles, learn_earlier=False)
-        features = features.pick([i for i, fits in enumerate(batch.fits) if fits])
-        losses, _ = self.forward(batch.to(self.device), features.x)
+        batch = self.vlm.processor.batch(examples, max_tokens, features.tiles, (LAST,))
+        losses, _ = self.forward(batch.to(self.device), features.pick(batch.shown).x)
         return batch, losses
 
     @torch.no_grad()
@@ -887,13 +865,13 @@ class Run:
         args = self.args
         source = self.pictures()
         progress = Progress(args)
-        in_a_row = 0  # steps that changed nothing
+        in_a_row = torch.zeros((), device=self.device)  # steps that changed nothing
         for step in range(self.first_step, args.steps):
             indices, inputs = next(source)
             if step == self.first_step:
                 progress.begin([loss.to(self.device) for loss in self.losses])
             loss, tokens = self.step(step, indices, inputs)
-            in_a_row = (in_a_row + 1) * loss.isnan()  # back to 0 after a step that changed something
+            in_a_row = torch.where(loss.isnan(), in_a_row + 1, 0)  # on the device: no step waits for it
             progress.add(step, loss, WORLD * len(indices), WORLD * tokens)
             signals.unsaved = True
 
@@ -903,10 +881,10 @@ class Run:
                 line = {**progress.line(step), "lr": args.lr * schedule(step, args)}
                 if in_a_row >= PATIENCE:
                     raise InputError(
-                        f"{self.folder}: the last {in_a_row:.0f} steps changed nothing: their gradients were "
-                        "not finite (start anew with a lower --lr, a longer --warmup or --precision float32) "
-                        "or there was no word to learn (look at the data and --max-tokens). The last "
-                        "checkpoint, if there is one, is as it was")
+                        f"{self.folder}: the last {int(in_a_row)} steps changed nothing: their gradients "
+                        "were not finite (start anew with a lower --lr, a longer --warmup or --precision "
+                        "float32) or there was no word to learn (look at the data and --max-tokens). The "
+                        "last checkpoint, if there is one, is as it was")
                 if save:
                     line |= self.validate()
                     bad = [merge_over_processes(self.unreadable), self.val.bad]
@@ -920,8 +898,7 @@ class Run:
                 if not RANK:
                     if save:
                         self.keep_best(step + 1, line["val"])
-                    save_checkpoint(self.folder, step + 1, self.vlm, self.optimizer, self.scaler,
-                                    progress.losses)
+                    self.save_checkpoint(step + 1, progress.losses)
                 signals.saved()
             if save and not RANK:
                 self.report(bad)

@@ -71,25 +71,6 @@ class ViTConfig:
 # ---------------------------------------------------------------------------------------------------------
 # The transformer
 
-def window_positions(grid: int, window: int, device: torch.device) -> torch.Tensor:
-    """Where each patch of a picture goes when its patches are sorted into windows: (grid²,), long.
-
-    Patches are numbered row by row. In the sorted order the first window² tokens are the first window, the
-    next window² tokens the second. The grid needn't be a multiple of `window`: the last windows have gaps.
-    """
-    n = -(-grid // window)  # windows along a side, rounded up
-    at = torch.arange(grid, device=device)
-
-    # Which window a row or column belongs to, and which row or column of that window it is
-    which = at // window
-    inside = at % window
-
-    # The same for both coordinates: number of the window, number of the patch in it
-    of_window = which[:, None] * n + which  # (G,G)
-    in_window = inside[:, None] * window + inside  # (G,G)
-    return (of_window * window ** 2 + in_window).flatten()
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens. With a `window` above 0, a patch attends only to the patches
     in its square window of `window` × `window`."""
@@ -131,16 +112,16 @@ class Attention(nn.Module):
         return scores.flatten(4).flatten(2, 3)
 
     def forward(self, x):  # (B,N,D)
-        B = len(x)
-        D = x.shape[2]
-
-        # Sort the patches into windows; zeros fill a window where it reaches beyond the picture
+        # Cut the picture into windows, each a row of the batch; zeros fill those that reach beyond it
         if self.window:
-            n = -(-self.grid // self.window)
-            positions = window_positions(self.grid, self.window, x.device)
-            windows = x.new_zeros(B, (n * self.window) ** 2, D)
-            windows[:, positions] = x
-            x = windows.view(B * n * n, -1, D)  # (B·n²,window²,D): a window is a row of the batch
+            B = len(x)
+            G = self.grid
+            w = self.window
+            n = -(-G // w)  # windows along a side, rounded up
+            beyond = n * w - G
+            x = F.pad(x.unflatten(1, (G, G)), (0, 0, 0, beyond, 0, beyond))  # (B,n·w,n·w,D)
+            x = x.unflatten(2, (n, w)).unflatten(1, (n, w)).transpose(2, 3)  # (B,n,n,w,w,D)
+            x = x.flatten(3, 4).flatten(0, 2)  # (B·n²,w²,D)
 
         # Attention, by head
         q = self.split(self.q(x))
@@ -149,9 +130,10 @@ class Attention(nn.Module):
         mask = self.bias(q) if self.relative else None
         x = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B,N,D)
 
-        # Bring the patches back into their order, without the filling
+        # Put the windows back together, without the filling
         if self.window:
-            x = x.reshape(B, -1, D)[:, positions]
+            x = x.unflatten(1, (w, w)).unflatten(0, (B, n, n)).transpose(2, 3)  # (B,n,w,n,w,D)
+            x = x.flatten(3, 4).flatten(1, 2)[:, :G, :G].flatten(1, 2)  # (B,G²,D)
         return self.out(x)
 
 

@@ -27,7 +27,8 @@ from formats import encoders, languages
 from formats.tokenizer import GPT2_SPLIT, ByteLevel, Tokenizer
 import llm as llm_module
 import vit as vit_module
-from support.shapes import COLOURS, RULES, SHAPES, SIDE, SIZE_WORDS, SIZES, Scene, judge
+from assets.sayings import RULES, by_rule, questions
+from support.shapes import COLOURS, SHAPES, SIDE, SIZE_WORDS, SIZES, Scene, judge
 from formats.files import write_json
 
 SEED = 1234
@@ -211,7 +212,7 @@ def make_vit(scenes: int = 60_000, steps: int = 4_800, batch: int = 128) -> None
 
 def lines(scene: Scene, rng: random.Random, most: int = 4) -> list[str]:
     """Some questions of a scene, each with its answer."""
-    asked = scene.questions(rng)
+    asked = questions(scene, rng)
     chosen = rng.sample(asked, min(rng.randint(1, most), len(asked)))
     return [f"{question} {answer}" for question, answer in chosen]
 
@@ -219,9 +220,9 @@ def lines(scene: Scene, rng: random.Random, most: int = 4) -> list[str]:
 def draw_rule(rng: random.Random):
     """A function that says of a scene what one of RULES asks for, or at times any of the four wordings."""
     if rng.random() < 0.2:
-        return lambda scene: scene.by_rule(rng.choice(RULES[:4]), rng)
+        return lambda scene: by_rule(scene, rng.choice(RULES[:4]), rng)
     rule = rng.choice(RULES)
-    return lambda scene: scene.by_rule(rule, rng)
+    return lambda scene: by_rule(scene, rule, rng)
 
 
 def document(seed: str) -> str:
@@ -409,7 +410,7 @@ class Texts:
             return [([0, *self.encode(caption), *seen, *self.encode(" match?")], False),
                     (self.encode(" yes\n" if answer else " no\n"), True)]
         parts = [([0, *seen], False)]
-        asked = scene.questions(rng)
+        asked = questions(scene, rng)
         for question, answer in rng.sample(asked, min(4, len(asked))):
             parts += [(self.encode(question), False), (self.encode(f" {answer}\n"), True)]
         return parts
@@ -627,18 +628,18 @@ def examine(tokenizer: Tokenizer, count: int = 300) -> None:
         print(f"llm: of {count} maps of {size}, right: {', '.join(scores)}", flush=True)
 
     # What a rule is, only the examples before tell
-    def by_rule(texts, size, shots):
+    def continued(texts, size, shots):
         rule = texts.random.choice(RULES[4:])
         parts = [([0], False)]
         for _ in range(shots + 1):
             scene = texts.scene()
-            answer = scene.by_rule(rule)
+            answer = by_rule(scene, rule)
             parts += [(texts.add_map(scene, size), False), (tokenizer.encode(answer + "\n"), True)]
         return parts, answer
 
     for size, most in ((64, 2), (16, 4), (LISTED, 4)):
         for shots in (0, 1, 2, 4)[:most.bit_length() + 1]:
-            right = sum(a == b for a, b in said(lambda texts: by_rule(texts, size, shots), 2))
+            right = sum(a == b for a, b in said(lambda texts: continued(texts, size, shots), 2))
             print(f"llm: maps of {size}, colours, shapes, sizes or count: after {shots} examples {right} of "
                   f"{count} right", flush=True)
 

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from formats.weights import Family, name_table, projection_names
+from formats.weights import Family, fused_names, name_table, projection_names
 
 BASE = dict(image_size=224, patch_size=16, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
             hidden_act="gelu", layer_norm_eps=1e-6)
@@ -62,7 +62,7 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
 def take_prefix(positions: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
     """Adds to each class token its position: they have the first ones."""
     tokens = torch.cat([as_rows(token) for token in tokens]).float()
-    return torch.stack([tokens, as_rows(positions)[:len(tokens)].float()]).sum(0)
+    return tokens + as_rows(positions)[:len(tokens)].float()
 
 
 def take_registers(positions: torch.Tensor, token: torch.Tensor, registers: torch.Tensor) -> torch.Tensor:
@@ -77,15 +77,6 @@ def skip_positions(count: int):
 
 def take_third(i: int):
     return lambda tensor: tensor.chunk(3)[i]
-
-
-def fused_names(qkv: str) -> dict:
-    """The names of q, k and v for a file that keeps the three in one tensor."""
-    return {
-        "attention.q": (take_third(0), qkv),
-        "attention.k": (take_third(1), qkv),
-        "attention.v": (take_third(2), qkv),
-    }
 
 
 def attention_names(path: str) -> dict:
@@ -172,7 +163,7 @@ EVA_NAMES = name_table(CLIP_NAMES | {
     "prefix": (take_prefix, "embeddings.position_embedding", "embeddings.class_embedding"),
     "positions": (skip_positions(1), "embeddings.position_embedding"),
 }, {
-    **fused_names("self_attn.qkv"),
+    **fused_names(take_third, "self_attn.qkv"),
     "attention.out": "self_attn.projection",
 }, "encoder.layers.{}.")
 NANOVLM_NAMES = name_table({
@@ -180,7 +171,7 @@ NANOVLM_NAMES = name_table({
     "positions": (as_rows, "patch_embedding.position_embedding"), "norm": "layer_norm",
 }, {
     "norm1": "ln1", "norm2": "ln2",
-    **fused_names("attn.qkv_proj"),
+    **fused_names(take_third, "attn.qkv_proj"),
     "attention.out": "attn.out_proj",
     "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
 }, "blocks.{}.")
@@ -192,7 +183,7 @@ SAM_NAMES = name_table({
     "neck.mix": "neck.conv2",
 }, {
     "norm1": "layer_norm1", "norm2": "layer_norm2",
-    **fused_names("attn.qkv"),
+    **fused_names(take_third, "attn.qkv"),
     "attention.out": "attn.proj",
     "attention.rows": "attn.rel_pos_h", "attention.columns": "attn.rel_pos_w",
     "mlp.up": "mlp.lin1", "mlp.down": "mlp.lin2",

@@ -1,12 +1,11 @@
 """Reads and writes JSON and safetensors. Errors name their file; a file is written whole or not at all."""
 import contextlib
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -158,13 +157,15 @@ KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", tor
          torch.bool: "BOOL"}  # dtypes, as safetensors calls them
 
 
-def write_safetensors(path: Path, tensors: dict[str, tuple], metadata: dict[str, str], chunks) -> None:
-    """Writes a file of `tensors` {name: (dtype, shape)}; `chunks` are their values, one after the other."""
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str],
+                      chunks: Iterable[torch.Tensor]) -> None:
+    """Writes a file of `tensors`, which may be on the meta device: `chunks` are their values, one after the
+    other, and needn't fit in memory together."""
     header = {"__metadata__": metadata} if metadata else {}
     at = 0  # bytes
-    for name, (dtype, shape) in tensors.items():
-        end = at + dtype.itemsize * math.prod(shape)
-        header[name] = dict(dtype=KINDS[dtype], shape=list(shape), data_offsets=(at, end))
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        header[name] = dict(dtype=KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=(at, end))
         at = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # to a multiple of 8 bytes
@@ -176,25 +177,11 @@ def write_safetensors(path: Path, tensors: dict[str, tuple], metadata: dict[str,
             file.write(chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def write_rows(path: Path, shape: tuple, dtype: torch.dtype, chunks, marks: Callable[[], list[bool]]) -> None:
-    """Writes a safetensors file of two tensors: "rows" of this shape, and "marks", a bool for each row.
-
-    Writes the rows chunk by chunk as they come: they needn't fit in memory. Then calls `marks`.
-    """
-    def values():
-        yield from chunks
-        yield torch.tensor(marks(), dtype=torch.bool)
-
-    tensors = {"rows": (dtype, shape), "marks": (torch.bool, shape[:1])}
-    write_safetensors(path, tensors, {}, values())
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     # The widest numbers first, so that each begins at a multiple of its size
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    kinds = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
-    values = (tensors[name] for name in names)
-    write_file(path, lambda file: write_safetensors(file, kinds, metadata, values))
+    tensors = {name: tensors[name] for name in names}
+    write_file(path, lambda file: write_safetensors(file, tensors, metadata, tensors.values()))
 
 
 def kind_of(tensor: torch.Tensor) -> str:

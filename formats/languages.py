@@ -4,7 +4,8 @@ import re
 import torch
 
 from formats.files import guard, warn
-from formats.weights import Checkpoint, Family, depth, find_tensors, name_table, projection_names
+from formats.weights import (Checkpoint, Family, depth, find_tensors, fused_names, name_table,
+                             projection_names)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -253,9 +254,7 @@ GPT2_NAMES = name_table({
     "embedding": "wte", "positions": "wpe", "norm": "ln_f", "head": "lm_head",
 }, {
     "norm1": "ln_1", "norm2": "ln_2",
-    "attention.q": (take_third(0), "attn.c_attn"),
-    "attention.k": (take_third(1), "attn.c_attn"),
-    "attention.v": (take_third(2), "attn.c_attn"),
+    **fused_names(take_third, "attn.c_attn"),
     "attention.out": (transpose, "attn.c_proj"),
     "mlp.up": (transpose, "mlp.c_fc"), "mlp.down": (transpose, "mlp.c_proj"),
 }, "h.{}.")
@@ -299,15 +298,12 @@ def phi3_names(config: dict) -> dict:
     keys = config["kv_heads"] * config["head_size"]
     mlp = config["mlp"]
 
-    def take(i: int, *rows: int):
-        return lambda tensor: tensor.split(rows)[i]
+    def take(*rows: int):
+        return lambda i: lambda tensor: tensor.split(rows)[i]
 
     return name_table(LLAMA_NAMES, {
-        "attention.q": (take(0, queries, keys, keys), "self_attn.qkv_proj"),
-        "attention.k": (take(1, queries, keys, keys), "self_attn.qkv_proj"),
-        "attention.v": (take(2, queries, keys, keys), "self_attn.qkv_proj"),
-        "mlp.gate": (take(0, mlp, mlp), "mlp.gate_up_proj"),
-        "mlp.up": (take(1, mlp, mlp), "mlp.gate_up_proj"),
+        **fused_names(take(queries, keys, keys), "self_attn.qkv_proj"),
+        **fused_names(take(mlp, mlp), "mlp.gate_up_proj", ("mlp.gate", "mlp.up")),
     }, "layers.{}.")
 
 
@@ -320,9 +316,7 @@ def neox_names(config: dict) -> dict:
         "embedding": "embed_in", "norm": "final_layer_norm", "head": "embed_out|lm_head",
     }, {
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-        "attention.q": (take(0), "attention.query_key_value"),
-        "attention.k": (take(1), "attention.query_key_value"),
-        "attention.v": (take(2), "attention.query_key_value"),
+        **fused_names(take, "attention.query_key_value"),
         "attention.out": "attention.dense",
         "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
     }, "layers.{}.")

@@ -19,8 +19,9 @@ MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG's segments; coded
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, white behind what is transparent. Greys of 16 bits, or from 0 to 1, which
-    Pillow would clip at 255, are scaled instead. Raises InputError where the file, which Pillow reads no sooner, is broken."""
+    """Any Pillow mode to RGB, white behind what is transparent. Greys of 16 bits, which Pillow would clip at
+    255, are scaled instead, and those from 0 to 1. Raises InputError where the file, which Pillow reads no
+    sooner, is broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")

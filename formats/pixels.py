@@ -130,6 +130,12 @@ class Preprocessor:
             x = (x - self.mean) / self.std
         return x
 
+    def visible(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (P,3,S,S) as colours from 0, black, to 1, white: undoes what `pixels` did."""
+        black = self.pixels(Image.new("RGB", (1, 1), "black"))
+        white = self.pixels(Image.new("RGB", (1, 1), "white"))
+        return (pixels - black) / (white - black)
+
     def tiles(self, picture: Image.Image, split: bool = True) -> tuple[torch.Tensor, int, int]:
         """Returns the pixels (T,3,S,S) of all views of a picture, in the order of the prompt, and the numbers
         of rows and columns of tiles. These are 0 if the only view is the whole picture, as without `split`.

@@ -9,7 +9,7 @@ from typing import Callable, Collection, Iterable, NamedTuple
 import torch
 from safetensors import safe_open
 
-from formats.files import InputError, guard, read_json
+from formats.files import InputError, guard, kind_of, read_json
 from formats.hub import find_checkpoint, find_file, shards
 
 
@@ -156,8 +156,12 @@ class Family(NamedTuple):
 
         if isinstance(entry, str):
             entry = (lambda tensor: tensor, entry)
-        function, *disk = entry
-        return function, [d.replace("{}", block).replace("|", leaf + "|") + leaf for d in disk]
+        function, *names = entry
+        disk = []
+        for name in names:
+            alternatives = [one + leaf for one in name.replace("{}", block).split("|")]
+            disk.append("|".join(alternatives))
+        return function, disk
 
 
 def find_tensors(parameters: Iterable[str], family: Family,
@@ -237,7 +241,7 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, family: Family
         except (RuntimeError, IndexError, TypeError):  # it doesn't fit the function: then report its shape
             tensor = tensors[0]
         if tensor.shape != shape or not tensor.is_floating_point():
-            found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+            found = ", ".join(map(kind_of, tensors))
             made = f" of {tuple(tensor.shape)}" if tensor.shape != tensors[0].shape else ""
             raise InputError(f"{checkpoint.where[disk[-1]]}: tensor '{disk[0]}' is {found}; "
                              f"{name} wants {shape}{made}")
@@ -264,6 +268,12 @@ def projection_names(path: str, out: str) -> dict:
     """Names an attention's q, k, v and out where they lie beside each other at `path`."""
     names = {f"attention.{name}": f"{path}.{name}_proj" for name in ("q", "k", "v")}
     return names | {"attention.out": f"{path}.{out}"}
+
+
+def fused_names(take: Callable[[int], Callable], disk: str,
+                names=("attention.q", "attention.k", "attention.v")) -> dict:
+    """Names what a file keeps in the one tensor `disk`: take(i) makes the i-th of the `names` of it."""
+    return {name: (take(i), disk) for i, name in enumerate(names)}
 
 
 def name_table(outside: dict, blocks: dict, block: str) -> dict:

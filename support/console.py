@@ -32,19 +32,13 @@ def one_of(known, what: str, word: str) -> str:
     return word
 
 
-LONGEST = 2000  # letters of an error
-
-
 def complain(error: Exception | str) -> None:
     """Prints an error as one line on stderr, in colour on a terminal. NO_COLOR (no-color.org) turns this
     off."""
     can_colour = "WT_SESSION" in os.environ if os.name == "nt" else os.environ.get("TERM") != "dumb"
     colour = can_colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\33[31merror:\33[0m" if colour else "error:"
-    line = str(error)
-    if len(line) > LONGEST:  # a picture may be "named" by all its bytes
-        line = f"{line[:LONGEST // 2]} … {line[-LONGEST // 2:]}"
-    print(f"{Path(sys.argv[0]).name}: {label} {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {label} {error}", file=sys.stderr)
 
 
 def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:

@@ -4,6 +4,8 @@ import math
 import textwrap
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from formats.files import InputError, warn, write_file
@@ -105,6 +107,45 @@ def best_and_worst(name: str, captions, texts: dict[int, str], ratings: dict,
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     write_file(path, lambda file: picture.save(file, "PNG"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where a model looked
+
+WARM = torch.tensor([1.0, 0.45, 0.0])[:, None, None]
+LITTLE_WORDS = "a an the of in on at to is are and with by for from its it his her their there that".split()
+
+
+def spotlights(pictures: torch.Tensor, looks: list[tuple[str, torch.Tensor]],
+               side: int = 150) -> list[tuple[Image.Image, list]]:
+    """Cells for `contact_sheet`: the pictures (P,3,S,S), from 0 to 1, as they are, then once for each word.
+
+    looks: the words, each with its attention (P,G,G) to the pictures.
+    A word's pictures are grey, and warm where it paid a larger share than words do on average: all pay the
+    most to the same few patches. All words have one scale, and those that name something come first.
+    """
+    size = (side, side)
+    views = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+    cells = [(views, [("the picture", INK), ("warm: where a word looked more than the others", GREY)])]
+
+    # How much larger than usual each word's share of its attention is, patch by patch
+    shares = [at / at.sum() for _, at in looks]
+    usual = torch.stack(shares).mean(0) if len(shares) > 1 else torch.tensor(0.0)
+    more = [(share - usual).clamp(min=0) for share in shares]
+    most = max((at.max().item() for at in more), default=0.0) or 1.0
+
+    grey = 0.8 * views.clamp(0, 1).mean(1, keepdim=True)  # (P,1,side,side)
+    words = [word for word, _ in looks]
+    for i in sorted(range(len(words)), key=lambda i: words[i].lower() in LITTLE_WORDS):
+        heat = F.interpolate(more[i][:, None] / most, size, mode="bicubic").clamp(0, 1).sqrt()
+        colour = INK if more[i].max() > most / 4 else GREY
+        cells.append((grey + (WARM - grey) * 0.8 * heat, [(words[i], colour)]))
+
+    images = []
+    for view, lines in cells:
+        array = (torch.cat([*view], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        images.append((Image.fromarray(array.numpy()), lines))
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -25,29 +25,26 @@ MOST_LOST = 600  # seconds of steps, when a run is killed
 def check_new(folder: Path) -> None:
     """Raises InputError where a new run in `folder` would write over what is there. An empty metrics.jsonl,
     which a run leaves that was killed at its start, is nothing."""
-    there = []
-    with guard(folder), contextlib.suppress(FileNotFoundError):
-        there = sorted(os.listdir(folder))
+    with guard(folder):
+        there = sorted(os.listdir(folder)) if folder.exists() else []
         if {"config.json", "metrics.jsonl"} <= {*there}:
             raise InputError(f"{folder}: there is a run already: --resume it, or give another --out")
-        if not (folder / "metrics.jsonl").stat().st_size:
+        if "metrics.jsonl" in there and not (folder / "metrics.jsonl").stat().st_size:
             there.remove("metrics.jsonl")
     for name in there:
         if any(fnmatch(name, pattern) for pattern in WRITTEN):
             raise InputError(f"{folder}: there is a {name} already, which a run writes: give another --out")
 
 
-def is_line(entry) -> bool:
-    """Whether a JSON value is a line of metrics.jsonl: a whole step, other numbers, and scores by row."""
-    if not isinstance(entry, dict) or type(entry.get("step")) is not int or entry["step"] < 0:
-        return False
-    values = [value for name, value in entry.items() if name != "scores"]
-    rows = entry.get("scores", {})
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        return False
-    for row in rows.values():
-        values += row.values()
-    return all(value is None or type(value) in (int, float) for value in values)
+def check_line(entry) -> None:
+    """Raises an exception where a JSON value is no line of metrics.jsonl, which has a step, other numbers,
+    and scores by row."""
+    if type(entry["step"]) is not int or entry["step"] < 0:
+        raise ValueError(f"step {entry['step']!r}")
+    for row in (entry | {"scores": None}, *entry.get("scores", {}).values()):
+        for name, value in row.items():
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"{name} {value!r}")
 
 
 class Log:
@@ -84,8 +81,7 @@ class Log:
             for number, line in enumerate(lines, 1):
                 with guard(f"{self.file.name}: line {number}", "not a line of a run"):
                     entries.append(json.loads(line))
-                    if not is_line(entries[-1]):
-                        raise ValueError("a step and other numbers belong there")
+                    check_line(entries[-1])
             kept = 0  # bytes
             for line, entry in zip(lines, entries):
                 if entry["step"] > step or "scores" in entry:
@@ -173,7 +169,8 @@ class Signals:
         if WORLD > 1 and step % 10 < 9:
             return 0, False
         now = time.monotonic()
-        due = now - self.last_saved + now - self.last_looked > MOST_LOST
+        next_look = now + (now - self.last_looked)  # about as long after this one
+        due = next_look - self.last_saved > MOST_LOST
         self.last_looked = now
         if WORLD == 1:
             return self.asked, due

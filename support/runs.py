@@ -51,14 +51,6 @@ def updates_in(state: dict[str, torch.Tensor]) -> dict[str, dict[str, Update]]:
     return updates
 
 
-def adamw_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What AdamW keeps of a parameter, as it is before the first step."""
-    def zeros(*shape: int) -> torch.Tensor:  # zeros_like, on the meta device, would import sympy
-        return torch.zeros(shape, dtype=p.dtype, device=p.device)
-
-    return dict(step=zeros(), exp_avg=zeros(*p.shape), exp_avg_sq=zeros(*p.shape))
-
-
 def resume_state(moments: dict[str, dict[str, torch.Tensor]], scaler: torch.amp.GradScaler,
                  losses: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a run's checkpoint holds beside the model, to go on with: what AdamW keeps of each parameter, what

@@ -21,7 +21,6 @@ RELATION_WORDS = {"to the left of": "left", "left of": "left", "to the right of"
                   "right of": "right", "above": "above", "over": "above", "below": "below", "under": "below"}
 NUMBERS = ("one", "two", "three")
 STARTS = ("", "there is ", "one object: ", "a picture of ")  # of a caption of one thing
-RULES = ("list", "relation", "there is", "number", "colours", "shapes", "sizes", "count")  # see Scene.by_rule
 # One colour of each shape is kept out of all training scenes
 UNSEEN = frozenset(zip(("green", "pink", "blue", "red", "cyan", "yellow"), SHAPES))
 
@@ -106,48 +105,6 @@ class Scene(NamedTuple):
             return STARTS[which] + draw_name(rng, self.things[0])
         # All four are worded and one is kept: a seed's captions depend on all these draws
         return self.draw_wordings(rng)[which]
-
-    def questions(self, rng: random.Random | None = None) -> list[tuple[str, str]]:
-        """Questions of the scene and their answers, one word each: how many, and the colours, shapes, sizes
-        and places of things that the question names beyond doubt. `rng` draws what is asked of yes or no, by
-        default from the scene's seed."""
-        rng = rng or random.Random(self.seed + " questions")
-        colours, shapes = [[thing[k] for thing in self.things] for k in (1, 2)]
-        found = [("how many objects?", NUMBERS[len(self.things) - 1])]
-        for thing in self.things:
-            if shapes.count(thing.shape) == 1:
-                found.append((f"what colour is the {thing.shape}?", thing.colour))
-                found.append((f"what size is the {thing.shape}?", thing.size))
-            if colours.count(thing.colour) == 1:
-                found.append((f"what shape is the {thing.colour} object?", thing.shape))
-
-        # A thing that is there, and one that differs from it in a word and isn't
-        thing = rng.choice(self.things)
-        other = rng.choice([(colour, shape) for colour in COLOURS for shape in SHAPES
-                            if (colour == thing.colour) != (shape == thing.shape)
-                            and (colour, shape) not in zip(colours, shapes)])
-        found.append((f"is there any {thing.colour} {thing.shape}?", "yes"))
-        found.append((f"is there any {' '.join(other)}?", "no"))
-
-        # Where one lies as seen from another: as it does, and the other way round
-        for a, b in itertools.permutations(self.things, 2):
-            if shapes.count(a.shape) == shapes.count(b.shape) == 1:
-                where = {"left": "left of", "right": "right of"}.get(relation(a, b), relation(a, b))
-                found.append((f"is the {a.shape} {where} the {b.shape}?", "yes"))
-                found.append((f"is the {b.shape} {where} the {a.shape}?", "no"))
-        return found
-
-    def by_rule(self, rule: str, rng: random.Random | None = None) -> str:
-        """Says of the scene what one of RULES asks for: all of it in one of the four ways, or the colours,
-        shapes, sizes from left to right, or the number alone. `rng` draws words, by default from the scene's
-        seed."""
-        rng = rng or random.Random(f"{self.seed} {rule}")
-        if rule in RULES[:4]:
-            return self.wording(RULES.index(rule), rng)
-        if rule == "count":
-            return f"{NUMBERS[len(self.things) - 1]} object" + "s" * (len(self.things) > 1)
-        k = ("sizes", "colours", "shapes").index(rule)
-        return " and ".join(thing[k] for thing in self.things)
 
     def draw_wordings(self, rng: random.Random) -> tuple[str, ...]:
         """Words a scene of two or three things in four ways."""

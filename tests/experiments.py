@@ -33,7 +33,8 @@ from fixtures import start  # noqa: E402
 from formats.captions import IMAGE  # noqa: E402
 from sample import Shots, caption_set, see_whole  # noqa: E402
 from support.processes import CORES  # noqa: E402
-from support.shapes import RULES, Shapes, judge  # noqa: E402
+from assets.sayings import RULES, by_rule, questions  # noqa: E402
+from support.shapes import Shapes, judge  # noqa: E402
 
 LORA = ["--lora", "16", "--lora-targets", "all"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
@@ -95,7 +96,7 @@ def ask_questions(vlm: VLM) -> dict[str, float]:
     """How many in a hundred of its answers, of each kind of question, are the right word."""
     scenes = [Shapes(250, "test").scene(i) for i in range(250)]
     views = see_whole(vlm, [scene.picture() for scene in scenes])
-    asked = [(at, turn) for at, scene in enumerate(scenes) for turn in scene.questions()]
+    asked = [(at, turn) for at, scene in enumerate(scenes) for turn in questions(scene)]
     batches = ((part, views.pick([asked[k][0] for k in part])) for part in chunks(range(len(asked)), 256))
     said = caption_set(vlm, Asked([turn for _, turn in asked]), batches, max_tokens=8)
     right = {}
@@ -116,7 +117,7 @@ def ask_by_rule(vlm: VLM, draws: int = 16, scenes: int = 25) -> dict[str, float]
             rng = random.Random(draw)
             drawn = [data.scene(i) for i in rng.sample(range(1000), scenes + 4)]
             views = see_whole(vlm, [scene.picture() for scene in drawn])
-            told = [scene.by_rule(rule) for scene in drawn]
+            told = [by_rule(scene, rule) for scene in drawn]
             shots = Shots([[("", said)] for said in told[:K]], views.pick([*range(K)]) if K else None)
             entries = [*range(scenes)]
             batches = [(entries, views.pick([4 + i for i in entries]))]

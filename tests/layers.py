@@ -10,6 +10,7 @@ joins them: the best one, and with it each time the layer that adds most.
 import collections
 import itertools
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ class Encoder:
 
     def __init__(self, vit: ViT):
         self.vit = vit
+        self.processor = types.SimpleNamespace(split=False)
         self.device = torch.device("cpu")
 
 
@@ -102,7 +104,7 @@ def main() -> None:
     means, texts, bad = [], [], {}
     batches = chunks(range(len(captions)), 32)
     with torch.inference_mode():
-        for indices, views in read_pictures(Encoder(vit), captions, batches, bad, args.workers, False):
+        for indices, views in read_pictures(Encoder(vit), captions, batches, bad, args.workers):
             if not indices:
                 continue
             patches = vit(views.x, every)[:, -vit.config.grid ** 2:]  # (V,G²,L·D)

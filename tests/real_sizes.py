@@ -305,12 +305,13 @@ def whole(name: str) -> str:
         vlm = VLM.from_pretrained(folder, torch.bfloat16)
         loaded, vlm.processor.ends = time.time() - start, ()
         picture = [Image.effect_noise((1024, 768), 60).convert("RGB")]
-        options = dict(prompt="What is this?", split=not name.endswith("--no-split"))
-        prompt = len(vlm.processor.ask(picture, **options)[0][0])
+        vlm.processor.split = not name.endswith("--no-split")
+        question = "What is this?"
+        prompt = len(vlm.processor.ask(picture, question)[0][0].ids)
         seconds = []
         for tokens in (1, 33):
             start = time.time()
-            vlm.caption(picture, max_tokens=tokens, **options)
+            vlm.caption(picture, question, max_tokens=tokens)
             seconds.append(time.time() - start)
     millions = sum(p.numel() for p in vlm.parameters()) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # KiB

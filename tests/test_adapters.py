@@ -13,7 +13,7 @@ import sample
 import train
 from adapters import (ADAPTERS, IMAGE_POSITIONS, VLM, GatedBlock, PixelShuffle, QFormer, Resampler, TwoWay,
                       build, fourier_places)
-from data import stack
+from data import LAST, stack
 from formats.files import InputError
 from formats.vlms import QFORMER_NAMES, qformer_sizes
 from formats.weights import Checkpoint, Family, load_weights
@@ -72,17 +72,15 @@ def test_adapters_learn(adapter):
 
 @pytest.mark.slow
 def test_an_adapter_without_weights_imports_no_compiler():
-    """As each start does, to compare sizes, a run's with its optimizer's state: the import takes a second."""
+    """As each start does, to compare sizes: the import takes a second."""
     script = """if True:
         import sys, torch
         from adapters import ADAPTERS, LLM, ViT, make_adapter
-        from support.runs import adamw_state
         vit, llm = ViT.from_pretrained("assets/vit"), LLM.from_pretrained("assets/llm")
         with torch.device("meta"):
             for adapter in ADAPTERS:
                 sizes = dict(text=4) if adapter in ("qformer", "twoway") else {}
-                adapter = make_adapter(dict(adapter=adapter, adapter_sizes=sizes), vit, llm)
-                states = [adamw_state(p) for p in adapter.parameters()]
+                make_adapter(dict(adapter=adapter, adapter_sizes=sizes), vit, llm)
         sys.exit(bool({"torch._dynamo", "sympy"} & sys.modules.keys()))"""
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
@@ -201,19 +199,21 @@ def test_adapter_reads_the_prompt_and_nothing_behind_it(adapter, fixtures):
     texts = ("ab", "xyz"), ("abcdefg<image>h<image>", "z"), ("", "p")
     rows = [vlm.processor.encode(*pair) for pair in texts]
     tokens, where, _ = stack(rows)
-    before = rows[0][1].index(True)
+    before = rows[0].kinds.index(LAST)
     a, b, c = [0, 20, 21, pad], [0, 20, 21, 22], [0, pad, pad, pad]  # the start token is a word too
-    assert vlm.prompt_tokens(tokens, 4, where).tolist() == [a, b, b, c]
-    assert vlm.prompt_tokens(tokens[:1, :before]).tolist() == [a]
+    prompts = vlm.processor.prompts(rows)
+    assert prompts.tolist() == [a, b, b, c]
+    assert vlm.processor.prompts([vlm.processor.encode("ab")]).tolist() == [a[:3]]
     features = vlm.features(torch.randn(4, 3, 30, 30))
-    logits = vlm.logits(tokens, features, where)
+    logits = vlm.logits(tokens, features, where, prompts)
     changed = tokens.clone()
     changed[0, before:] = 7  # another caption: what is known before it stays the same
-    assert torch.equal(vlm.logits(changed, features, where)[0], logits[0])
+    assert torch.equal(vlm.logits(changed, features, where, prompts)[0], logits[0])
 
     def embed(text: str, pad: int = 0) -> torch.Tensor:
-        tokens = torch.tensor([vlm.processor.encode(text)[0]])
-        prompt = F.pad(vlm.prompt_tokens(tokens), (0, pad), value=-1)
+        example = vlm.processor.encode(text)
+        tokens = torch.tensor([example.ids])
+        prompt = F.pad(vlm.processor.prompts([example]), (0, pad), value=-1)
         return vlm.embed(tokens, vlm.embed_images(features[:1], prompt))[0, 2:7]
 
     assert (embed("ab") - embed("ba")).abs().max() > 1e-3

@@ -17,7 +17,8 @@ from formats.pictures import open_picture
 from support import kernels
 from support.kernels import attend
 from support.scores import references
-from support.shapes import RULES, SHAPES, SIDE, SIZE_WORDS, SKILLS, THING, UNSEEN, Scene, Shapes, Thing, judge
+from assets.sayings import RULES, by_rule, questions
+from support.shapes import SHAPES, SIDE, SIZE_WORDS, SKILLS, THING, UNSEEN, Scene, Shapes, Thing, judge
 from conftest import ROOT
 from fixtures.pictures import picture
 from llm import LLM
@@ -207,19 +208,19 @@ def test_judge_finds_each_fault():
 def test_questions_of_a_scene_are_answered_by_what_is_in_it():
     things = (Thing("large", "red", "circle", 20, 50, 15), Thing("small", "blue", "star", 50, 20, 8),
               Thing("small", "red", "star", 80, 80, 8))
-    asked = dict(Scene(things, "").questions())
+    asked = dict(questions(Scene(things, "")))
     assert asked["how many objects?"] == "three"
     assert asked["what colour is the circle?"] == "red" and asked["what size is the circle?"] == "large"
     assert asked["what shape is the blue object?"] == "star"
     assert "what colour is the star?" not in asked and "what shape is the red object?" not in asked  # which?
     assert "is the circle below the star?" not in asked
-    asked = dict(Scene(things[:2], "").questions())
+    asked = dict(questions(Scene(things[:2], "")))
     assert asked["is the star below the circle?"] == asked["is the circle above the star?"] == "no"
     assert asked["is the circle below the star?"] == asked["is the star above the circle?"] == "yes"
     for i in range(50):
         scene = Shapes(50).scene(i)
         there = {(thing.colour, thing.shape) for thing in scene.things}
-        for question, answer in scene.questions():
+        for question, answer in questions(scene):
             if question.startswith("is there any"):
                 assert (tuple(question[13:-1].split()) in there) == (answer == "yes")
 
@@ -227,12 +228,12 @@ def test_questions_of_a_scene_are_answered_by_what_is_in_it():
 def test_a_rule_says_one_thing_of_every_scene():
     things = Thing("large", "red", "circle", 20, 50, 15), Thing("small", "blue", "star", 70, 45, 8)
     scene = Scene(things, "")
-    said = {rule: scene.by_rule(rule) for rule in RULES}
+    said = {rule: by_rule(scene, rule) for rule in RULES}
     assert all(judge(said[rule], scene)["exact"] for rule in RULES[:4])
     assert len(set(said.values())) == len(RULES)
     assert [said[rule] for rule in RULES[4:]] == ["red and blue", "circle and star", "large and small",
                                                   "two objects"]
-    assert Scene(things[:1], "").by_rule("count") == "one object"
+    assert by_rule(Scene(things[:1], ""), "count") == "one object"
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def test_what_is_learned_of_a_text_is_its_answer(upbringing):
         if kind == "match":
             assert asked.endswith(" match?") and said in (" yes\n", " no\n")
         elif kind == "ask":
-            answers = {answer for scene in texts.scenes for _, answer in scene.questions()}
+            answers = {answer for scene in texts.scenes for _, answer in questions(scene)}
             assert asked.count("?") == said.count("\n") > 1 and {*said.split()} <= answers
         else:
             caption = f"{asked} {said}".strip()

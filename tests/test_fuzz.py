@@ -132,8 +132,9 @@ def use(name: str, folder: Path) -> None:
         vlm = VLM.from_pretrained(str(folder))
 
         def ask():
-            ids, pixels = vlm.processor.ask([picture(40, 30)], "a", split=False)
-            assert torch.tensor(ids).min() >= 0
+            vlm.processor.split = False
+            ids, pixels = vlm.processor.ask([picture(40, 30)], "a")
+            assert torch.tensor(ids[0].ids).min() >= 0
             vlm.features(pixels)
 
         survives(ask, "")

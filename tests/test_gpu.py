@@ -17,7 +17,7 @@ from conftest import ROOT
 from support import console, kernels
 from support.machine import pick_device
 from support.shapes import Shapes
-from data import Batch, Spelling
+from data import ANSWERS, WORD, Batch, Spelling
 from formats.files import InputError
 from llm import LLM
 from test_vlm import QUICK, SMALL, command, small
@@ -33,12 +33,13 @@ def test_a_step_never_looks_at_what_a_gpu_computes(adapter, fixtures):
     vlm = small(fixtures, adapter, image_position=PLACES.get(adapter, "shared"), **sizes)
     images = 1 if vlm.processor.queries == 25 else 2  # of 25 patches each, in 40 positions
     examples, captions = [[("a<image>b" * images, "cc")], [("", "ab")]], [["ab", "c"][:images], [""]]
-    batch = vlm.processor.batch(examples, learn_prompt=True, spelled=captions, queries=3)
+    batch = vlm.processor.batch(examples, learned=(WORD, *ANSWERS), spelled=captions, queries=3)
     features = vlm.features(torch.randn(images + 1, 3, 30, 30))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tokens, positions, targets = map(mode.from_tensor, batch[:3])
         spelling = Spelling(*map(mode.from_tensor, batch.spelling))
-        fake = Batch(tokens, positions, targets, positions, batch.most_images, batch.fits, spelling)
+        prompts = batch.prompts if batch.prompts is None else mode.from_tensor(batch.prompts)
+        fake = Batch(tokens, positions, targets, prompts, batch.most_images, batch.shown, spelling)
         losses, spelled = vlm(fake, mode.from_tensor(features))
     assert losses.shape == targets.shape and spelled.shape == spelling.targets.shape
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import sample
 import train
 from adapters import VLM
-from data import LAYOUTS, arrange, draw_layout, draw_shots, few_shot, layout_weights, stack
+from data import (ANSWERS, LAST, LAYOUTS, WORD, arrange, draw_layout, draw_shots, few_shot, layout_weights,
+                  stack)
 from formats.captions import IMAGE
 from support.shapes import Shapes
 from fixtures.pictures import picture
@@ -49,7 +50,7 @@ def test_backbones_trained_whole_are_saved_and_resumed(precision, tmp_path, monk
     lines = [json.loads(line) for line in Path("whole/captions-test.jsonl").read_text().splitlines()]
     pixels = torch.stack([vlm.vit.preprocess(Shapes(8, "test").picture(i)) for i in range(8)])
     with torch.no_grad():  # as the run did: where a backward pass may follow, attention takes another kernel
-        said = vlm.answer([vlm.processor.encode("")[0]] * 8, vlm.features(pixels))
+        said = vlm.answer([vlm.processor.encode("")] * 8, vlm.features(pixels))
     assert [line["caption"] for line in lines] == said
     Path("whole/checkpoint.safetensors").unlink()
     picture(90, 90).save("a.png")
@@ -153,11 +154,11 @@ def test_layouts_are_drawn_by_weight():
 
 def test_words_before_the_picture_are_targets_on_request(fixtures):
     vlm = small(fixtures)
-    sequences = [vlm.processor.encode("ab<image>", "c", learn_prompt=prefix) for prefix in (False, True)]
-    assert sequences[0][0] == sequences[1][0] == [0, 20, 21, *vlm.processor.image_tokens(), 22, 52]
-    assert stack(sequences[:1])[2].tolist() == [22, 52]
-    tokens, where, targets = stack(sequences[1:])
-    assert where.tolist() == [0, 1, len(sequences[0][0]) - 3, len(sequences[0][0]) - 2]
+    example = vlm.processor.encode("ab<image>", "c")
+    assert example.ids == [0, 20, 21, *vlm.processor.image_tokens(), 22, 52]
+    assert stack([example])[2].tolist() == [22, 52]
+    tokens, where, targets = stack([example], (WORD, *ANSWERS))
+    assert where.tolist() == [0, 1, len(example.ids) - 3, len(example.ids) - 2]
     assert targets.tolist() == [20, 21, 22, 52]  # neither the start token nor an image
 
 
@@ -205,10 +206,10 @@ def test_a_shot_has_the_ids_of_a_caption_that_is_learned():
     one, two = "a large red circle", "there is a small blue star"
     alone, start = [vlm.processor.encode("", caption)[0] for caption in (one, two)], len(vlm.processor.start)
     [(text, answer)] = few_shot([[(IMAGE, one)], [(IMAGE, two)]])
-    ids, targets = vlm.processor.encode(text, answer)
-    assert ids == alone[0] + alone[1][start:] and sum(targets) == sum(vlm.processor.encode("", two)[1])
-    every = vlm.processor.encode(text, answer, learn_prompt=True)[1]
-    assert sum(every[1:]) == sum(sum(vlm.processor.encode("", caption)[1]) for caption in (one, two))
+    ids, kinds = vlm.processor.encode(text, answer)
+    learned = [vlm.processor.encode("", caption).kinds.count(LAST) for caption in (one, two)]
+    assert ids == alone[0] + alone[1][start:] and kinds.count(LAST) == learned[1]
+    assert len(stack([(ids, kinds)], (WORD, *ANSWERS))[2]) == sum(learned)
 
 
 @pytest.mark.slow

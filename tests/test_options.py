@@ -122,18 +122,20 @@ def test_an_option_may_say_its_default(module, arguments, monkeypatch):
     module.read_options()
 
 
-@pytest.mark.parametrize("arguments, adapter, lr", (
-    ([], "qformer", 2e-3),
-    (["--adapter", "mlp"], "mlp", 2e-3),
-    (["--data", "c.csv"], "pixelshuffle", 3e-3),
-    (["--data", "c.csv", "--adapter", "mlp"], "mlp", 3e-3),
-    (["--data", "c.csv", "--adapter", "flamingo"], "flamingo", 1e-3),
-    (["--data", "c.csv", "--lr", "5e-4"], "pixelshuffle", 5e-4),
-    (["--data", "c.csv", "--from", "x"], "qformer", 2e-3)))  # it has its own adapter
-def test_captions_of_ones_own_have_other_defaults(arguments, adapter, lr, monkeypatch):
+@pytest.mark.parametrize("arguments, adapter, lr, lora, targets", (
+    ([], "qformer", 2e-3, None, "q,v"),
+    (["--adapter", "mlp", "--lora", "4"], "mlp", 2e-3, 4, "q,v"),
+    (["--data", "c.csv"], "pixelshuffle", 3e-3, 16, "all"),
+    (["--data", "c.csv", "--adapter", "mlp", "--lora-targets", "q"], "mlp", 3e-3, 16, "q"),
+    (["--data", "c.csv", "--adapter", "flamingo", "--lora", "0"], "flamingo", 1e-3, 0, "all"),
+    (["--data", "c.csv", "--lr", "5e-4", "--train", "adapter,llm"], "pixelshuffle", 5e-4, None, "q,v"),
+    (["--data", "c.csv", "--lora-from", "x"], "pixelshuffle", 3e-3, None, "q,v"),
+    (["--data", "c.csv", "--from", "x"], "qformer", 2e-3, None, "q,v")))  # it has its own adapter
+def test_captions_of_ones_own_have_other_defaults(arguments, adapter, lr, lora, targets, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     options = train.read_options()
-    assert (options.adapter, options.lr) == (adapter, lr)
+    found = (options.adapter, options.lr, options.lora, options.lora_targets)
+    assert found == (adapter, lr, lora, targets)
 
 
 def test_lists_may_have_spaces():

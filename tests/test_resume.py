@@ -126,13 +126,13 @@ def unbroken(tmp_path, monkeypatch):
     torch.optim.AdamW([torch.zeros(1)])  # imports a thousand modules, which each process had to import anew
 
     def keep():
-        save = train.save_checkpoint
+        save = train.Run.save_checkpoint
 
-        def kept(folder, step, vlm, *rest):
-            save(folder, step, vlm, *rest)
+        def kept(run, step, *rest):
+            save(run, step, *rest)
             write_file(Path(f"weights-{step}"), lambda path: save_file(
-                {name: p.detach().clone() for name, p in vlm.trained.items()}, path))
-        train.save_checkpoint = kept
+                {name: p.detach().clone() for name, p in run.vlm.trained.items()}, path))
+        train.Run.save_checkpoint = kept
 
     assert finish(*RUN, "--out", "whole", before=keep) == 0, Path("said").read_text()
     return {step: load_file(f"weights-{step}") for step in (2, 4, 6, 8, 10)}

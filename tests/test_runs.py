@@ -238,7 +238,7 @@ def test_the_best_weights_are_kept_and_taken(options, tmp_path, monkeypatch, cap
 
     # Killed between, it ends with the same best
     validated(0.5, 0.9, 0.7)
-    save = train.save_checkpoint
+    save = train.Run.save_checkpoint
 
     def saved(folder, step, *rest):
         save(folder, step, *rest)
@@ -246,7 +246,7 @@ def test_the_best_weights_are_kept_and_taken(options, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
 
     with monkeypatch.context() as once:
-        once.setattr(train, "save_checkpoint", saved)
+        once.setattr(train.Run, "save_checkpoint", saved)
         assert command(once, train, *common, "--out", "parts") == 130
     assert command(monkeypatch, train, "--resume", "parts") == 0
     again = weights("parts/best.safetensors")
@@ -305,7 +305,7 @@ def test_ten_minutes_of_work_are_lost_at_most(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [*TINY, "--steps", "8", "--save-every", "100", "--log-every", "3", "--lr", "1e-2"]
     assert command(monkeypatch, train, *options, "--out", "whole") == 0
-    steps, save = [], train.save_checkpoint
+    steps, save = [], train.Run.save_checkpoint
 
     def saved(folder, step, *rest):
         save(folder, step, *rest)
@@ -313,7 +313,7 @@ def test_ten_minutes_of_work_are_lost_at_most(tmp_path, monkeypatch):
         if step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", saved)
+    monkeypatch.setattr(train.Run, "save_checkpoint", saved)
     monkeypatch.setattr(journal, "time", Clock())
     assert command(monkeypatch, train, *options, "--out", "parts") == 130
     assert command(monkeypatch, train, "--resume", "parts") == 0

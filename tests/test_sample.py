@@ -129,9 +129,9 @@ def test_spotlights_show_what_the_encoder_sees():
     less[0, 5, 1] = 0.03
     pixels = vlm.vit.preprocess(shown)[None]
     looks = [("a", usual), ("circle", at), ("of", usual), ("star", less)]
-    (whole, _), *cells = sample.spotlights(vlm, pixels, looks, 96)
+    (whole, _), *cells = drawing.spotlights(vlm.vit.preprocess.visible(pixels), looks, 96)
     assert [lines[0][0] for _, lines in cells] == ["circle", "star", "a", "of"]  # what names something first
-    assert cells[0][1] == [("circle", sample.INK)]
+    assert cells[0][1] == [("circle", drawing.INK)]
     assert np.abs(np.array(whole).astype(int) - np.array(shown)).max() <= 1
 
     # Grey, and warm where it looked: of all words' scale
@@ -141,7 +141,7 @@ def test_spotlights_show_what_the_encoder_sees():
     assert 30 < warmth[1][60:72, 12:24].mean() < 0.9 * warmth[0][24:36, 60:72].mean()
     grey = np.array(cells[0][0])[:, :48, 0] / np.maximum(1, np.array(shown)[:, :48].mean(-1))
     assert 0.7 < grey.mean() < 0.9  # the picture is seen
-    sample.spotlights(vlm, pixels, [("one", at)])  # of one word, where it looked
+    drawing.spotlights(vlm.vit.preprocess.visible(pixels), [("one", at)])  # of one word, where it looked
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_best_and_worst_are_by_score():
     (best, first), (worst, last) = drawing.best_and_worst("test", captions, texts, rated, 2)
     assert (best, worst) == ("test: the best of 9", "test: the worst of 9")
     said, reference, _ = last[0][1]
-    assert said == ("a large red cow", sample.INK)
+    assert said == ("a large red cow", drawing.INK)
     assert reference[0] == f"reference: {captions.scene(4).captions()[0]}"
     assert [len(first), len(last)] == [2, 2] and first[0][0] == captions.picture(0)
     assert len(drawing.best_and_worst("test", captions, {0: "a"}, {0: (0, "")})) == 1
@@ -240,7 +240,8 @@ def test_a_chat_reads_what_is_new_and_says_what_it_would_anew(name, static, fixt
     lengths, hidden = [], vlm.llm.hidden
     vlm.llm.hidden = lambda x, *rest: lengths.append(x.shape[1]) or hidden(x, *rest)
     decoding = dict(max_tokens=5, temperature=0.0)
-    chat, pictures = sample.Chat(vlm, False, decoding), [picture(40, 30), picture(30, 40)]
+    vlm.processor.split = False
+    chat, pictures = sample.Chat(vlm, decoding), [picture(40, 30), picture(30, 40)]
     shown = [vlm.vit.preprocess(one) for one in pictures]
     asked = (("ab", pictures[:1], 1), ("c", [], 1), ("ba", pictures[1:], 2), ("c", [], 2))
     for question, new, count in asked:
@@ -249,16 +250,17 @@ def test_a_chat_reads_what_is_new_and_says_what_it_would_anew(name, static, fixt
         answer = chat.ask(question, new, typed.append)
         read = lengths[0]
         text, _ = chat.turns[-1]
-        ids, targets = vlm.processor.encode(text, images=0, earlier=chat.turns[:-1])
+        example = vlm.processor.encode(text, images=0, earlier=chat.turns[:-1])
+        ids = example.ids
         features = vlm.features(torch.stack(shown[:count]))
-        assert vlm.answer([ids], features, targets=[targets], **decoding) == [answer]
+        assert vlm.answer([example], features, **decoding) == [answer]
         assert read == len(ids) if len(chat.turns) == 1 else read < len(ids)
         assert vlm.processor.text(typed).strip() == answer
 
 
 def test_a_chat_goes_on_when_its_first_turns_do_not_fit(fixtures):
     vlm = small(fixtures)
-    chat = sample.Chat(vlm, False, dict(max_tokens=4, temperature=0.0))
+    chat = sample.Chat(vlm, dict(max_tokens=4, temperature=0.0))
     for turn in range(12):
         assert isinstance(chat.ask("abc", [picture(30, 30)][turn:]), str)
     assert vlm.processor.cut and len(chat.read) <= vlm.processor.max_positions
@@ -270,7 +272,8 @@ def test_a_chat_goes_on_when_its_first_turns_do_not_fit(fixtures):
 def test_a_chat_on_the_command_line(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     ask = ("--model", "run", "--max-tokens", "6")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What?\n\n/image nowhere.png\n/image b.png\n/image -\nAnd this?\n"))
+    typed = "What?\n\n/image nowhere.png\n/image b.png\n/image -\nAnd this?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     picture(50, 40).save("b.png")
     assert command(monkeypatch, sample, "a.png", "--chat", *ask) == 0
     captured = capsys.readouterr()

@@ -185,7 +185,8 @@ def test_a_pair_of_a_shard(shards):
 def test_what_a_pair_says_and_what_it_is_called(tmp_path):
     """A text in place of a .json that is broken, without Notepad's first bytes; names of any bytes."""
     for n, broken in enumerate((b"{bad", b'["x"]', b"null", b'{"caption": ""}')):
-        write_tar(tmp_path / f"{n}.tar", [("a.png", png(0)), ("a.json", broken), ("a.txt", b"\xef\xbb\xbfone")])
+        write_tar(tmp_path / f"{n}.tar",
+                  [("a.png", png(0)), ("a.json", broken), ("a.txt", b"\xef\xbb\xbfone")])
         [pair] = read_shard(tmp_path / f"{n}.tar")
         assert (pair.said, pair.fault) == ([[("", "one")]], "")
     write_tar(tmp_path / "caf\udce9.tar", [("\udce8.png", png(0)), ("\udce8.txt", b"one"),

@@ -16,7 +16,7 @@ import layers
 import sample
 import train
 from adapters import ADAPTERS, VLM
-from data import stack
+from data import ANSWERS, IMAGE_PART, LAST, WORD, stack
 from support.console import run
 from support import scores
 from support.shapes import Shapes
@@ -69,9 +69,10 @@ def test_images_stand_where_the_text_says(fixtures):
     image = [V, *[V + 2] * Q, V + 1]
     assert vlm.processor.encode("")[0] == [0, *image]
     assert vlm.processor.encode("ab")[0] == [0, *image, 20, 21]
-    ids, targets = vlm.processor.encode("a<image>b<image>", "cd")
+    ids, kinds = vlm.processor.encode("a<image>b<image>", "cd")
     assert ids == [0, 20, *image, 21, *image, 22, 23, 52]
-    assert targets == [False] * (len(ids) - 3) + [True] * 3
+    parts = [IMAGE_PART] * len(image)
+    assert kinds == [WORD, WORD, *parts, WORD, *parts, LAST, LAST, LAST]
     # a space parts prompt and caption
     assert vlm.processor.encode("ab", "c")[0][-3:] == vlm.processor.encode("", " c")[0][-3:]
     assert len(vlm.processor.encode("", "c" * 500)[0]) == 1 + len(image) + 128
@@ -206,16 +207,16 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
 def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
     vlm = small(fixtures, text=4)
     rows = [vlm.processor.encode("a"), vlm.processor.encode("bcb", earlier=[("a", "cc")])]
-    rows, learned = zip(*rows)
     features = vlm.features(torch.randn(2, 3, 30, 30))
-    answers = vlm.answer(rows, features, max_tokens=6, score=True, targets=learned)
-    assert answers == vlm.answer(rows, features, max_tokens=6, targets=learned) and len({*answers}) == 2
+    answers = vlm.answer(rows, features, max_tokens=6, score=True)
+    assert answers == vlm.answer(rows, features, max_tokens=6) and len({*answers}) == 2
+    rows = [row.ids for row in rows]
     for i, answer in enumerate(answers):
         words = torch.tensor([[0, 20, -1, -1]])  # what the adapter reads: the start, "a", no answer
         images = vlm.embed_images(features[i:i + 1], words)
         [ids] = vlm.llm.generate(embeddings=vlm.embed(torch.tensor([rows[i]]), images),
                                  max_tokens=6, end_tokens=vlm.processor.ends, keep_end=True)
-        tokens, where, targets = stack([(rows[i] + ids, [False] * len(rows[i]) + [True] * len(ids))])
+        tokens, where, targets = stack([(rows[i] + ids, [WORD] * len(rows[i]) + [LAST] * len(ids))])
         logits = vlm.llm.logits(vlm.states(tokens, images, where))
         assert answer.log_probability == pytest.approx(-F.cross_entropy(logits, targets).item(), abs=1e-4)
 
@@ -226,7 +227,7 @@ def test_a_long_prompt_costs_the_others_no_words(adapter, fixtures):
     vlm = small(fixtures, adapter)
     room = vlm.processor.max_positions - len(vlm.processor.encode("")[0])
     texts = ["<image>a", "b<image>" + "b" * (room - 4), "c", "d<image>"]
-    rows = [vlm.processor.encode(text, images=0)[0] for text in texts]
+    rows = [vlm.processor.encode(text, images=0) for text in texts]
     shown = [text.count("<image>") for text in texts]
     features = vlm.features(torch.randn(sum(shown), 3, 30, 30)).split(shown)
     together = vlm.answer(rows, torch.cat(features), max_tokens=8, score=True)
@@ -236,14 +237,12 @@ def test_a_long_prompt_costs_the_others_no_words(adapter, fixtures):
         assert answer.log_probability == pytest.approx(alone.log_probability, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", (dict(learn_prompt=True), dict(learn_earlier=False)))
+@pytest.mark.parametrize("options", (dict(learned=(WORD, *ANSWERS)), dict(learned=(LAST,))))
 def test_what_the_adapter_reads_of_a_prompt_is_what_it_will_be_asked(options, fixtures):
     vlm = small(fixtures, text=8)
     batch = vlm.processor.batch([[("<image>abc", "de"), ("fg", "h")]], **options)
-    asked = torch.tensor([vlm.processor.encode("<image>abc")[0]])
-    read = vlm.prompt_tokens(batch.tokens, 1, batch.answer_positions)
-    asked = vlm.prompt_tokens(asked)
-    assert read[read >= 0].tolist() == asked[asked >= 0].tolist()
+    asked = vlm.processor.prompts([vlm.processor.encode("<image>abc")])
+    assert batch.prompts.tolist() == asked.tolist()
 
 
 def test_only_the_adapter_is_trained(fixtures):
@@ -312,7 +311,7 @@ def command(monkeypatch, module, *arguments) -> int:
 
 def interrupt(monkeypatch, *options, at: int = 1) -> None:
     """Runs train.py up to its first checkpoint, or a later one."""
-    checkpoint = train.save_checkpoint
+    checkpoint = train.Run.save_checkpoint
     left = iter(range(at - 1))
 
     def stop(*arguments):
@@ -320,9 +319,9 @@ def interrupt(monkeypatch, *options, at: int = 1) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", stop)
+    monkeypatch.setattr(train.Run, "save_checkpoint", stop)
     assert command(monkeypatch, train, *options) == 130
-    monkeypatch.setattr(train, "save_checkpoint", checkpoint)
+    monkeypatch.setattr(train.Run, "save_checkpoint", checkpoint)
 
 
 @pytest.mark.slow
@@ -489,7 +488,7 @@ def test_bad_input_is_one_clear_line(fixtures, tmp_path, monkeypatch, capsys):
             (train, ("--adapter", "transformer"), "unknown adapter 'transformer': choose from linear, "),
             (train, ("--adapter", "linear", "--queries", "3"),
              "--queries means nothing to the linear adapter"),
-            (train, ("--adapter", "pixelshuffle", "--adapter-scale", "3"), "8 × 8 patches can't be cut"),
+            (train, ("--adapter", "pixelshuffle", "--adapter-scale", "9"), "have no square of 9 × 9"),
             (train, ("--adapter", "flamingo", "--adapter-every", "0"), "--adapter-every: '0' is not"),
             (train, ("--adapter-text", "-1"), "--adapter-text: '-1' is not"),
             (train, ("--image-position", "rope-xy"), "keeps the grid of patches, which qformer doesn't"),
