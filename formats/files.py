@@ -105,7 +105,8 @@ def check_writable(path: Path) -> None:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
     the process or the power ends. A link stays, and leads to the new file. Raises InputError."""
-    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        path = path.resolve()
     with temporary_for(path) as temporary:
         remove_leftovers(path.parent)
         with locked(temporary):

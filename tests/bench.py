@@ -90,7 +90,7 @@ class Ours:
         features = self.encode(pixels) if features is None else features
         ids = F.pad(tokens, (Q, 0), value=self.vlm.processor.placeholder)
         where = torch.arange(B * (Q + T), device=ids.device).view(B, -1)[:, Q - 1:-1].flatten()
-        losses, _ = self.vlm(self.batch(ids, where, tokens.flatten(), where, 1, [True] * B), features)
+        losses, _ = self.vlm(self.batch(ids, where, tokens.flatten(), None, 1, []), features)
         return losses.mean()
 
     def prefill(self, tokens):

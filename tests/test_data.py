@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import arrange, count_bad, draw_conversation, shuffled, stack
+from data import (EARLIER, IMAGE_PART, LAST, WORD, arrange, count_bad, draw_conversation, shuffled,
+                  stack)
 from formats.captions import Captions
 from formats.pictures import open_picture
 from support import kernels
@@ -148,8 +149,8 @@ def test_shuffled_covers_each_epoch_and_starts_anywhere():
 
 
 def test_stack_marks_targets():
-    tokens, where, targets = stack([([5, 6, 7, 8], [False, False, True, True]), ([9, 1], [True, True]),
-                                    ([4, 3, 2], [False, True, True])])
+    tokens, where, targets = stack([([5, 6, 7, 8], [IMAGE_PART, WORD, EARLIER, LAST]), ([9, 1], [LAST, LAST]),
+                                    ([4, 3, 2], [WORD, LAST, LAST])])
     assert tokens.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [4, 3, 2, 0]]
     assert targets.tolist() == [7, 8, 1, 3, 2]
     assert where.tolist() == [1, 2, 4, 8, 9]  # the places before the targets

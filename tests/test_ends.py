@@ -8,6 +8,7 @@ import torch
 import sample
 import train
 from adapters import VLM
+from data import LAST
 from fixtures.pictures import picture
 from formats.files import InputError
 from formats.tokenizer import Tokenizer
@@ -54,15 +55,15 @@ def test_a_caption_comes_back_to_its_last_character(name, fixtures, tmp_path):
     tokenizer = vocabulary(name, fixtures, tmp_path)
     vlm = vlm_of(tokenizer, fixtures)
     for caption in CAPTIONS:
-        ids, targets = vlm.processor.encode("", caption)
-        learned = [id for id, target in zip(ids, targets) if target]
+        ids, kinds = vlm.processor.encode("", caption)
+        learned = [id for id, kind in zip(ids, kinds) if kind == LAST]
         # generation stops at the last of what is learned, and not before
         assert [id in vlm.processor.ends for id in learned] == [False] * (len(learned) - 1) + [True]
         kept = tokenizer.decode(tokenizer.encode(caption, special=False))  # a byte without a token is lost
         assert vlm.processor.text(learned).strip() == kept.strip()
         assert kept == caption or name in ("gaps", "no newline")
-        cut = [id for id, target in zip(*vlm.processor.encode("", caption * 9, max_tokens=3)) if target]
-        assert len(cut) == 3 or name == "gaps"  # what is cut learns no end
+        cut = vlm.processor.encode("", caption * 9, max_tokens=3)
+        assert cut.kinds.count(LAST) == 3 or name == "gaps"  # what is cut learns no end
     # what follows the newline in one token is not of the caption
     if name != "no newline":
         assert vlm.processor.text(tokenizer.encode("A dog.\n\nNext")).strip() == "A dog."

@@ -487,7 +487,7 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
             (["--lora", "2", "--lora-on", "llm,vit", "--layer", "0"], "--lora-on vit means nothing"),
             (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
-            (["--lora", "0"], "--lora: '0' is not a whole number from 1 to 10,000"),
+            (["--lora", "-1"], "--lora: '-1' is not a whole number from 0 to 10,000"),
             (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),
             (["--lora-from", "nowhere"], "nowhere/adapter_config.json: No such file"),
             (["--lora-from", "peft", "--lora-on", "vit"], "is not a tensor of this model"),
