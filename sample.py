@@ -420,7 +420,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
         for at, i in enumerate(indices, start=K):
             *earlier, (question, _) = captions.conversations(i)[0]
             question = question or prompt
-            examples = [solved(shots.said[j], question, len(features.tiles[j])) for j in range(K)]
+            examples = [as_example(shots.said[j], question, len(features.tiles[j])) for j in range(K)]
             asked = place_images([*earlier, (question, "")], len(features.tiles[at]))
             *earlier, (text, _) = few_shot([*examples, asked])
             shown = [*range(K), at]  # places of the shots and of the entry in `features`
@@ -440,7 +440,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
     return texts
 
 
-def solved(turns: Conversation, prompt: str, pictures: int) -> Conversation:
+def as_example(turns: Conversation, prompt: str, pictures: int) -> Conversation:
     """An example that says where its pictures stand; it is asked the `prompt` if it has no question."""
     (question, answer), *later = turns
     question = question or prompt

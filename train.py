@@ -531,7 +531,8 @@ class Run:
         self.check_contents(val)
 
         # All that is slow, after all that may be refused
-        self.vit_is_frozen = not args.split and not any(p.requires_grad for p in self.vlm.vit.parameters())
+        frozen = not any(p.requires_grad for p in self.vlm.vit.parameters())
+        self.can_keep_features = frozen and not args.split
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
@@ -652,8 +653,8 @@ class Run:
         """Encodes the pictures whose features are kept: if the encoder is frozen, those to validate on, and
         those to train on if they fit. Writes config.json, which says whether those to train on are kept."""
         args, vlm = self.args, self.vlm
-        self.val = Encoded(vlm, val, args, self.vit_is_frozen)
-        keep = self.vit_is_frozen and not self.streamed and self.keeps_features()
+        self.val = Encoded(vlm, val, args, self.can_keep_features)
+        keep = self.can_keep_features and not self.streamed and self.keeps_features()
 
         # A resumed run does the same: kept features differ in the last bits from those of a step's batch
         if not args.resume:
