@@ -55,11 +55,12 @@ COMPARISONS = {
     "layers": {f"layer {layer}": ["--adapter", "mlp", "--layer", layer] for layer in "6420"},
     "shots": {adapter: ["--adapter", adapter] for adapter in ("qformer", "pixelshuffle", "mlp")},
     "questions": {adapter: ["--adapter", adapter] for adapter in ADAPTERS},
-    "queries": {f"{n} queries": ["--queries", str(n)] for n in (24, 32, 48, 64)},
-    "spell": {f"--spell {weight}": ["--spell", weight] for weight in ("0", "0.3", "1", "3")},
+    "queries": {f"{n} queries": ["--adapter", "qformer", "--queries", str(n)] for n in (24, 32, 48, 64)},
+    "spell": {f"--spell {weight}": ["--adapter", "qformer", "--spell", weight]
+              for weight in ("0", "0.3", "1", "3")},
     "lora": {f"{adapter}, {label}": ["--adapter", adapter, *options]
              for adapter in ("qformer", "mlp") for label, options in {
-                 "adapter alone": [], "LoRA 4": ["--lora", "4", "--lora-targets", "all"],
+                 "adapter alone": ["--lora", "0"], "LoRA 4": ["--lora", "4", "--lora-targets", "all"],
                  "LoRA 16": LORA,
                  "whole LLM": ["--train", "adapter,llm"]}.items()},
     "from": {"Q-Former, from the parts": [],
