@@ -31,7 +31,7 @@ from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, rep
 from support.console import one_of
 from support.kernels import attend, pack
 from support.layers import FeedForward
-from support.runs import BEST, CHECKPOINT, RESUME_STATE, check_run, updates_in
+from support.runs import BEST, CHECKPOINT, RESUME_STATE, check_run, read_run, updates_in
 from vit import ViT
 
 
@@ -586,8 +586,8 @@ class VLM(nn.Module):
             self.adapter = make_adapter(config, vit, llm)
         self.in_text = not hasattr(self.adapter, "cross_attention")  # whether images stand among the words
         queries = self.adapter.queries if self.in_text else 0
-        text = self.adapter.text
-        self.processor = Processor(tokenizer, llm.config, vit.preprocess, queries, text, config, format)
+        self.processor = Processor(tokenizer, llm.config, vit.preprocess, queries, self.adapter.text, config,
+                                   format)
 
         # Positions of an image
         position = config.get("image_position", "sequence")
@@ -952,7 +952,7 @@ class VLM(nn.Module):
     def load_state(self, path: Path) -> None:
         """Takes up what `state` gave, from a run's checkpoint, LoRA and all. Raises InputError where a tensor
         there isn't one that the run would write."""
-        found = {name: tensor for name, tensor in read_tensors(path).items()
+        found = {name: tensor for name, tensor in read_run(path).items()
                  if not name.startswith(RESUME_STATE)}
         with guard(path, "not the checkpoint of this run"), named(path):
             updates = updates_in(found)

@@ -200,16 +200,16 @@ class Processor:
     begin and end an image, and the placeholder. Public VLMs have these, if any, in their vocabulary.
 
     llm: the LLM's config. preprocess: makes the pixels. queries: embeddings of an image among the ids, 0 for
-    an adapter that is read between the LLM's blocks. text: tokens of a prompt that the adapter reads.
-    config: that of a run, see `adapters.VLM`.
+    an adapter that is read between the LLM's blocks. prompt_length: tokens of a prompt that the adapter
+    reads. config: that of a run, see `adapters.VLM`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, llm, preprocess, queries: int, text: int, config: dict,
-                 format: Format = OURS):
+    def __init__(self, tokenizer: Tokenizer, llm, preprocess, queries: int, prompt_length: int,
+                 config: dict, format: Format = OURS):
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.queries = queries
-        self.prompt_length = text
+        self.prompt_length = prompt_length
         self.config = config
         self.format = format
         self.split = config.get("split", True)  # whether pictures are seen in tiles too, if the family does
@@ -419,7 +419,8 @@ class Processor:
 
     def prompts(self, examples: list[Example]) -> torch.Tensor | None:
         """The ids (P,L) that the adapter reads with each picture, padded on the right with -1: the words
-        before the first answer of its example, at most `prompt_length`. None if it reads no prompt."""
+        before the first answer of its example, at most `prompt_length`; one id where there is no picture,
+        for a blank one is read. None if it reads no prompt."""
         if not self.prompt_length:
             return None
         found = []

@@ -28,7 +28,7 @@ from data import Processor, Views, chunks, encode_pictures, few_shot, place_imag
 from formats.captions import IMAGE, Conversation, flat, listed
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
-from formats.shards import Shards, caption_data
+from formats.shards import Shards, caption_data, is_shards
 from llm import KVCache
 from lora import merge_lora
 from support.console import (MANY, PROCESSES, SEED, Number, Parser, check_meaning, complain, machine_options,
@@ -129,6 +129,7 @@ def read_options() -> argparse.Namespace:
     check_meaning(args, parser, (  # options, whether they mean something, why not
         ("images split_name save workers", args.data, "without --data"),
         ("images split_name", args.data != "shapes", "with the shapes world"),
+        ("images", not is_shards(args.data or ""), "with shards, which hold their own"),
         ("attention show_prompt chat", not args.data, "with --data"),
         ("chat json quiet merge_lora split batch beams length_penalty max_tokens temperature shot compile "
          "prompt raw_prompt show_prompt attention device precision", not args.export, "with --export"),
@@ -500,8 +501,14 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     if readers:
         reads = torch.stack([seen[module] for module in readers]).mean(0)  # (P,Q…,N)
         maps = torch.einsum("mpq,pqn->mpn", maps, reads[:, :adapter.queries])
-    grid = adapter.side or vlm.vit.config.grid
-    maps = maps[..., -grid ** 2:].unflatten(2, (grid, grid)).cpu()
+    grid = vlm.vit.config.grid
+    side = adapter.side or grid
+    maps = maps[..., -side ** 2:].unflatten(2, (side, side)).cpu()
+
+    # The last squares of a pixel shuffle may reach beyond the picture
+    scale = getattr(adapter, "scale", 1)
+    if side * scale > grid:
+        maps = maps.repeat_interleave(scale, 2).repeat_interleave(scale, 3)[..., :grid, :grid]
     return words_of(vlm.processor, targets.tolist(), maps)
 
 
@@ -531,36 +538,36 @@ def usual_beams(vlm: VLM, args: argparse.Namespace) -> int:
     return 1 if learned == "shapes" or vlm.config.get("from") or asked else 3
 
 
-def check_outputs(args: argparse.Namespace, files: list[str]) -> None:
-    """Raises InputError where --save or --attention can't be written, or is one of the files that are
-    read."""
-    read = files + [name for name, _ in args.shot] + listed(args.data or "")
-    read = [name for name in read if os.path.exists(name)]
-    for output in (args.save, args.attention):
-        if output is None:
-            continue
-        check_writable(Path(output))
-        if os.path.exists(output) and any(os.path.samefile(name, output) for name in read):
-            raise InputError(f"{output}: it is read too: write to another file")
+def check_output(output: str, read: list) -> None:
+    """Raises InputError where a file can't be written, or is one of the files that are `read`."""
+    check_writable(Path(output))
+    if os.path.exists(output):
+        for name in read:
+            if os.path.exists(name) and os.path.samefile(name, output):
+                raise InputError(f"{output}: it is read too: write to another file")
 
 
 def main() -> None:
     args = read_options()
-    files = []
-    for name in args.pictures:
-        files += pictures_of(name) or [name]
-    check_outputs(args, files)
     if args.export:  # in float32: rounded once, when it is written
         VLM.from_pretrained(args.model or newest_run()).export(Path(args.export))
         return
     device = pick_device(args.device)
+    files = []
+    for name in args.pictures:
+        files += pictures_of(name) or [name]
+    read = files + [name for name, _ in args.shot]
     if args.data == "shapes":
         sets = {"test": Shapes(500, "test"), "unseen": Shapes(500, "unseen")}
     elif args.data:
         captions = caption_data(args.data, args.images, split=args.split_name)
+        read += listed(args.data) + list(captions.paths)
         if isinstance(captions, Shards):
             captions = captions.take(MANY.most)
         sets = {Path(args.data).name: captions.by_question()}
+    for output in (args.save, args.attention):
+        if output is not None:
+            check_output(output, read)
 
     # The model, made fast
     vlm = VLM.from_pretrained(args.model or newest_run(), pick_precision(args.precision, device)).to(device)

@@ -30,7 +30,7 @@ from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, default_sizes
 from data import (ANSWERS, LAST, WORD, Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout,
                   draw_shots, few_shot, is_caption, layout_weights, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation, listed
-from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata, read_tensors,
+from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata,
                            warn, write_json, write_tensors, write_text)
 from formats.shards import Shards, caption_data, is_shards
 from lora import add_lora, lora_layers, save_lora
@@ -41,7 +41,7 @@ from support.drawing import best_and_worst, contact_sheet, curves, write_picture
 from support.journal import Log, Progress, Signals, check_new
 from support.machine import can_compile, free_memory, pick_precision, to_device, start_processes
 from support.processes import CORES, RANK, WORLD, merge_over_processes, sum_over_processes
-from support.runs import BEST, CHECKPOINT, resume_state
+from support.runs import BEST, CHECKPOINT, read_run, resume_state
 from support.scores import rate, table
 from support.shapes import Shapes
 
@@ -114,12 +114,12 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora", type=Number(int, 0, 10_000), metavar="R",
-        help="train a LoRA of rank R too; 0: the backbones stay frozen (default: 0; of a new adapter with "
-             "--data, 16)")
+        help="train a new LoRA of rank R too; 0: none (default: 0; with --data 16, unless --train names the "
+             "LLM or --from or --lora-from is given)")
     add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
         help="its updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES", type=without_spaces,
-        
+
         help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
              "--data, all)")
     add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")
@@ -154,7 +154,7 @@ def make_parser() -> Parser:
     add("--steps", type=COUNT, default=400, help="optimizer steps")
     add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
     add("--accumulate", type=COUNT, default=1, help="equal parts a step is computed in, to save memory")
-    add("--lr", type=RATE, default=2e-3, 
+    add("--lr", type=RATE, default=2e-3,
         help="peak learning rate of adapter and LoRA (default: 2e-3; of a new adapter with --data, 1e-3 "
              "if it has queries, else 3e-3)")
     add("--lr-llm", type=RATE, default=1e-4, help="peak learning rate of the LLM, if --train names it")
@@ -258,6 +258,8 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
     foreign = [option for option in ADAPTER_SIZES if option.removeprefix("adapter_") not in sizes]
     own = f"with --from: {args.origin} has its own"
     to = f"to the {args.adapter} adapter"
+    if args.adapter == "pixelshuffle" and args.data != "shapes":
+        to += " (the default with --data)"
     lora = args.lora or args.lora_from
     shapes = args.data == "shapes"
     shards = is_shards(args.data)
@@ -295,8 +297,9 @@ def options_for_captions(parser: Parser) -> argparse.Namespace:
     args = parser.parse_args()
     kind = one_of(ADAPTERS, "adapter", args.adapter)
     parser.set_defaults(lr=1e-3 if "queries" in default_sizes(kind) else 3e-3)
+    parser.set_defaults(lora_targets="all")
     if "llm" not in args.train.split(",") and not args.lora_from:
-        parser.set_defaults(lora=16, lora_targets="all")
+        parser.set_defaults(lora=16)
     return parser.parse_args()
 
 
@@ -629,7 +632,7 @@ class Run:
             if (self.folder / "adapter.safetensors").is_file():
                 raise InputError(f"{self.folder}: a run of an older version of train.py, which can't go on")
             return
-        found = read_tensors(path)
+        found = read_run(path)
         said = read_metadata(path).get("step", "none")
         if not re.fullmatch("[0-9]{1,18}", said) or int(said) > self.args.steps:
             raise InputError(f"{path}: its step is {said}, not a number up to {self.args.steps}")
@@ -930,7 +933,7 @@ class Run:
         if not sum_over_processes(there):
             return
         if not RANK:
-            found = read_tensors(path)
+            found = read_run(path)
             compare(self.vlm.state(), found, path)
             self.say(f"{self.folder}: the lowest validation loss was that of step "
                      f"{read_metadata(path).get('step')}: scores and sample.py take its weights")

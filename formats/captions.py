@@ -190,6 +190,8 @@ class Captions(torch.utils.data.Dataset):
                 self.said.append([])
             self.said[at] += conversations
         self.paths = [folder / image for image in pictures]
+        if not self.paths and text_only:  # then to be without a picture is a fault
+            return self.collect(rows, folder, False)
 
         reasons = [f"{len(places)} {reason} (first: {places[0]})" for reason, places in left_out.items()]
         if not self.paths:

@@ -83,15 +83,18 @@ def remove_leftovers(folder: Path, all_of_them: bool = False) -> None:
 
 @contextlib.contextmanager
 def temporary_for(path: Path):
-    """Makes an empty temporary file beside `path`, yields its name, and removes it. Raises InputError where
+    """Makes an empty temporary file beside `path` or, if that is a link, beside the file that it leads to.
+    Yields this file's name and the temporary one's, which it removes in the end. Raises InputError where
     `path` can't be written."""
     with guard(path, "can't be written"):
+        if path.is_symlink():
+            path = path.resolve()
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: not a file that can be replaced")
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}")
         try:
             temporary.write_bytes(b"")
-            yield temporary
+            yield path, temporary
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -105,9 +108,7 @@ def check_writable(path: Path) -> None:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a temporary file, then moves it to `path`. The file is whole or not there, whenever
     the process or the power ends. A link stays, and leads to the new file. Raises InputError."""
-    if path.is_symlink():
-        path = path.resolve()
-    with temporary_for(path) as temporary:
+    with temporary_for(path) as (path, temporary):
         remove_leftovers(path.parent)
         with locked(temporary):
             write(temporary)

@@ -282,8 +282,6 @@ def caption_data(names: str, images: str | None = None, buffer: int = 1000, spli
     if is_shards(names):
         if split:
             raise InputError(f"--split-name {split}: shards have no splits: name them")
-        if images:
-            raise InputError(f"--images {images}: shards hold their own pictures")
         return Shards(names, buffer)
     captions = Captions(names, images, split, text_only)
     captions.check_pictures()

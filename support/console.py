@@ -1,6 +1,7 @@
 """The command line: options, help, errors in one line."""
 import argparse
 import contextlib
+import errno
 import difflib
 import gc
 import multiprocessing
@@ -71,12 +72,12 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.filename:
+    except OSError as error:  # the output's reader went away, as in `sample.py … | head`, or its disk is full
+        gone = isinstance(error, BrokenPipeError)
+        if error.filename or not gone and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        # The reader of our output went away, as in `sample.py … | head`, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
+        if gone:
             sys.exit(141)
         complain(f"the output can't be written: {error.strerror}")
         sys.exit(2)

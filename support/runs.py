@@ -1,9 +1,10 @@
 """What a run's folder holds of its model: the checkpoint's tensors, and the config that rebuilds it."""
 import math
+from pathlib import Path
 
 import torch
 
-from formats.files import InputError
+from formats.files import InputError, read_tensors
 from formats.peft import Update
 
 CHECKPOINT = "checkpoint.safetensors"  # of a run: trained weights and the optimizer's state
@@ -31,6 +32,16 @@ def check_run(config: dict) -> None:
             raise ValueError(f"{value!r} is out of place")
     if not {*config.get("train", ())} <= {"adapter", "llm", "vit"}:
         raise ValueError(f"train is {config['train']!r}")
+
+
+def read_run(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a run's checkpoint, its weights in float32: those that came with a LoRA were once
+    saved as they are computed with. Raises InputError."""
+    found = read_tensors(path)
+    for name, tensor in found.items():
+        if name.startswith("weight.") and tensor.dtype in (torch.bfloat16, torch.float16):
+            found[name] = tensor.float()
+    return found
 
 
 def updates_in(state: dict[str, torch.Tensor]) -> dict[str, dict[str, Update]]:

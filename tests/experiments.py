@@ -39,7 +39,7 @@ from support.shapes import Shapes, judge  # noqa: E402
 LORA = ["--lora", "16", "--lora-targets", "all"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
 PUBLIC = "out/public"  # where fixtures/start.py's models go
-USUAL = "adapter_qformer|layout_image-text|image-position_sequence|shots_0"  # what train.py does unasked
+USUAL = "layout_image-text|image-position_sequence|shots_0"  # what train.py does unasked
 COUNTS = ("trained parameters", "embeddings a picture", "ms a step")
 FINE = ("val loss", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D")  # three digits after the point
 COMPARISONS = {
@@ -63,7 +63,7 @@ COMPARISONS = {
                  "adapter alone": ["--lora", "0"], "LoRA 4": ["--lora", "4", "--lora-targets", "all"],
                  "LoRA 16": LORA,
                  "whole LLM": ["--train", "adapter,llm"]}.items()},
-    "from": {"Q-Former, from the parts": [],
+    "from": {"Q-Former, from the parts": ["--adapter", "qformer"],
              "Q-Former, from BLIP-2's layout": ["--from", f"{PUBLIC}/blip2", "--spell", "1"],
              "MLP and LoRA, from the parts": ["--adapter", "mlp", "--layer", "-1", *LORA],
              "MLP and LoRA, from the parts, LLaVA's prompt": [  # which the built-in LLM has never read

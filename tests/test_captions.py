@@ -243,6 +243,10 @@ def test_every_row_is_accounted_for(tmp_path, capsys):
         "(first: entry 4), 40 without a picture (first: entry 5), 40 without a caption (first: entry 6)\n"
     )
     assert len(Captions(file, text_only=True)) == 120  # each text is an entry of its own
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"question": "What?", "answer": "a dog"}\n')
+    with pytest.raises(InputError, match="no usable pair of picture and caption: 1 without a picture"):
+        Captions(file, text_only=True)
     assert "80 of 280 rows left out" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from support.shapes import SHAPES, SIDE, SIZE_WORDS, SKILLS, THING, UNSEEN, Scen
 from conftest import ROOT
 from fixtures.pictures import picture
 from llm import LLM
-from formats.files import InputError, read_json, write_file, write_text
+from formats.files import InputError, check_writable, read_json, write_file, write_text
 from formats.hub import HERE
 from formats.tokenizer import Tokenizer
 from vit import ViT
@@ -412,6 +412,11 @@ def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to("folder/file")
     write_file(tmp_path / "link", lambda path: path.write_text("new"))
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == "new"
+    (tmp_path / "nowhere").symlink_to("none/file")
+    (tmp_path / "round").symlink_to("round")
+    for name in ("nowhere", "round"):
+        with pytest.raises(InputError):
+            check_writable(tmp_path / name)
 
 
 def test_a_name_of_any_bytes_is_written_as_json(tmp_path):

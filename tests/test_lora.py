@@ -566,6 +566,17 @@ def test_a_run_keeps_what_came_with_its_lora(name, fixtures, tmp_path):
     again.load_state(tmp_path / "checkpoint.safetensors")
     ids = tokens(2, 9)
     assert torch.equal(again.llm(ids), made.llm(ids))
+
+    # So it does from a file of an older version, with what came with the LoRA in the dtype that it had
+    older = made.state()
+    for key in older:
+        if key.startswith("weight.llm.") and not key.endswith((".A", ".B", ".m")):
+            older[key] = older[key].bfloat16()
+    write_tensors(tmp_path / "older.safetensors", older, {"step": "1"})
+    rounded = small(fixtures, llm=base)
+    rounded.config["train"] = ["adapter"]
+    rounded.load_state(tmp_path / "older.safetensors")
+    assert all(torch.equal(p, older[key].to(p.dtype)) for key, p in rounded.state().items())
     save_lora(again.llm, tmp_path / "export")
     fresh = load(fixtures, base)
     load_lora(fresh, tmp_path / "export")

@@ -93,6 +93,8 @@ def test_an_adapter_that_no_memory_holds_is_one_line(monkeypatch, capsys):
     (sample, ["--split-name", "test", "a.png"], "without --data"),
     (sample, ["--split-name", "test", "--data", "shapes"], "with the shapes world"),
     (sample, ["--images", "folder", "--data", "shapes"], "with the shapes world"),
+    (train, ["--queries", "4", "--data", "c.csv"], "to the pixelshuffle adapter (the default with --data)"),
+    (sample, ["--images", "folder", "--data", "{0..9}.tar"], "with shards"),
     (sample, ["--attention", "x.png", "--export", "y"], "with --export"),
     (sample, ["--precision", "float32", "--export", "y"], "with --export"),
     (sample, ["--show-prompt", "--data", "c.csv"], "with --data"),
@@ -128,8 +130,8 @@ def test_an_option_may_say_its_default(module, arguments, monkeypatch):
     (["--data", "c.csv"], "pixelshuffle", 3e-3, 16, "all"),
     (["--data", "c.csv", "--adapter", "mlp", "--lora-targets", "q"], "mlp", 3e-3, 16, "q"),
     (["--data", "c.csv", "--adapter", "flamingo", "--lora", "0"], "flamingo", 1e-3, 0, "all"),
-    (["--data", "c.csv", "--lr", "5e-4", "--train", "adapter,llm"], "pixelshuffle", 5e-4, None, "q,v"),
-    (["--data", "c.csv", "--lora-from", "x"], "pixelshuffle", 3e-3, None, "q,v"),
+    (["--data", "c.csv", "--lr", "5e-4", "--train", "adapter,llm"], "pixelshuffle", 5e-4, None, "all"),
+    (["--data", "c.csv", "--lora-from", "x"], "pixelshuffle", 3e-3, None, "all"),
     (["--data", "c.csv", "--from", "x"], "qformer", 2e-3, None, "q,v")))  # it has its own adapter
 def test_captions_of_ones_own_have_other_defaults(arguments, adapter, lr, lora, targets, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

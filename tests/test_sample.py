@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def test_words_look_where_attention_is_planted(adapter):
         expected = torch.zeros(P, side ** 2)
         expected[query(t) // Q, patch(query(t) % Q)] = 1
         assert at.shape == (P, side, side) and torch.allclose(at.flatten(1), expected, atol=1e-6), word
+
+
+def test_a_square_beyond_the_grid_looks_at_its_patches():
+    """Of 8 × 8 patches in squares of 3 × 3, the last square has the last 2 × 2 patches."""
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="pixelshuffle", adapter_sizes=dict(scale=3)))
+    last = vlm.processor.encode("")[0].index(vlm.processor.placeholder) + 8
+    for block in vlm.llm.blocks:
+        block.attention = Planted(lambda t, S: last)
+    [(_, seen), *_] = sample.look(vlm.eval(), torch.randn(1, 64, 128), "", "a circle")
+    assert seen.shape == (1, 8, 8) and seen[0, 6:, 6:].min() == 1 and seen.sum() == 4
 
 
 def test_spotlights_show_what_the_encoder_sees():
@@ -382,14 +393,20 @@ def test_what_is_read_is_not_written_over(trained, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     picture(40, 30).save("a.png")
     Path("c.csv").write_text("image,caption\na.png,a thing\n")
+    picture(40, 30).save("b.png")
+    with tarfile.open("0.tar", "w") as tar:
+        tar.add("a.png")
+        tar.add("c.csv", "a.txt")
     Path("link.png").symlink_to("a.png")
     for arguments in (["a.png", "--attention", "link.png"], [".", "--attention", "a.png"],
                       ["--data", "c.csv", "--save", "c.csv"],
-                      ["--data", "c.csv", "--save", "a.png", "--shot", "a.png", "a thing"]):
-        before = Path("a.png").read_bytes() + Path("c.csv").read_bytes()
+                      ["--data", "c.csv", "--save", "a.png"],
+                      ["--data", "{0..0}.tar", "--save", "0.tar"],
+                      ["--data", "c.csv", "--save", "b.png", "--shot", "b.png", "a thing"]):
+        before = {path: path.read_bytes() for path in Path().iterdir()}
         assert command(monkeypatch, sample, "--model", trained / "run", *arguments) == 2
         assert "it is read too: write to another file" in capsys.readouterr().err
-        assert Path("a.png").read_bytes() + Path("c.csv").read_bytes() == before
+        assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 @pytest.mark.slow

@@ -136,6 +136,16 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
+def test_shards_go_with_a_table(shards, tmp_path):
+    SCENES.picture(0).save(tmp_path / "a.png")
+    (tmp_path / "c.csv").write_text("image,caption\na.png,a thing\n")
+    for names in ([f"{shards}/*.tar", tmp_path / "c.csv"], [tmp_path / "c.csv", f"{shards}/05.tar"]):
+        options = ["--data", names[0], "--val", names[1], "--images", tmp_path]
+        args = train.make_parser().parse_args([str(option) for option in options])
+        learned, val, _ = train.caption_sets(args)
+        assert len(learned.paths) and len(val)
+
+
 def test_shards_to_validate_on_are_all_read(shards, monkeypatch, capsys):
     options = ["--data", f"{shards}/{{00..03}}.tar", "--val", f"{shards}/0[45].tar"]
     args = train.make_parser().parse_args(options)
