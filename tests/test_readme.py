@@ -141,7 +141,7 @@ def check_training(words: list[str], said: str, run) -> None:
     folder = Path(sample.newest_run())
     promised = re.search(r"`out/<run>/` holds (.*?)\n\n", README, re.S)[1]
     files = {*re.findall(r"`([\w./]+)`", promised)}
-    if not {"--lora", "--lora-from", "--resume"} & {*words}:
+    if not {"--lora", "--lora-from", "--resume"} & {*words} or ("--lora", "0") in zip(words, words[1:]):
         files.remove("lora/")
     assert len(files) > 4 and all((folder / name).exists() for name in files)
     for name in ("curves.png", "samples.png"):
