@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import difflib
+import functools
 import gc
 import multiprocessing
 import os
@@ -51,8 +52,7 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         with contextlib.suppress(AttributeError):  # it is closed, or a caller's own
             stream.reconfigure(encoding="utf-8", errors=errors)
-    if not gc.get_freeze_count():
-        gc.freeze()  # looking for garbage in all imported modules takes longer than loading a small model
+    leave_imports_alone()
 
     # Run, and turn each expected end into a line and an exit code
     try:
@@ -84,6 +84,12 @@ def run(main: Callable[[], None], memory: str = "a smaller --batch") -> None:
     finally:
         for child in multiprocessing.active_children():  # that read pictures, and ignore SIGTERM
             child.kill()
+
+
+@functools.cache  # once for a process: what a caller made since may become garbage
+def leave_imports_alone() -> None:
+    """Looking for garbage in all imported modules takes longer than loading a small model."""
+    gc.freeze()
 
 
 ALONE = "another process of this run has ended"

@@ -25,14 +25,18 @@ def pytest_collection_modifyitems(items):
 # Two processes, each with one thread: most tests are small, and leave the second core idle
 
 def pytest_runtestloop(session):
-    """Parts the tests among two forks of this process, which tell it their reports."""
+    """Has two forks of this process run the tests: each takes the next one, and reports it."""
     config = session.config
     alone = (len(session.items) < FEW or not hasattr(os, "fork") or torch.cuda.is_available()
              or config.option.collectonly or config.option.usepdb or session.testsfailed)
     if alone:
         return None
     config._tmp_path_factory.getbasetemp()  # one folder for both
-    forks = [start_fork(session, session.items[i::2]) for i in range(2)]
+    queue, writer = os.pipe()
+    for number in range(len(session.items)):
+        os.write(writer, number.to_bytes(4, "big"))  # sixteen thousand fit in a pipe
+    os.close(writer)
+    forks = [start_fork(session, queue) for _ in range(2)]
 
     # Relay what they report, line by line, until both have ended
     ended = 0  # tests
@@ -63,8 +67,9 @@ def pytest_runtestloop(session):
     return True
 
 
-def start_fork(session, items) -> tuple:
-    """Runs tests in a fork. Returns its number, and the pipe to which it writes a line for each report."""
+def start_fork(session, queue: int) -> tuple:
+    """Runs in a fork the tests whose numbers it reads from `queue`. Returns the fork's id, and the pipe to
+    which it writes a line for each report."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -73,6 +78,11 @@ def start_fork(session, items) -> tuple:
         return pid, open(reader, buffering=1)
     os.close(reader)
     config = session.config
+
+    def next_item():
+        number = os.read(queue, 4)
+        return session.items[int.from_bytes(number, "big")] if number else None
+
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     capture = config.pluginmanager.getplugin("capturemanager")
@@ -80,10 +90,13 @@ def start_fork(session, items) -> tuple:
     capture.start_global_capturing()
     try:
         with open(writer, "w", buffering=1) as pipe:
-            for item, following in zip(items, [*items[1:], None]):
+            item = next_item()
+            while item:
+                following = next_item()
                 for report in runtestprotocol(item, nextitem=following, log=False):
                     data = config.hook.pytest_report_to_serializable(config=config, report=report)
                     pipe.write(json.dumps(data) + "\n")
+                item = following
     finally:  # whatever ends it: the rest of pytest is the other process's affair
         os._exit(0)
 

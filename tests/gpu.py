@@ -488,9 +488,9 @@ def resumed() -> None:
             "--quiet",
             "--no-compile",
             "--scenes",
-            "2000",
+            "24" if options.dry else "2000",
             "--val-size",
-            "64",
+            "8" if options.dry else "64",
             *(("--batch", "8") if options.dry else ()),
         ]
         runs = []
