@@ -579,7 +579,8 @@ class VLM(nn.Module):
                  dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.dtype = dtype or llm.dtype
+        self.dtype = dtype or llm.dtype  # it computes in
+        self.adapter_dtype = torch.float32
         self.vit = vit.requires_grad_(False)
         self.llm = llm.requires_grad_(False)
         with torch.device("cpu" if format is OURS else "meta"):  # the weights of others come from a file
@@ -636,6 +637,14 @@ class VLM(nn.Module):
         """Autocast to `dtype` for float32 weights; does nothing for weights already in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=held != self.dtype)
 
+    def _apply(self, *args, **kwargs) -> "VLM":
+        """What `to`, `half` and their kind do. If they change dtypes, it computes in the new one."""
+        before = self.llm.dtype
+        super()._apply(*args, **kwargs)
+        if self.llm.dtype != before:
+            self.dtype = self.adapter_dtype = self.llm.dtype
+        return self
+
     def train(self, mode: bool = True) -> "VLM":
         """Training mode for the adapter and for LoRAs, which may have dropout; the backbones stay in eval
         mode."""
@@ -685,7 +694,7 @@ class VLM(nn.Module):
         if it reads them. None without features."""
         if features is None or not len(features):
             return None
-        features = features.float()
+        features = features.to(self.adapter_dtype)
         if self.channel_scale is not None:
             features = features * self.channel_scale + self.channel_shift
 
@@ -695,12 +704,12 @@ class VLM(nn.Module):
             places = (rows[:, None] + columns).flatten(0, 1)  # (G²,Dv)
             features = features + F.pad(places, (0, 0, features.shape[1] - len(places), 0))
 
-        # The adapter's weights are float32; it computes in the VLM's dtype
-        with self.autocast(torch.float32):
+        # The adapter's weights are float32, if nobody changed that; it computes in the VLM's dtype
+        with self.autocast(self.adapter_dtype):
             if prompt is None:
                 return self.adapter(features).to(self.llm.dtype)
             prompt = prompt.to(self.device)
-            embeddings = self.llm.embed(prompt.clamp(min=0)).float()  # (P,L,D)
+            embeddings = self.llm.embed(prompt.clamp(min=0)).to(self.adapter_dtype)  # (P,L,D)
             return self.adapter(features, embeddings, prompt >= 0).to(self.llm.dtype)
 
     # -----------------------------------------------------------------------------------------------------

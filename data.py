@@ -21,7 +21,7 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 from PIL import Image
@@ -66,6 +66,16 @@ def draw_conversation(captions, index: int, seed: int, epoch: int) -> Conversati
     return random.Random(f"{seed} {epoch} {index}").choice(captions.conversations(index))
 
 
+def prompted(turns: Conversation, prompt: str) -> Conversation:
+    """A conversation whose first question, where it has none, is the `prompt`."""
+    (question, answer), *later = turns
+    if not question:
+        question = prompt
+        if any(IMAGE in text for text, _ in later):  # they show the picture
+            question = prompt.replace(IMAGE, "")
+    return [(question, answer), *later]
+
+
 def place_images(turns: Conversation, pictures: int) -> Conversation:
     """Returns the conversation with an IMAGE for each of its `pictures`: those that its questions don't place
     come first. Raises InputError if the questions place more than there are."""
@@ -83,13 +93,13 @@ def is_caption(captions, index: int) -> bool:
     return one and all(len(turns) == 1 and not turns[0][0] for turns in captions.conversations(index))
 
 
-def arrange(layout: str, captions, index: int, seed: int, epoch: int,
-            prompt_for: Callable[[str], str], others: list | None = None) -> Conversation:
+def arrange(layout: str, captions, index: int, seed: int, epoch: int, prompt: str = "",
+            others: list | None = None) -> Conversation:
     """Returns the conversation that is learned of entry `index`, with IMAGE where a picture stands. A pure
     function of its arguments.
 
-    image-text: the picture and `prompt_for(question)`; the caption is the answer. What isn't a caption always
-        has this layout.
+    image-text: the picture and the question, else the `prompt`; the caption is the answer. What isn't a
+        caption always has this layout.
     text-image-text: the first words of a caption, as many as are drawn, and the picture; the other words are
         the answer.
     text-image: a caption, the picture, and "match?", which tells this layout from the last; "yes" or "no" is
@@ -100,10 +110,8 @@ def arrange(layout: str, captions, index: int, seed: int, epoch: int,
     (question, caption), *later = draw_conversation(captions, index, seed, epoch)
     rng = random.Random(f"{seed} {epoch} {index} {layout}")
     if layout == "image-text" or not is_caption(captions, index):
-        asked = prompt_for(question)
-        if not question and any(IMAGE in text for text, _ in later):  # they show the picture
-            asked = asked.replace(IMAGE, "")
-        return place_images([(asked, caption), *later], len(captions.pictures(index)))
+        turns = prompted([(question, caption), *later], prompt)
+        return place_images(turns, len(captions.pictures(index)))
     if layout == "text-image-text":
         words = caption.split(" ")
         at = rng.randrange(len(words))
@@ -252,9 +260,10 @@ class Processor:
         """Whether an answer's ids have its end."""
         return bool(ids) and ids[-1] in self.ends
 
-    def prompt_for(self, question: str) -> str:
-        """What is asked of a picture: the `question` of its caption set or, without one, the run's prompt."""
-        return question or self.config.get("prompt", "")
+    @property
+    def prompt(self) -> str:
+        """What is asked of a picture, where its caption set asks no question."""
+        return self.config.get("prompt", "")
 
     def views(self, ids: list[int]) -> int:
         """How many views of pictures the ids show."""
@@ -451,7 +460,7 @@ class Processor:
         """
         if isinstance(pictures, Image.Image):
             raise InputError("pictures come in a list: for one, [picture]")
-        prompt = self.prompt_for("") if prompt is None else prompt
+        prompt = self.prompt if prompt is None else prompt
         groups = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in pictures]
         if IMAGE in prompt:
             wanted = prompt.count(IMAGE)

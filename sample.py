@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from adapters import VLM
-from data import Processor, Views, chunks, encode_pictures, few_shot, place_images, stack
+from data import Processor, Views, chunks, encode_pictures, few_shot, place_images, prompted, stack
 from formats.captions import IMAGE, Conversation, flat, listed
 from formats.files import InputError, check_writable, write_text
 from formats.pictures import FORMATS, open_picture
@@ -402,14 +402,14 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
     """Answers the last question of each entry of a caption set, after the same `shots`. Returns {index:
     answer}, without the entries whose text doesn't fit the LLM.
 
-    batches: yields (indices, Views of their features). prompt: the question of an entry that has none; by
-        default the run's. raw: see `Processor.encode`. decoding: see `VLM.answer`.
+    batches: yields (indices, Views of their features). prompt: what an entry is asked that begins without
+        a question; by default the run's. raw: see `Processor.encode`. decoding: see `VLM.answer`.
     Raises InputError if no entry fits.
     """
     texts = {}
     processor = vlm.processor
     if prompt is None:
-        prompt = processor.prompt_for("")
+        prompt = processor.prompt
     K = len(shots.said)
     for indices, features in batches:
         # The features of the shots, then those of the entries
@@ -419,9 +419,9 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
         # Each entry's conversation up to its last question, after the solved examples, and their views
         rows, order, answered = [], [], []
         for at, i in enumerate(indices, start=K):
-            *earlier, (question, _) = captions.conversations(i)[0]
-            question = question or prompt
-            examples = [as_example(shots.said[j], question, len(features.tiles[j])) for j in range(K)]
+            *earlier, (question, _) = prompted(captions.conversations(i)[0], prompt)
+            examples = [as_example(shots.said[j], question or prompt, len(features.tiles[j]))
+                        for j in range(K)]
             asked = place_images([*earlier, (question, "")], len(features.tiles[at]))
             *earlier, (text, _) = few_shot([*examples, asked])
             shown = [*range(K), at]  # places of the shots and of the entry in `features`
@@ -483,7 +483,7 @@ def look(vlm: VLM, features: torch.Tensor, prompt: str, text: str,
     that read patches. A word of several tokens has their mean.
     """
     adapter, P = vlm.adapter, len(features)
-    example = vlm.processor.encode(prompt, text, max_tokens=len(text.encode()), images=P, raw=raw)
+    example = vlm.processor.encode(prompt, text, max_tokens=vlm.processor.max_positions, images=P, raw=raw)
     tokens, positions, targets = stack([example])
 
     # Run it once more, and watch who attends to images and who reads patches

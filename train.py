@@ -28,10 +28,11 @@ import torch.nn as nn
 
 from adapters import ADAPTERS, IMAGE_POSITIONS, VLM, build, default_sizes
 from data import (ANSWERS, LAST, WORD, Batch, Encoded, Views, arrange, chunks, draw_conversation, draw_layout,
-                  draw_shots, few_shot, is_caption, layout_weights, read_pictures, shuffled)
+                  draw_shots, few_shot, is_caption, layout_weights, prompted, read_pictures, shuffled)
 from formats.captions import IMAGE, Captions, Conversation, listed
 from formats.files import (InputError, compare, named, only_warn, read_json, read_metadata,
                            warn, write_json, write_tensors, write_text)
+from formats.hub import built_in
 from formats.shards import Shards, caption_data, is_shards
 from lora import add_lora, lora_layers, save_lora
 from sample import Shots, as_lines, caption_set
@@ -341,7 +342,7 @@ def make_absolute(args: argparse.Namespace) -> None:
     """Has the run's files found again from any working directory."""
     for name in ("origin", "vit", "llm", "lora_from"):
         value = getattr(args, name)
-        if value and os.path.exists(value) and not value.startswith("assets/"):
+        if value and os.path.exists(value) and not built_in(value):
             setattr(args, name, str(Path(value).resolve()))
 
     # Pictures lie beside the captions' file, not beside what a link to it means
@@ -469,8 +470,8 @@ def check_tokens(vlm: VLM, captions) -> None:
     if processor.no_embedding and isinstance(captions, Captions):
         for i in range(len(captions)):
             with named(captions.name(captions.pictures(i)[0]) if captions.pictures(i) else captions.file):
-                for (question, caption), *later in captions.conversations(i):
-                    for text, answer in [(processor.prompt_for(question), caption), *later]:
+                for turns in captions.conversations(i):
+                    for text, answer in prompted(turns, processor.prompt):
                         processor.encode(text.replace(IMAGE, ""), answer, images=0)
 
 
@@ -735,8 +736,7 @@ class Run:
         return examples, orders
 
     def arrange(self, layout: str, captions, i: int, epoch: int = 0, others=None) -> Conversation:
-        prompt_for = self.vlm.processor.prompt_for
-        return arrange(layout, captions, i, self.args.seed, epoch, prompt_for, others)
+        return arrange(layout, captions, i, self.args.seed, epoch, self.vlm.processor.prompt, others)
 
     def micro_batch(self, indices: list[int], views: Views, epoch: int, spell: float) -> Batch:
         """The texts of some entries, whose pictures have these `views`, on the device."""
@@ -946,10 +946,14 @@ class Run:
         """Draws the curves, and lists the pictures that couldn't be read."""
         with only_warn(self.folder / "curves.png"):
             write_picture(self.folder / "curves.png", curves(self.log.entries(), self.folder.name))
-        reasons = [f"{reason}\n" for found in bad for reason in found.values()]
+        reasons = [reason for found in bad for reason in found.values()]
         if reasons:
-            with only_warn(self.folder / "unreadable.txt", "can't be written"):
-                write_text(self.folder / "unreadable.txt", "".join(reasons))
+            path = self.folder / "unreadable.txt"
+            with only_warn(path, "can't be written"):
+                if path.exists():  # a resumed run adds to it
+                    known = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+                    reasons = [*dict.fromkeys(known + reasons)]
+                write_text(path, "\n".join(reasons) + "\n")
 
     def score(self) -> dict[str, dict[str, float]]:
         """What it learned, as sample.py will read it: scores of its captions, which the folder keeps."""

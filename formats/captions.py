@@ -175,7 +175,9 @@ class Captions(torch.utils.data.Dataset):
         why."""
         self.shown: list[tuple[int, ...]] = []  # of each entry, its pictures' places in `paths`
         self.said: list[list[Conversation]] = []
-        pictures: dict[str, int] = {}
+        places: dict[str, int] = {}  # in `paths`, by the name of a row, of which a picture may have several
+        self.paths = []
+        pictures: dict[str, int] = {}  # the same by the absolute path
         entries: dict[tuple[int, ...], int] = {}
         left_out: dict[str, list[str]] = {}  # reason -> places
         for row in rows:
@@ -183,13 +185,18 @@ class Captions(torch.utils.data.Dataset):
             if fault:
                 left_out.setdefault(fault, []).append(row.place)
                 continue
-            shown = tuple(pictures.setdefault(whole(image), len(pictures)) for image in row.images)
+            for image in row.images:
+                if image not in places:
+                    path = folder / whole(image)
+                    places[image] = pictures.setdefault(os.path.abspath(path), len(self.paths))
+                    if places[image] == len(self.paths):
+                        self.paths.append(path)
+            shown = tuple(places[image] for image in row.images)
             at = entries.setdefault(shown, len(self.said)) if shown else len(self.said)
             if at == len(self.said):
                 self.shown.append(shown)
                 self.said.append([])
             self.said[at] += conversations
-        self.paths = [folder / image for image in pictures]
         if not self.paths and text_only:  # then to be without a picture is a fault
             return self.collect(rows, folder, False)
 

@@ -35,16 +35,22 @@ def shards(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
+def built_in(name: str) -> Path | None:
+    """The folder of this project that `assets/…` names, if there is one."""
+    folder = HERE / name
+    return folder if name.startswith("assets/") and folder.is_dir() else None
+
+
 def find_checkpoint(name: str, weights: bool = True) -> Path:
-    """Finds a model's folder: 1. on disk (also in this project, as `assets/…`); 2. in the Hugging Face cache;
-    3. by a download of the files needed into that cache.
+    """Finds a model's folder: 1. on disk, `assets/…` in this project first, from any working directory; 2. in
+    the Hugging Face cache; 3. by a download of the files needed into that cache.
 
     OWNER/MODEL@REVISION names a branch, a tag, a commit or a pull request ("refs/pr/1") instead of the main
     branch. `weights=False` is for a tokenizer alone, without the tensors. Raises InputError.
     """
     with guard(name, "no name of a model"):
-        for folder in (Path(name).expanduser(), HERE / name):
-            if folder.is_dir():
+        for folder in (built_in(name), Path(name).expanduser()):
+            if folder and folder.is_dir():
                 return folder
         match = NAME.fullmatch(name)
     if not match:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from formats.files import InputError, guard
 
@@ -19,10 +19,14 @@ MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG's segments; coded
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, white behind what is transparent. Greys of 16 bits, which Pillow would clip at
-    255, are scaled instead, and those from 0 to 1. Raises InputError where the file, which Pillow reads no
-    sooner, is broken."""
+    """Any Pillow mode to RGB, upright as its EXIF says, white behind what is transparent. Greys of 16 bits,
+    which Pillow would clip at 255, are scaled instead, and those from 0 to 1. Raises InputError where the
+    file, which Pillow reads no sooner, is broken."""
     with guard(getattr(picture, "filename", "") or "picture", "broken picture"):
+        picture.load()  # what is broken here is the picture, not its EXIF
+        with contextlib.suppress(Exception):  # broken EXIF costs the rotation alone
+            if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
             picture = picture.convert("F")
             top = picture.getextrema()[1]
@@ -53,9 +57,9 @@ def scans(content: bytes) -> int:
 
 
 def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Reads a picture file ("-": standard input), or the `content` of one: upright as its EXIF says, in RGB.
-    Of an animation, reads the first picture alone. Raises InputError, also above
-    `PIL.Image.MAX_IMAGE_PIXELS` (89 million) and for a JPEG of more than MOST_SCANS scans."""
+    """Reads a picture file ("-": standard input), or the `content` of one, and makes it RGB, upright. Of an
+    animation, reads the first picture alone. Raises InputError, also above `PIL.Image.MAX_IMAGE_PIXELS`
+    (89 million) and for a JPEG of more than MOST_SCANS scans."""
     limit = Image.MAX_IMAGE_PIXELS
     with guard(path, "broken picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of faults that Pillow reads past
@@ -82,7 +86,4 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
                 if (count := scans(picture.fp.read(MOST_LOOKED_AT))) > MOST_SCANS:
                     raise InputError(f"{path}: too slow to read: a JPEG of {count:,} scans, the limit is "
                                      f"{MOST_SCANS}")
-            picture.load()  # what is broken here is the picture, not its EXIF
-            with contextlib.suppress(Exception):  # broken EXIF costs the rotation alone
-                picture = ImageOps.exif_transpose(picture)
             return rgb(picture)

@@ -281,7 +281,7 @@ def caption_data(names: str, images: str | None = None, buffer: int = 1000, spli
     """The caption set that --data names: tar shards, or a file as for `Captions`. Raises InputError."""
     if is_shards(names):
         if split:
-            raise InputError(f"--split-name {split}: shards have no splits: name them")
+            raise InputError(f"{names}: shards have no split '{split}': name those that are meant")
         return Shards(names, buffer)
     captions = Captions(names, images, split, text_only)
     captions.check_pictures()

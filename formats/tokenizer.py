@@ -444,8 +444,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int], special: bool = True) -> str:
-        """Turns ids into text; bytes that are not UTF-8 become U+FFFD. `special=False` leaves out special
-        tokens."""
+        """Turns ids (a list, or a tensor (T,)) into text; bytes that are not UTF-8 become U+FFFD.
+        `special=False` leaves out special tokens."""
+        if hasattr(ids, "tolist"):
+            ids = ids.tolist()
         hidden = set() if special else set(self.special.values())
         shown = [id for id in ids if id in self.bytes and id not in hidden]
         text = ""

@@ -178,7 +178,12 @@ def train(options: list[str], folder: Path, threads: int) -> dict[str, float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (label, scores), *others = lines[-1]["scores"].items()
     row = {name: 100 * value if label.startswith("test") else value for name, value in scores.items()}
-    row |= {f"{label.split(' (')[0]} exact": 100 * scores["exact"] for label, scores in others}
+    for label, scores in others:
+        label = label.split(" (")[0]
+        if "exact" in scores:
+            row[f"{label} exact"] = 100 * scores["exact"]
+        else:
+            row |= {f"{label} {name}": scores[name] for name in scores}
     row |= {f"exact at {line['step']}": 100 * line["exact"] for line in lines if "exact" in line}
     row["val loss"] = [line["val"] for line in lines if "val" in line][-1]
     row["trained parameters"] = 0
@@ -219,14 +224,14 @@ def compare(name: str, seeds: int, jobs: int, common: list[str]) -> None:
         cells = []
         for column in columns:
             values = [run[column] for run in runs if column in run]
-            digits = 0 if column in COUNTS else 3 if column in FINE else 1
+            digits = 0 if column in COUNTS else 3 if column.endswith(FINE) else 1
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else ""
             cells.append(f"{statistics.mean(values):,.{digits}f}{spread}" if values else "")
         print(f"| {label} |", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=[*COMPARISONS, "all"])
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
@@ -235,6 +240,9 @@ def main() -> None:
     args, common = parser.parse_known_args()
     if min(args.seeds, args.jobs) < 1:
         parser.error("--seeds and --jobs are 1 or more")
+    for option in common:
+        if option.split("=")[0] in ("--seed", "--out", "--resume", "--features"):
+            parser.error(f"{option} is set for each run: leave it out")
     for name in ALL if args.comparison == "all" else [args.comparison]:
         compare(name, args.seeds, args.jobs, common)
 

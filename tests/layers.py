@@ -9,6 +9,7 @@ joins them: the best one, and with it each time the layer that adds most.
 """
 import collections
 import itertools
+import math
 import sys
 import types
 from pathlib import Path
@@ -59,7 +60,7 @@ def explained(features: torch.Tensor, said: torch.Tensor, held: int) -> float:
     # The ridge of each strength, by the products of pictures with each other: there are fewer of them
     values, vectors = torch.linalg.eigh(fitted @ fitted.T)
     projected, toward = vectors.T @ y, rest @ fitted.T @ vectors
-    best = 0.0
+    best = -math.inf
     for strength in STRENGTHS:
         guess = toward @ (projected / (values + strength * features.shape[1])[:, None])
         best = max(best, 1 - ((truth - guess) ** 2).sum().item() / (truth ** 2).sum().item())
@@ -113,9 +114,13 @@ def main() -> None:
                 turns = itertools.chain(*captions.conversations(i))
                 texts.append({word for _, said in turns for word in words(said)})
         states = torch.stack(means, 1)  # (L,P,D)
+        ranks = rank(states, bags(texts))
+        if ranks[0][1] <= 0:
+            raise InputError(f"{args.data}: {len(texts)} pictures are too few: of no layer do they tell more "
+                             "than how often a word comes")
         print(f"{len(texts)} pictures, {len(bad)} that can't be read")
         print("--layer          words' variance explained")
-        for layers, share in rank(states, bags(texts)):
+        for layers, share in ranks:
             print(f"{','.join(map(str, layers)):16} {100 * share:.2f} %")
 
 

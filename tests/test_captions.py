@@ -15,13 +15,14 @@ from PIL import Image
 import data
 import sample
 import train
-from adapters import ADAPTERS, VLM
+from adapters import ADAPTERS, VLM, build
 from data import ANSWERS, EARLIER, LAST, Views, arrange, place_images, stack
 from fixtures.pictures import picture
 from formats.captions import Captions
 from formats.files import InputError
 from formats.pictures import FORMATS, open_picture
 from formats.shards import caption_data, read_shard
+from sample import caption_set
 from support.answers import exact_match, vqa_accuracy
 from test_scale import write_tar
 from test_vlm import QFORMER, QUICK_SET, SMALL, command, interrupt, small
@@ -505,9 +506,39 @@ def test_a_name_may_have_commas(name, tmp_path):
     if file.suffix == ".tar":
         write_tar(file, [("1.png", b"-"), ("1.txt", b"A dog")])
         assert caption_data(str(file)).take(9).conversations(0) == [[("", "A dog")]]
+        with pytest.raises(InputError, match="x.tar: shards have no split 'test'"):
+            caption_data(str(file), split="test")
         return
     file.write_text("image,caption\na.png,A dog\n")
     assert Captions(file).paths == [file.parent / "a.png"] and Captions(file).label == "c.csv"
+
+
+def test_a_picture_by_several_names_is_one(tmp_path):
+    names = ("a.png", "./a.png", "b/../a.png", tmp_path / "a.png", "b.png")
+    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"{name},A dog\n" for name in names))
+    captions = Captions(tmp_path / "c.csv")
+    assert captions.paths == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert [len(captions.conversations(i)) for i in range(len(captions))] == [4, 1]
+
+
+def test_what_is_learned_first_is_asked_first():
+    """The run's prompt stands where the data begins without a question; a later turn without one has none."""
+    class Talk:
+        def conversations(self, _):
+            return [[("", "A dog runs."), ("Colour?", "brown"), ("", "And wet.")]]
+
+        def pictures(self, _):
+            return (0,)
+
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={},
+                     prompt="A photo of")).eval()
+    asked = []
+    encode = vlm.processor.encode
+    vlm.processor.encode = lambda text, **rest: asked.append([*rest["earlier"], (text, "")]) or encode(
+        text, **rest)
+    caption_set(vlm, Talk(), [([0], Views(torch.randn(1, 64, 128), [1], [[(0, 0)]]))], max_tokens=2)
+    learned = arrange("image-text", Talk(), 0, 0, 0, vlm.processor.prompt)
+    assert asked == [[*learned[:-1], (learned[-1][0], "")]] and learned[0][0] == "<image>A photo of"
 
 
 def test_what_is_no_name_of_a_file_is_no_picture(tmp_path, monkeypatch, capsys):
@@ -529,7 +560,7 @@ def test_a_picture_that_is_shown_late_is_shown_once(tmp_path):
     rows[0]["conversations"] = rows[0]["conversations"][1:]  # the assistant begins
     (tmp_path / "c.json").write_text(json.dumps(rows))
     captions = Captions(tmp_path / "c.json")
-    learned = arrange("image-text", captions, 0, 0, 0, lambda text: text or "Look: <image>")
+    learned = arrange("image-text", captions, 0, 0, 0, "Look: <image>")
     assert "".join(text for text, _ in learned).count("<image>") == 1
 
 
@@ -539,7 +570,7 @@ def test_a_question_keeps_its_layout(layout, tmp_path):
     rows = "a.png,What colour?,red\na.png,What is it?,a car\n"
     (tmp_path / "c.csv").write_text("image,question,answer\n" + rows)
     captions = Captions(tmp_path / "c.csv")
-    learned = {arrange(layout, captions, 0, 0, epoch, lambda question: question)[0] for epoch in range(20)}
+    learned = {arrange(layout, captions, 0, 0, epoch)[0] for epoch in range(20)}
     assert learned == {("<image>What colour?", "red"), ("<image>What is it?", "a car")}
 
 

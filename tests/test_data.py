@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from data import (EARLIER, IMAGE_PART, LAST, WORD, arrange, count_bad, draw_conversation, shuffled,
                   stack)
 from formats.captions import Captions
-from formats.pictures import open_picture
+from formats.pictures import open_picture, rgb
 from support import kernels
 from support.kernels import attend
 from support.scores import references
@@ -72,8 +72,8 @@ def test_each_turn_of_a_conversation_is_asked(tmp_path):
     captions = Captions(tmp_path / "qa.json")
     asked = [("What is it?", "A dog"), ("Is it big?", "No"), ("What is it?", "A pup")]
     assert captions.conversations(0) == [asked]
-    first = ("<image>what is it?", "A dog")
-    assert arrange("image-text", captions, 0, 0, 0, str.lower) == [first, *asked[1:]]
+    first = ("<image>What is it?", "A dog")
+    assert arrange("image-text", captions, 0, 0, 0, "A photo of") == [first, *asked[1:]]
     each = captions.by_question()
     assert each.count == 1 and [each.conversations(i) for i in range(len(each))] == [
         [asked[:1]], [asked[:2]], [asked]]
@@ -107,6 +107,7 @@ def test_picture_is_upright(tmp_path):
     exif[0x0112] = 6  # turned a quarter
     picture(40, 20).save(tmp_path / "a.jpg", exif=exif)
     assert open_picture(tmp_path / "a.jpg").size == (20, 40)
+    assert rgb(Image.open(tmp_path / "a.jpg")).size == (20, 40)  # a caller's own
 
 
 def test_broken_pictures(tmp_path):

@@ -115,13 +115,9 @@ def test_what_is_held_in_float32_computes_in_the_runs_precision(fixtures):
 # ---------------------------------------------------------------------------------------------------------
 # Layouts
 
-def prompt_for(question: str) -> str:
-    return "A photo of"
-
-
 def test_a_layout_parts_a_caption_and_places_its_picture():
     scenes = Shapes(200, "train")
-    drawn = {layout: [arrange(layout, scenes, i, 3, 1, prompt_for)[0] for i in range(200)]
+    drawn = {layout: [arrange(layout, scenes, i, 3, 1, "A photo of")[0] for i in range(200)]
              for layout in LAYOUTS}
     captions = [caption for _, caption in drawn["image-text"]]
     assert all(text == f"{IMAGE}A photo of" and caption in scenes.scene(i).captions()
@@ -136,7 +132,7 @@ def test_a_layout_parts_a_caption_and_places_its_picture():
         caption, question = text.split(IMAGE)
         assert question == " match?" and answer == ("yes" if caption in scenes.scene(i).captions() else "no")
     assert 80 < sum(answer == "no" for _, answer in drawn["text-image"]) < 120
-    again, later = ([arrange("text-image", scenes, i, 3, epoch, prompt_for)[0] for i in range(200)]
+    again, later = ([arrange("text-image", scenes, i, 3, epoch)[0] for i in range(200)]
                     for epoch in (1, 2))
     assert again == drawn["text-image"] != later
 

@@ -196,6 +196,15 @@ def test_a_comparison(here, monkeypatch, capfd):
     assert f"| {label} | " in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("option", ("--seed", "--out=x", "--features"))
+def test_a_comparison_sets_some_options_itself(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "layouts", option, "1"])
+    monkeypatch.setattr(experiments, "compare", lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit, match="2"):
+        experiments.main()
+    assert f"{option} is set for each run" in capsys.readouterr().err
+
+
 def test_names_in_the_text():
     """Options, comparisons of experiments.py, rows of real_sizes.py; and commands to be run elsewhere."""
     known = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (

@@ -209,6 +209,7 @@ def test_a_batch_that_can_not_be_read_is_a_step_all_the_same(tmp_path, monkeypat
     interrupt(monkeypatch, *options, "--out", "parts", at=5)
     assert command(monkeypatch, train, "--resume", "parts") == 0
     assert same("whole", "parts")
+    assert "7.png" in Path("parts/unreadable.txt").read_text()  # met before the stop, not after
 
 
 @pytest.mark.slow

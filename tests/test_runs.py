@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from conftest import ROOT
 from adapters import VLM
 from data import Encoded
 from fixtures.pictures import picture
@@ -58,6 +59,22 @@ def refusal(monkeypatch, capsys, module, *arguments) -> str:
 
 # ---------------------------------------------------------------------------------------------------------
 # Other people's files
+
+def test_a_folder_of_ones_own_may_be_named_assets(tmp_path, monkeypatch, capsys):
+    """`assets/vit` is the built-in encoder, wherever one is; another name there is the user's."""
+    (tmp_path / "mine" / "assets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    shutil.copytree(ROOT / "assets" / "vit", "assets/other")
+    Path("assets/vit").mkdir()  # no encoder
+    assert command(monkeypatch, train, *TINY, "--vit", "assets/other", "--out", "run") == 0
+    picture(20, 20).save("a.png")
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, sample, "mine/a.png", "--model", "mine/run") == 0
+    monkeypatch.chdir("mine")
+    assert command(monkeypatch, train, *TINY, "--out", "another") == 0
+    saved = [json.loads(Path(f"{run}/config.json").read_text())["vit"] for run in ("run", "another")]
+    assert saved == [str(tmp_path / "mine" / "assets" / "other"), "assets/vit"]
+
 
 def test_other_files_in_a_runs_folder_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -120,6 +120,14 @@ def test_words_look_where_attention_is_planted(adapter):
         assert at.shape == (P, side, side) and torch.allclose(at.flatten(1), expected, atol=1e-6), word
 
 
+@torch.no_grad()
+def test_a_short_word_looks_too():
+    """The space before it and the line's end behind it are tokens of their own."""
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="linear", adapter_sizes={})).eval()
+    [(word, _)] = sample.look(vlm, torch.randn(1, 64, 128), "how many?", "2")
+    assert word == "2" and not vlm.processor.lost()
+
+
 def test_a_square_beyond_the_grid_looks_at_its_patches():
     """Of 8 × 8 patches in squares of 3 × 3, the last square has the last 2 × 2 patches."""
     vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="pixelshuffle", adapter_sizes=dict(scale=3)))

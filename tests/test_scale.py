@@ -162,10 +162,10 @@ def test_captions_that_should_not_match_are_of_other_pairs(shards, tmp_path, mon
                "--layout", "text-image"]
     arrange = train.arrange
 
-    def watched(layout, captions, i, seed, epoch, prompt_for, others):
+    def watched(layout, captions, i, seed, epoch, prompt, others):
         if others is not None:
             assert others and i not in others
-        return arrange(layout, captions, i, seed, epoch, prompt_for, others)
+        return arrange(layout, captions, i, seed, epoch, prompt, others)
 
     monkeypatch.setattr(train, "arrange", watched)
     assert command(monkeypatch, train, *options, "--out", "run") == 0

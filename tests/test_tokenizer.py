@@ -3,6 +3,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from compare_tokenizers import hard_strings
 from formats.files import InputError
@@ -25,7 +26,7 @@ def test_tokenizer_equals_reference(family, fixtures):
         decoded = row.get("decoded", text)
         assert tokenizer.encode(text) == ids, text
         assert tokenizer.encode(text, special=False) == row.get("plain", ids), text
-        assert tokenizer.decode(ids) == decoded
+        assert tokenizer.decode(ids) == decoded == tokenizer.decode(torch.tensor(ids))
         assert tokenizer.decode(ids, special=False) == row.get("shown", decoded)
     for ids, decoded, shown in golden["cut"]:
         assert tokenizer.decode(ids) == decoded

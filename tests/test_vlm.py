@@ -197,6 +197,9 @@ def test_captions_do_not_depend_on_the_batch(fixtures):
         with pytest.raises(InputError, match=f"room for 2 pictures, not {count}"):
             vlm.caption(entries, prompt="<image><image>")
     assert vlm.caption([]) == [] and vlm.llm.generate([]) == []
+    for dtype in (torch.bfloat16, torch.float64):
+        assert len(vlm.to(dtype).caption(pictures[:1], max_tokens=12)) == 1
+    assert vlm.float().caption(pictures, max_tokens=12) != [""] * 3
     with pytest.raises(InputError, match=r"for one text, \[ids\]"):
         vlm.llm.generate([1, 2, 3])
     with pytest.raises(InputError, match=r"for one, \[picture\]"):
@@ -377,13 +380,29 @@ def test_layers_are_ranked(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, layers, "--vit", vit, "--data", "c.csv") == 0
     out = capsys.readouterr().out
     assert out.startswith("199 pictures, 1 that can't be read\n")
-    found = [(row[0], float(row[1])) for row in re.findall(r"^([\d,]+) +([\d.]+) %$", out, re.M)]
+    found = [(row[0], float(row[1])) for row in re.findall(r"^([\d,]+) +(-?[\d.]+) %$", out, re.M)]
     alone, joined = found[:7], found[7:]
     assert sorted(layer for layer, _ in alone) == [*"0123456"]
     assert [share for _, share in alone] == sorted((share for _, share in alone), reverse=True)
     assert alone[0][1] > 30 and dict(alone)["0"] < alone[0][1] / 2
     assert [layer.count(",") for layer, _ in joined] == [1, 2, 3]
     assert command(monkeypatch, layers, "--vit", vit, "--data", "c.csv", "--pictures", "1") == 2
+
+
+def test_layers_that_tell_nothing_are_not_ranked(tmp_path, monkeypatch, capsys):
+    noise = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 60, generator=noise)
+    said = torch.randint(2, (40, 9), generator=noise).float()
+    both = torch.cat([features, 9 * said], 1)
+    assert layers.explained(features, said, 10) < 0 < layers.explained(both, said, 10)
+    monkeypatch.setattr(layers, "explained", lambda *_: -0.1)
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(20, 20 + i).save(f"{i}.png")
+    Path("c.csv").write_text("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a cat\n3.png,a cow\n")
+    options = ("--vit", "assets/vit", "--data", "c.csv")
+    assert command(monkeypatch, layers, *options) == 2
+    assert "pictures are too few: of no layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("adapter", ("qformer", "flamingo", "pixelshuffle"))
