@@ -493,7 +493,8 @@ class Flamingo(Adapter):
             if layer % self.every:
                 return x
             block = self.blocks[layer // self.every]
-            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            held = block.alpha1.dtype  # of the block's weights
+            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != held):
                 if layer not in kept:
                     kept[layer] = block.attention.keys_and_values(of_texts, of_texts)
                 k, v = kept[layer]
@@ -507,7 +508,7 @@ class Flamingo(Adapter):
                 # A token sees the embeddings of the latest image that began before it
                 latest = (since[:, None] <= positions[..., None]).sum(-1, keepdim=True) - 1  # (B,T,1)
                 seen = (latest == image).repeat_interleave(Q, -1)  # (B,T,I·Q)
-                return block(x.float(), (k, v), seen).to(x.dtype)
+                return block(x.to(held), (k, v), seen).to(x.dtype)
 
         return apply
 
