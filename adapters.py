@@ -873,7 +873,8 @@ class VLM(nn.Module):
         with self.autocast(self.llm.dtype):
             states = self.states(tokens, image_embeddings, positions)
             losses = token_losses(states, targets, self.llm.logits, self.llm.config.vocabulary)
-        return [-loss.mean().item() for loss in losses.split([len(ids) for ids in answers])]
+        losses = losses.split([len(ids) for ids in answers])
+        return [loss.neg().sum().item() / max(1, len(loss)) for loss in losses]  # 0 without ids
 
     @torch.inference_mode()
     def caption(self, pictures: list, prompt: str | None = None, raw: bool = False, **decoding) -> list[str]:

@@ -210,6 +210,8 @@ def test_an_answer_has_the_mean_log_probability_of_its_tokens(fixtures):
     features = vlm.features(torch.randn(2, 3, 30, 30))
     answers = vlm.answer(rows, features, max_tokens=6, score=True)
     assert answers == vlm.answer(rows, features, max_tokens=6) and len({*answers}) == 2
+    silent = vlm.answer(rows, features, max_tokens=0, score=True)
+    assert [answer.log_probability for answer in silent] == [0, 0]
     rows = [row.ids for row in rows]
     for i, answer in enumerate(answers):
         words = torch.tensor([[0, 20, -1, -1]])  # what the adapter reads: the start, "a", no answer
