@@ -443,8 +443,7 @@ def caption_set(vlm: VLM, captions, batches, shots: Shots = Shots(), prompt: str
 
 def as_example(turns: Conversation, prompt: str, pictures: int) -> Conversation:
     """An example that says where its pictures stand; it is asked the `prompt` if it has no question."""
-    (question, answer), *later = turns
-    question = question or prompt
+    (question, answer), *later = prompted(turns, prompt)
     if question.count(IMAGE) > pictures:
         question = question.replace(IMAGE, "")
     return place_images([(question, answer), *later], pictures)

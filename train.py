@@ -120,7 +120,6 @@ def make_parser() -> Parser:
     add("--lora-alpha", type=Number(float, 1e-6, 10 ** 6), metavar="A",
         help="its updates are scaled by A / R (default: 2 R)")
     add("--lora-targets", default="q,v", metavar="NAMES", type=without_spaces,
-
         help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
              "--data, all)")
     add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")

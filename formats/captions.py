@@ -175,9 +175,9 @@ class Captions(torch.utils.data.Dataset):
         why."""
         self.shown: list[tuple[int, ...]] = []  # of each entry, its pictures' places in `paths`
         self.said: list[list[Conversation]] = []
-        places: dict[str, int] = {}  # in `paths`, by the name of a row, of which a picture may have several
-        self.paths = []
-        pictures: dict[str, int] = {}  # the same by the absolute path
+        self.paths: list[Path] = []
+        known: dict[str, int] = {}  # absolute path -> place in `paths`
+        places: dict[str, int] = {}  # a row's name of a picture -> the same; a picture may have several
         entries: dict[tuple[int, ...], int] = {}
         left_out: dict[str, list[str]] = {}  # reason -> places
         for row in rows:
@@ -188,7 +188,7 @@ class Captions(torch.utils.data.Dataset):
             for image in row.images:
                 if image not in places:
                     path = folder / whole(image)
-                    places[image] = pictures.setdefault(os.path.abspath(path), len(self.paths))
+                    places[image] = known.setdefault(os.path.abspath(path), len(self.paths))
                     if places[image] == len(self.paths):
                         self.paths.append(path)
             shown = tuple(places[image] for image in row.images)

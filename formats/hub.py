@@ -49,9 +49,9 @@ def find_checkpoint(name: str, weights: bool = True) -> Path:
     branch. `weights=False` is for a tokenizer alone, without the tensors. Raises InputError.
     """
     with guard(name, "no name of a model"):
-        for folder in (built_in(name), Path(name).expanduser()):
-            if folder and folder.is_dir():
-                return folder
+        folder = built_in(name) or Path(name).expanduser()
+        if folder.is_dir():
+            return folder
         match = NAME.fullmatch(name)
     if not match:
         raise InputError(f"{name}: no such folder, nor a hub name such as 'google/siglip-base-patch16-224'")

@@ -1,8 +1,8 @@
 """The command line: options, help, errors in one line."""
 import argparse
 import contextlib
-import errno
 import difflib
+import errno
 import functools
 import gc
 import multiprocessing

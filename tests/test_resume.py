@@ -141,7 +141,7 @@ def unbroken(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_is_killed_loses_nothing(unbroken):
     rng, kills, run = random.Random(0), 0, 0
-    while kills < 8:
+    while kills < 12:
         run += 1
         options = [*RUN, "--out", f"run{run}"]
         while True:
