@@ -21,7 +21,7 @@ from formats.tokenizer import as_id
 from formats.weights import Checkpoint, collection_paused, depth, load_weights
 from support.decoding import BeamSearch, Sampler
 from support.kernels import Recorded, attend, pack
-from support.layers import ACTIVATIONS, FeedForward
+from support.layers import ACTIVATIONS, FeedForward, RMSNorm
 
 
 class Rope(NamedTuple):
@@ -220,7 +220,7 @@ class KVCache:
 
 def make_norm(config: LLMConfig, size: int) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(size, config.eps)
+        return RMSNorm(size, config.eps)
     return nn.LayerNorm(size, config.eps, elementwise_affine=config.norm_weights)
 
 

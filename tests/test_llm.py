@@ -14,6 +14,7 @@ from fixtures.compare import close
 from llm import LLM, KVCache
 from support.decoding import sample
 from lora import add_lora
+from support import layers
 
 FAMILIES = ("gpt2_wide", "opt", "opt_post", "opt_plain", "llama3", "llama_linear", "smollm3",
             "smollm3_window", "mistral", "qwen2", "qwen3", "phi3", "phi3_partial", "gpt_neox",
@@ -61,6 +62,41 @@ def test_decoder_equals_reference(name, fixtures):
         assert row == single == [t for t in reference if t not in llm.config.end_tokens]
     with pytest.raises(InputError, match="41 tokens are more than"):
         llm.generate(tokens[:1, :9], max_tokens=64, end_tokens=())
+
+
+@pytest.mark.parametrize("name", ("llama3", "qwen3", "gemma3"))
+def test_training_keeps_less_and_finds_the_same_gradient(name, fixtures, monkeypatch):
+    llm = LLM.from_pretrained(str(fixtures / name)).requires_grad_(False)
+    weights = {p.untyped_storage().data_ptr() for p in llm.parameters()}
+    torch.manual_seed(0)
+    x = torch.randn(3, 17, llm.config.hidden, requires_grad=True)
+    wanted = torch.randn_like(x)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = llm.hidden(x)
+        return y.detach(), *torch.autograd.grad(y, x, wanted), sum(size for size, _ in kept.values())
+
+    y, gradient, bytes = run()
+    monkeypatch.setattr(layers, "spares", lambda x: False)
+    plain_y, plain_gradient, plain_bytes = run()
+    assert torch.equal(y, plain_y)
+    close(gradient / plain_gradient.std(), plain_gradient / plain_gradient.std())
+    assert bytes < 0.9 * plain_bytes
+
+    # A gradient of this gradient would be wrong: it is refused
+    monkeypatch.undo()
+    [first] = torch.autograd.grad(llm.hidden(x), x, wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
