@@ -676,10 +676,27 @@ class VLM(nn.Module):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (P,3,S,S) to the encoder's features (P,N,Dv), with gradients where any of it is trained."""
-        trained = any(p.requires_grad for p in self.vit.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            with self.autocast(self.vit.positions.dtype):
-                return self.vit(pixels, self.config.get("layer"))
+        return self.finish(self.begin(pixels))
+
+    @torch.no_grad()
+    def begin(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What training doesn't change of `features`: these themselves, if the encoder is frozen; else what
+        comes before its first trained block, (P,N,n·D); else the pixels."""
+        layer = self.config.get("layer")
+        frozen = self.vit.frozen_blocks(layer)
+        with self.autocast(self.vit.positions.dtype):
+            if frozen is None:
+                return self.vit(pixels, layer)
+            return pixels if frozen < 0 else self.vit.begin(pixels, layer, frozen)
+
+    def finish(self, begun: torch.Tensor) -> torch.Tensor:
+        """The features (P,N,Dv) of what `begin` returned."""
+        layer = self.config.get("layer")
+        frozen = self.vit.frozen_blocks(layer)
+        if frozen is None:
+            return begun
+        with self.autocast(self.vit.positions.dtype):
+            return self.vit(begun, layer) if frozen < 0 else self.vit.finish(begun, layer, frozen)
 
     @torch.no_grad()
     def standardise(self, features: torch.Tensor) -> None:

@@ -630,9 +630,9 @@ def read_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0,
         yield indices, views._replace(x=to_device(views.x, vlm.device))
 
 
-def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0, alone: bool = False):
+def encode_pictures(vlm, captions, batches, bad: dict[int, str], workers: int = 0):
     """As `read_pictures`, but yields features, without gradients, in place of the pixels."""
-    for indices, views in read_pictures(vlm, captions, batches, bad, workers, alone):
+    for indices, views in read_pictures(vlm, captions, batches, bad, workers):
         if indices:
             with torch.no_grad():
                 views = views._replace(x=vlm.features(views.x))
@@ -664,8 +664,8 @@ def shuffled(size: int, batch: int, seed: int, step: int = 0):
 class Encoded:
     """A caption set whose pictures are encoded. Those in `bad` {picture: reason} can't be read.
 
-    With `keep` it is done once, each process its share, and `features` (P,N,Dv) are those of all pictures,
-    zeros of the bad ones. Without, it is done whenever they are asked for.
+    With `keep` it is done once, each process its share, and `kept` (P,N,·) is what `VLM.begin` returns of all
+    pictures, zeros of the bad ones. Without, it is done whenever they are asked for.
     """
 
     def __init__(self, vlm, captions, args, keep: bool = True):
@@ -673,32 +673,35 @@ class Encoded:
         self.captions = captions
         self.args = args
         self.bad: dict[int, str] = {}
-        self.features = None
-        self.shape = vlm.vit.feature_shape(vlm.config.get("layer"))  # (N,Dv)
+        self.kept = None
+        self.layer = vlm.config.get("layer")
+        self.frozen = vlm.vit.frozen_blocks(self.layer)
+        self.shape = vlm.vit.feature_shape(self.layer, self.frozen)  # of one picture
         self.dtype = vlm.vit.positions.dtype
         if keep and args.features:
-            self.features = self.encode_to_file()
+            self.kept = self.encode_to_file()
         elif keep:
-            self.features = self.zeros(captions.count)
+            self.kept = self.zeros(captions.count)
             for chunk, rows in self.encode():
-                self.features[chunk[0]:chunk[-1] + 1] = rows
+                self.kept[chunk[0]:chunk[-1] + 1] = rows
 
     def zeros(self, pictures: int) -> torch.Tensor:
         return torch.zeros(pictures, *self.shape, dtype=self.dtype, device=self.vlm.device)
 
     def encode(self):
-        """Yields pictures and their features, chunk by chunk. Each process encodes its share of a chunk."""
+        """Yields pictures and what is kept of each, chunk by chunk. Each process encodes its share of a
+        chunk."""
         start = time.time()
         parts = chunks(range(self.captions.count), 64 * WORLD)
         shares = [chunk[RANK::WORLD] for chunk in parts]
-        encoded = encode_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers, alone=True)
-        shown = counted(zip(parts, encoded), "encoded", self.captions.count, self.captions.label,
+        read = read_pictures(self.vlm, self.captions, shares, self.bad, self.args.workers, alone=True)
+        shown = counted(zip(parts, read), "encoded", self.captions.count, self.captions.label,
                         self.args.quiet)
-        for chunk, (indices, features) in shown:
+        for chunk, (indices, pixels) in shown:
             # This process's rows, zeros of the others'; their sum has all
             rows = self.zeros(len(chunk))
             if indices:
-                rows[[i - chunk[0] for i in indices]] = features.x
+                rows[[i - chunk[0] for i in indices]] = self.vlm.begin(pixels.x)
             sum_over_processes(rows.view(torch.uint8))  # of zeros and one process's bytes: exact in any dtype
             yield chunk, rows
         self.bad.update(merge_over_processes(self.bad))
@@ -708,7 +711,7 @@ class Encoded:
                   flush=True)
 
     def encode_to_file(self) -> torch.Tensor:
-        """The features from the file in --features, which is written first where it isn't there."""
+        """What is kept, from the file in --features, which is written first where it isn't there."""
         path = Path(self.args.features, f"{self.key()}.safetensors")
         device = self.vlm.device
         count = self.captions.count
@@ -740,13 +743,15 @@ class Encoded:
         return rows.to(device) if rows.nbytes < free_memory(device) / 2 else rows
 
     def key(self) -> str:
-        """A digest of what the features depend on: the encoder, weights and all, how it sees, and what."""
+        """A digest of what is kept: the encoder, as far as it is frozen, how it sees, and what."""
         vit = self.vlm.vit
-        settings = (vit.config, vars(vit.preprocess), self.vlm.config.get("layer"), self.vlm.dtype,
-                    self.captions.stamp())
+        settings = (vit.config, vars(vit.preprocess), self.layer, self.vlm.dtype, self.captions.stamp())
+        if self.frozen is not None:
+            settings += (self.frozen,)
         digest = hashlib.sha256(repr(settings).encode())
         for p in vit.parameters():
-            digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+            if not p.requires_grad:
+                digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
     @property
@@ -755,10 +760,10 @@ class Encoded:
         return [i for i in range(len(self.captions)) if self.bad.keys().isdisjoint(self.captions.pictures(i))]
 
     def of(self, indices: list[int]) -> Views:
-        """The kept features of these entries, whose pictures are seen as a whole."""
+        """What is kept of these entries, whose pictures are seen as a whole."""
         shown = [self.captions.pictures(i) for i in indices]
         pictures = torch.tensor([p for pictures in shown for p in pictures], dtype=torch.long)
-        rows = self.features[to_device(pictures, self.features.device)]
+        rows = self.kept[to_device(pictures, self.kept.device)]
         counts = [len(pictures) for pictures in shown]
         return Views(to_device(rows, self.vlm.device), counts, [[(0, 0)] * n for n in counts])
 
@@ -766,9 +771,13 @@ class Encoded:
         """Yields entries that can be read, from the `first` on, and the features of their pictures."""
         places = self.readable[first:]
         batches = chunks(places, size)
-        if self.features is not None:
-            encoded = ((indices, self.of(indices)) for indices in batches)
+        if self.kept is not None:
+            encoded = ((indices, self.finished(self.of(indices))) for indices in batches)
         else:
             encoded = encode_pictures(self.vlm, self.captions, batches, self.bad, self.args.workers)
         readable = ((indices, features) for indices, features in encoded if indices)
         yield from counted(readable, "", len(places), self.captions.label, self.args.quiet)
+
+    @torch.no_grad()
+    def finished(self, views: Views) -> Views:
+        return views._replace(x=self.vlm.finish(views.x))

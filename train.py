@@ -123,6 +123,9 @@ def make_parser() -> Parser:
         help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
              "--data, all)")
     add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")
+    add("--lora-vit-blocks", type=SIZE, metavar="N",
+        help="of the encoder's blocks, the last N that are read get it: what comes before them is computed "
+             "once a picture (default: all)")
     add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
@@ -272,6 +275,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("split", args.origin, "without --from"),
         ("lora_alpha lora_targets lora_dropout", args.lora, "without --lora"),
         ("lora_on", lora, "without --lora or --lora-from"),
+        ("lora_vit_blocks", args.lora and "vit" in with_lora, "without --lora and --lora-on vit"),
         ("lr", lora or "adapter" in whole, "where neither the adapter nor a LoRA is trained"),
         ("lr_llm", "llm" in whole, "where the LLM isn't trained whole"),
         ("lr_vit", "vit" in whole, "where the encoder isn't trained whole"),
@@ -282,8 +286,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
         ("buffer", shards, "without shards"),
         (kept, not shards, "with shards: they are more than can be kept"),
         (kept, not args.split, "with --split: a picture has more than can be kept"),
-        (kept, "vit" not in whole and not (lora and "vit" in with_lora),
-         "where the encoder is trained: its features change"),
+        (kept, "vit" not in whole, "where the whole encoder is trained: its features change"),
         ("features", args.cache_features is not False, "with --no-cache-features"),
         ("shard", WORLD > 1, "without torchrun"),
         ("out", not args.resume or Path(args.out or "") == Path(args.resume), "with --resume"),
@@ -432,21 +435,24 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
 
     # A LoRA of PEFT's or of a run, or a new one
     parts = list(dict.fromkeys(args.lora_on.split(",")))
+    layer = vlm.config.get("layer")
+    read = max(vlm.vit.states_of(layer))  # how many blocks of the encoder
+    if (args.lora or args.lora_from) and "vit" in parts and not read:
+        raise InputError("--lora-on vit means nothing with --layer 0: no block is read")
     if args.lora_from:
         vlm.load_lora(Path(args.lora_from), parts)
     if args.lora:
         targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
         alpha = args.lora_alpha or 2 * args.lora
         for part in parts:
-            add_lora(getattr(vlm, part).blocks, args.lora, alpha, targets, args.lora_dropout)
+            blocks = getattr(vlm, part).blocks
+            if part == "vit" and args.lora_vit_blocks:
+                blocks = blocks[max(0, read - args.lora_vit_blocks):read]
+            add_lora(blocks, args.lora, alpha, targets, args.lora_dropout)
 
-    layer = vlm.config.get("layer")
     if layer is not None:  # no gradient reaches what isn't read
-        read = max(vlm.vit.states_of(layer))
         for unread in (vlm.vit.blocks[read:], vlm.vit.norm, vlm.vit.neck):
             unread.requires_grad_(False)
-        if (args.lora or args.lora_from) and "vit" in parts and not read:
-            raise InputError("--lora-on vit means nothing with --layer 0: no block is read")
 
 
 def shard(vlm: VLM, device: torch.device) -> None:
@@ -534,8 +540,7 @@ class Run:
         self.check_contents(val)
 
         # All that is slow, after all that may be refused
-        frozen = not any(p.requires_grad for p in self.vlm.vit.parameters())
-        self.can_keep_features = frozen and not args.split
+        self.can_keep_features = "vit" not in args.train.split(",") and not args.split
         self.make_optimizer()
         self.open_folder()
         self.encode(val)
@@ -653,8 +658,8 @@ class Run:
         self.scaler.load_state_dict(scaler)
 
     def encode(self, val) -> None:
-        """Encodes the pictures whose features are kept: if the encoder is frozen, those to validate on, and
-        those to train on if they fit. Writes config.json, which says whether those to train on are kept."""
+        """Encodes the pictures whose features are kept, as far as the encoder is frozen: those to validate
+        on, and those to train on if they fit. Writes config.json, which says whether the latter are kept."""
         args, vlm = self.args, self.vlm
         self.val = Encoded(vlm, val, args, self.can_keep_features)
         keep = self.can_keep_features and not self.streamed and self.keeps_features()
@@ -684,7 +689,7 @@ class Run:
         args = self.args
         if args.cache_features is not None:
             return args.cache_features
-        size = self.train.count * self.val.features[0].nbytes
+        size = self.train.count * self.val.kept[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
         cache = bool(args.features) or seen and size < free_memory(self.device) / 2
         return bool(sum_over_processes(torch.tensor(int(cache), device=self.device)) == WORLD)
@@ -783,8 +788,8 @@ class Run:
         for texts, views in parts:
             if WORLD > 1:  # gradients meet in the last part alone, as in DDP's no_sync
                 self.forward.require_backward_grad_sync = texts is parts[-1][0]
-            if not self.kept_features:
-                views = views._replace(x=vlm.features(views.x))
+            begun = views.x if self.kept_features else vlm.begin(views.x)
+            views = views._replace(x=vlm.finish(begun))
             losses, spelling = self.forward(texts, views.pick(texts.shown).x)
             mean = losses.sum() / targets
             loss += mean.detach()
@@ -963,7 +968,7 @@ class Run:
             getattr(vlm, part).to(vlm.dtype)
         sets = {"val": self.val}
         if self.unseen is not None:
-            keep = self.val.features is not None
+            keep = self.val.kept is not None
             sets = {"test": self.val, "unseen": Encoded(vlm, self.unseen, args, keep)}
 
         # Examples for few-shot captions: the first entries of the validation set

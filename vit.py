@@ -225,6 +225,27 @@ class ViT(nn.Module):
             of width `config.hidden`.
         Raises InputError if the pixels have another size, or if there is no such layer.
         """
+        wanted = self.states_of(layer)
+        states = self.run(self.patch_embeddings(pixels), 0, max(wanted), wanted)
+        return self.read(states, layer)
+
+    def begin(self, pixels: torch.Tensor, layer: int | list[int] | None, blocks: int) -> torch.Tensor:
+        """Runs the first `blocks` blocks of `forward`. Returns the hidden states that `finish` needs to go on
+        from there, joined: (B,N,n·D)."""
+        needed = self.states_between(layer, blocks)
+        states = self.run(self.patch_embeddings(pixels), 0, blocks, needed)
+        return torch.cat([states[i] for i in needed], -1)
+
+    def finish(self, begun: torch.Tensor, layer: int | list[int] | None, blocks: int) -> torch.Tensor:
+        """Runs the other blocks of `forward` on what `begin` returned. Returns the features (B,N,Dv)."""
+        needed = self.states_between(layer, blocks)
+        states = dict(zip(needed, begun.split(self.config.width, -1)))
+        wanted = self.states_of(layer)
+        states |= self.run(states[blocks], blocks, max(wanted), wanted)
+        return self.read(states, layer)
+
+    def patch_embeddings(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B,3,S,S) to hidden state 0 (B,N,D)."""
         size = tuple(pixels.shape[-2:])
         side = self.config.image_size
         if size != (side, side):
@@ -235,18 +256,29 @@ class ViT(nn.Module):
         x = x + self.positions
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B,N,D)
+        return self.pre_norm(x)
 
-        # Through the blocks, all of them or as many as are read
-        x = self.pre_norm(x)
-        wanted = self.states_of(layer)
-        states = {0: x}
-        for i, block in enumerate(self.blocks[:max(wanted)], start=1):
-            x = block(x)
-            if i in wanted:
-                states[i] = x
+    def run(self, x: torch.Tensor, first: int, last: int, wanted: list[int]) -> dict[int, torch.Tensor]:
+        """Takes hidden state `first` through the blocks up to state `last`. Returns {number: state} of those
+        that are wanted, and of the first."""
+        states = {first: x}
+        for i in range(first, last):
+            x = self.blocks[i](x)
+            if i + 1 in wanted:
+                states[i + 1] = x
+        return states
+
+    def read(self, states: dict[int, torch.Tensor], layer: int | list[int] | None) -> torch.Tensor:
+        """The features (B,N,Dv) of hidden states (B,N,D): see `forward`."""
+        wanted = [states[i] for i in self.states_of(layer)]
         if layer is None:
-            return self.neck(self.norm(x))
-        return torch.cat([states[i] for i in wanted], -1)
+            return self.neck(self.norm(wanted[0]))
+        return torch.cat(wanted, -1)
+
+    def states_between(self, layer: int | list[int] | None, blocks: int) -> list[int]:
+        """The hidden states that `finish` needs: those before number `blocks` that are read, and this one."""
+        read = {i for i in self.states_of(layer) if i < blocks}
+        return [*sorted(read), blocks]
 
     def states_of(self, layer: int | list[int] | None) -> list[int]:
         """Returns the numbers of the hidden states that `layer` asks for: how many blocks lie before each.
@@ -261,10 +293,25 @@ class ViT(nn.Module):
             found.append(i % (count + 1))  # there are count + 1 states: -1 is the last
         return found
 
-    def feature_shape(self, layer: int | list[int] | None = None) -> tuple[int, int]:
-        """Returns (N,Dv), the shape of one picture's features; `layer` as in `forward`. Raises InputError."""
+    def frozen_blocks(self, layer: int | list[int] | None) -> int | None:
+        """Returns how many blocks come before the first one that is trained, as far as `layer` is read: what
+        `begin` computes of them never changes. None: nothing is trained. -1: the patch embeddings are."""
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        if not trained:
+            return None
+        blocks = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
+        if any(not name.startswith(("blocks.", "norm.", "neck.")) for name in trained):
+            return -1
+        return min([*blocks, max(self.states_of(layer))])
+
+    def feature_shape(self, layer: int | list[int] | None = None,
+                      blocks: int | None = None) -> tuple[int, int]:
+        """Returns (N,Dv), the shape of one picture's features, or (N,n·D), that of what `begin` returns after
+        so many `blocks`; `layer` as in `forward`. Raises InputError."""
         config = self.config
         tokens = config.class_tokens + config.registers + config.grid ** 2
+        if blocks is not None:
+            return tokens, config.width * len(self.states_between(layer, blocks))
         width = config.hidden if layer is None else config.width * len(self.states_of(layer))
         return tokens, width
 

@@ -58,7 +58,7 @@ class RMSNorm(nn.RMSNorm):
 # 0.65 of what it kept. A compiler finds this by itself
 
 def spares(x: torch.Tensor) -> bool:
-    return x.is_cpu and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.is_cpu and x.requires_grad and torch.is_grad_enabled()
 
 
 class SparingGate(torch.autograd.Function):

@@ -491,10 +491,44 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
             (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),
             (["--lora-from", "nowhere"], "nowhere/adapter_config.json: No such file"),
             (["--lora-from", "peft", "--lora-on", "vit"], "is not a tensor of this model"),
-            (["--lora", "2", "--lora-on", "vit", "--cache-features"], "its features change")):
+            (["--train", "adapter,vit", "--cache-features"], "its features change")):
         assert command(monkeypatch, train, *options, *arguments) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1, captured.err
+
+
+@pytest.mark.slow
+def test_what_comes_before_the_encoders_lora_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoded = []
+    patches = ViT.begin
+
+    def begin(self, pixels, layer, blocks):
+        encoded.extend([blocks] * len(pixels))
+        return patches(self, pixels, layer, blocks)
+
+    monkeypatch.setattr(ViT, "begin", begin)
+    options = ["--adapter", "linear", *QUICK, "--layer", "-1,4,2", "--lora", "2", "--lora-targets", "all"]
+    options += ["--lora-on", "llm,vit", "--lora-vit-blocks", "3", "--lr", "0.01"]
+    states = []
+    pictures = 48 + 8 + 8  # to train on, to validate on, and unseen ones
+    for run, more, blocks, times in (("first", ["--features", "kept"], 3, pictures),
+                                     ("again", ["--features", "kept", "--lora", "3"], 3, 0),
+                                     ("anew", ["--no-cache-features"], 3, 8 * 16 + 8 + 8),
+                                     ("all", ["--lora-vit-blocks", "9"], 0, pictures)):
+        encoded.clear()
+        assert command(monkeypatch, train, *options, *more, "--out", run) == 0
+        assert encoded == [blocks] * times
+        states.append(load_file(f"{run}/checkpoint.safetensors"))
+
+    first, _, anew, whole = states
+    with_lora = {name.split(".")[3] for name in first if name.startswith("weight.vit.")}
+    assert with_lora == {"3", "4", "5"}
+    assert {name.split(".")[3] for name in whole if name.startswith("weight.vit.")} == set("012345")
+    weights = [name for name in first if name.startswith("weight.")]
+    assert all((first[name] - anew[name]).abs().max() < 1e-4 for name in weights)
+    assert all(first[name].any() for name in weights if name.endswith(".B"))
+    assert len([*Path("kept").iterdir()]) == 3
 
 
 @pytest.mark.slow

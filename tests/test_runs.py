@@ -168,7 +168,7 @@ def test_kept_features_are_compared_with_what_the_run_would_keep(begun, tmp_path
     vlm = VLM.from_pretrained(str(begun))
     args = train.make_parser().parse_args([*TINY, "--features", "kept", "--quiet"])
     captions = train.Shapes(12)
-    whole = Encoded(vlm, captions, args).features
+    whole = Encoded(vlm, captions, args).kept
     file, = Path("kept").iterdir()
     state = load_file(file)
     for key, value in (("rows", state["rows"][:5].clone()), ("rows", state["rows"].double()),
@@ -181,7 +181,7 @@ def test_kept_features_are_compared_with_what_the_run_would_keep(begun, tmp_path
     with pytest.raises(InputError, match="12 of 12 pictures can't be read"):
         Encoded(vlm, captions, args)
     save_file(state, file)
-    assert torch.equal(Encoded(vlm, captions, args).features, whole)
+    assert torch.equal(Encoded(vlm, captions, args).kept, whole)
 
 
 def test_a_lora_in_parts_or_without_measure_is_refused(fixtures, tmp_path):

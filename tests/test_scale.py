@@ -420,12 +420,12 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
 
 def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    encode = data.encode_pictures
+    read = data.read_pictures
 
     def stopped(*arguments, **how):
-        yield next(encode(*arguments, **how))
+        yield next(read(*arguments, **how))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "encode_pictures", stopped)
+    monkeypatch.setattr(data, "read_pictures", stopped)
     assert command(monkeypatch, train, *SMALL, *QUICK, "--val-size", "80", "--features", "kept") == 130
     assert not any(Path("kept").iterdir())

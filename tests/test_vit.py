@@ -34,6 +34,10 @@ def test_encoder_equals_reference(name, fixtures):
     several = vit(golden["pixels"], layer=[-1, 0, 1])
     close(several, torch.cat([golden[f"layer{layer}"] for layer in (-1, 0, 1)], -1))
     assert several.shape[1:] == vit.feature_shape([-1, 0, 1])
+    for layer, blocks in ((None, 0), (None, 2), (None, 3), (-2, 1), ([-1, 0, 1], 2), ([2, 1], 2)):  # halfway
+        begun = vit.begin(golden["pixels"], layer, blocks)
+        assert begun.shape[1:] == vit.feature_shape(layer, blocks)
+        assert torch.equal(vit.finish(begun, layer, blocks), vit(golden["pixels"], layer))
     with pytest.raises(InputError, match="layer 4"):
         vit(golden["pixels"], layer=4)
 
