@@ -659,9 +659,9 @@ class Run:
 
     def encode(self, val) -> None:
         """Encodes the pictures whose features are kept, as far as the encoder is frozen: those to validate
-        on, and those to train on if they fit. Writes config.json, which says whether the latter are kept."""
+        on and those to train on, if they fit. Writes config.json, which says whether the latter are kept."""
         args, vlm = self.args, self.vlm
-        self.val = Encoded(vlm, val, args, self.can_keep_features)
+        self.val = Encoded(vlm, val, args, self.can_keep_features and self.fit(val.count))
         keep = self.can_keep_features and not self.streamed and self.keeps_features()
 
         # A resumed run does the same: kept features differ in the last bits from those of a step's batch
@@ -689,10 +689,16 @@ class Run:
         args = self.args
         if args.cache_features is not None:
             return args.cache_features
-        size = self.train.count * self.val.kept[0].nbytes
         seen = args.steps * args.batch >= len(self.train)
-        cache = bool(args.features) or seen and size < free_memory(self.device) / 2
-        return bool(sum_over_processes(torch.tensor(int(cache), device=self.device)) == WORLD)
+        return bool(args.features) or seen and self.fit(self.train.count)
+
+    def fit(self, pictures: int) -> bool:
+        """Whether the features of so many pictures take less than half of the free memory of each process, or
+        are kept in a file."""
+        vit, layer = self.vlm.vit, self.vlm.config.get("layer")
+        size = pictures * math.prod(vit.feature_shape(layer, vit.frozen_blocks(layer)))
+        fits = size * vit.positions.dtype.itemsize < free_memory(self.device) / 2 or bool(self.args.features)
+        return bool(sum_over_processes(torch.tensor(int(fits), device=self.device)) == WORLD)
 
     def say(self, text: str) -> None:
         if not self.args.quiet:

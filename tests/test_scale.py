@@ -416,6 +416,9 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
         assert run(f"changed{i}", "--features", "kept", *more) == 11
     SCENES.picture(40).save("6.png")
     assert run("another", "--features", "kept") == 11 and len([*Path("kept").iterdir()]) == 5
+    monkeypatch.setattr(train, "free_memory", lambda device: 0)
+    assert run("from the file", "--features", "kept") == 0
+    assert run("too large to keep", "--steps", "2") > 2 * 11  # in two steps, and twice to validate
 
 
 def test_features_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
