@@ -180,8 +180,9 @@ def make_parser() -> Parser:
         help="keep little of what the LLM computes for the backward pass, and compute it again: a half to a "
              "third of the memory, up to a third more time")
     add("--cache-features", action=argparse.BooleanOptionalAction,
-        help="encode every picture once and keep the features (default: when they take less than half of the "
-             "free memory, and the steps see each picture at least once)")
+        help="encode every picture once, up to the first block that is trained, and keep the features "
+             "(default: when they take less than half of the free memory, and the steps see each picture at "
+             "least once)")
     add("--features", metavar="FOLDER",
         help="keep them in a file there, to be read the next time that this encoder sees these pictures "
              "(default: in memory)")
@@ -317,11 +318,12 @@ def resumed_options(folder: str, parser: Parser) -> argparse.Namespace:
     if processes != WORLD:
         raise InputError(f"{folder}: a run of {processes} processes can't go on with {WORLD}: start as many")
     free = FREE if saved.get("data") == "shapes" else FREE + MOVED
-    for name in saved:
-        if name not in free and getattr(args, name) != saved[name]:
-            option = next(action for action in parser._actions if action.dest == name)
+    for option in parser._actions:
+        name = option.dest
+        begun = option.default  # as saved, or as it is by default, if an older run doesn't know it
+        if name in vars(args) and name not in free and getattr(args, name) != begun:
             spelled = option.option_strings[0]
-            raise InputError(f"{spelled} can't change on --resume: the run has {saved[name]}")
+            raise InputError(f"{spelled} can't change on --resume: the run has {begun}")
     return args
 
 
@@ -443,6 +445,9 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
         vlm.load_lora(Path(args.lora_from), parts)
     if args.lora:
         targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
+        if args.lora_vit_blocks and any(character.isdigit() for character in args.lora_targets):
+            raise InputError(f"--lora-targets {args.lora_targets}: with --lora-vit-blocks a target names no "
+                             "block")
         alpha = args.lora_alpha or 2 * args.lora
         for part in parts:
             blocks = getattr(vlm, part).blocks
@@ -540,7 +545,11 @@ class Run:
         self.check_contents(val)
 
         # All that is slow, after all that may be refused
-        self.can_keep_features = "vit" not in args.train.split(",") and not args.split
+        frozen = self.vlm.vit.frozen_blocks(self.vlm.config.get("layer"))
+        self.can_keep_features = frozen != -1 and not args.split
+        if frozen == -1 and (args.features or args.cache_features):  # a LoRA of PEFT's may do that
+            raise InputError(f"--lora-from {args.lora_from}: it trains what comes before the encoder's first "
+                             "block: no features can be kept")
         self.make_optimizer()
         self.open_folder()
         self.encode(val)

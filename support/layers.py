@@ -58,7 +58,9 @@ class RMSNorm(nn.RMSNorm):
 # 0.65 of what it kept. A compiler finds this by itself
 
 def spares(x: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and x.is_cpu and x.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return x.is_cpu and x.requires_grad and x.dtype != torch.float64
 
 
 class SparingGate(torch.autograd.Function):

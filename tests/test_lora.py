@@ -487,6 +487,8 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
             (["--lora", "2", "--lora-on", "llm,vit", "--layer", "0"], "--lora-on vit means nothing"),
             (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
+            (["--lora", "2", "--lora-targets", "0.attention.q", "--lora-on", "vit", "--lora-vit-blocks", "2"],
+             "a target names no block"),
             (["--lora", "-1"], "--lora: '-1' is not a whole number from 0 to 10,000"),
             (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),
             (["--lora-from", "nowhere"], "nowhere/adapter_config.json: No such file"),
@@ -508,14 +510,14 @@ def test_what_comes_before_the_encoders_lora_is_computed_once(tmp_path, monkeypa
         return patches(self, pixels, layer, blocks)
 
     monkeypatch.setattr(ViT, "begin", begin)
-    options = ["--adapter", "linear", *QUICK, "--layer", "-1,4,2", "--lora", "2", "--lora-targets", "all"]
-    options += ["--lora-on", "llm,vit", "--lora-vit-blocks", "3", "--lr", "0.01"]
+    options = ["--adapter", "linear", *QUICK, "--layer", "-2,4,2", "--lora", "2", "--lora-targets", "all"]
+    options += ["--lora-on", "llm,vit", "--lora-vit-blocks", "3", "--lr", "0.01", "--steps", "2"]
     states = []
     pictures = 48 + 8 + 8  # to train on, to validate on, and unseen ones
-    for run, more, blocks, times in (("first", ["--features", "kept"], 3, pictures),
-                                     ("again", ["--features", "kept", "--lora", "3"], 3, 0),
-                                     ("anew", ["--no-cache-features"], 3, 8 * 16 + 8 + 8),
-                                     ("all", ["--lora-vit-blocks", "9"], 0, pictures)):
+    for run, more, blocks, times in (("first", ["--features", "kept"], 2, pictures),
+                                     ("again", ["--features", "kept", "--lora", "3"], 2, 0),
+                                     ("anew", ["--no-cache-features"], 2, 2 * 16 + 8 + 8),
+                                     ("all", ["--lora-vit-blocks", "9", "--cache-features"], 0, pictures)):
         encoded.clear()
         assert command(monkeypatch, train, *options, *more, "--out", run) == 0
         assert encoded == [blocks] * times
@@ -523,12 +525,28 @@ def test_what_comes_before_the_encoders_lora_is_computed_once(tmp_path, monkeypa
 
     first, _, anew, whole = states
     with_lora = {name.split(".")[3] for name in first if name.startswith("weight.vit.")}
-    assert with_lora == {"3", "4", "5"}
-    assert {name.split(".")[3] for name in whole if name.startswith("weight.vit.")} == set("012345")
+    assert with_lora == {"2", "3", "4"}
+    assert {name.split(".")[3] for name in whole if name.startswith("weight.vit.")} == set("01234")
     weights = [name for name in first if name.startswith("weight.")]
     assert all((first[name] - anew[name]).abs().max() < 1e-4 for name in weights)
     assert all(first[name].any() for name in weights if name.endswith(".B"))
     assert len([*Path("kept").iterdir()]) == 3
+
+
+def test_a_lora_that_trains_what_comes_before_the_first_block(fixtures, tmp_path, monkeypatch, capsys):
+    encoder = str(fixtures / "clip_vision")
+    monkeypatch.chdir(tmp_path)
+    vit = ViT.from_pretrained(encoder).requires_grad_(False)
+    add_lora(vit.blocks, 2, 4)
+    vit.pre_norm.requires_grad_()
+    save_lora(vit, "peft")
+    options = ["--vit", encoder, "--adapter", "linear", *QUICK, "--steps", "1", "--warmup", "0"]
+    options += ["--lora-from", "peft", "--lora-on", "vit", "--out", "run"]
+    assert command(monkeypatch, train, *options, "--cache-features") == 2
+    assert "it trains what comes before the encoder's first block" in capsys.readouterr().err
+    assert command(monkeypatch, train, *options) == 0
+    learned = load_file("run/checkpoint.safetensors")["weight.vit.pre_norm.weight"]
+    assert not torch.equal(learned, vit.pre_norm.weight)
 
 
 @pytest.mark.slow

@@ -382,6 +382,13 @@ def test_no_option_that_changes_the_run_changes_on_resume(tmp_path, monkeypatch,
         assert f"{flag} can't change on --resume: the run has {value}".rstrip() in capsys.readouterr().err
         refused += 1
     assert refused > 40
+
+    # A run of before the option was made
+    config = json.loads(Path("run/config.json").read_text())
+    del config["training"]["lora_vit_blocks"]
+    Path("run/config.json").write_text(json.dumps(config))
+    assert command(monkeypatch, train, "--resume", "run", "--lora-vit-blocks", "3") == 2
+    assert "--lora-vit-blocks can't change on --resume: the run has None" in capsys.readouterr().err
     monkeypatch.chdir("run")  # what stays the same may be said again, from anywhere
     monkeypatch.setattr(train, "build", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
