@@ -54,10 +54,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Training on a CPU: less is kept for the backward pass. A step of a Llama takes 0.94 of the time, and keeps
-# 0.65 of what it kept. A compiler finds this by itself
+# Training on a CPU: less is kept for the backward pass. A step of SmolLM2 at batch 8 takes 0.92 to 0.98
+# of the time and 0.85 of the memory. A compiler finds this by itself
 
 def spares(x: torch.Tensor) -> bool:
+    """Whether what is computed of x keeps less, and computes it again."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.is_cpu and x.requires_grad and x.dtype != torch.float64
