@@ -628,6 +628,21 @@ class VLM(nn.Module):
         and summands, and the LoRA of the backbones, if they have one, or a backbone as a whole."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def layer(self) -> int | list[int] | None:
+        """What is read of the encoder: see `ViT.forward`."""
+        return self.config.get("layer")
+
+    @property
+    def frozen_blocks(self) -> int | None:
+        """See `ViT.frozen_blocks`."""
+        return self.vit.frozen_blocks(self.layer)
+
+    @property
+    def begun_shape(self) -> tuple[int, int]:
+        """The shape of what `begin` returns for one picture, unless it is the pixels."""
+        return self.vit.feature_shape(self.layer, self.frozen_blocks)
+
     def weights(self, part: str) -> dict[str, nn.Parameter]:
         """The parameters of "vit" or "llm" by their names here; for "adapter", all that are in neither."""
         if part in ("vit", "llm"):
@@ -680,23 +695,25 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def begin(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What training doesn't change of `features`: these themselves, if the encoder is frozen; else what
-        comes before its first trained block, (P,N,n·D); else the pixels."""
-        layer = self.config.get("layer")
-        frozen = self.vit.frozen_blocks(layer)
+        """Computes the part of `features` that training doesn't change. It is
+
+        - the features (P,N,Dv), if the encoder is frozen
+        - the hidden states (P,N,n·D) before the first block that is trained, see `ViT.begin`
+        - the pixels, if something before the first block is trained.
+        """
+        frozen = self.frozen_blocks
         with self.autocast(self.vit.positions.dtype):
             if frozen is None:
-                return self.vit(pixels, layer)
-            return pixels if frozen < 0 else self.vit.begin(pixels, layer, frozen)
+                return self.vit(pixels, self.layer)
+            return pixels if frozen < 0 else self.vit.begin(pixels, self.layer, frozen)
 
     def finish(self, begun: torch.Tensor) -> torch.Tensor:
         """The features (P,N,Dv) of what `begin` returned."""
-        layer = self.config.get("layer")
-        frozen = self.vit.frozen_blocks(layer)
+        frozen = self.frozen_blocks
         if frozen is None:
             return begun
         with self.autocast(self.vit.positions.dtype):
-            return self.vit(begun, layer) if frozen < 0 else self.vit.finish(begun, layer, frozen)
+            return self.vit(begun, self.layer) if frozen < 0 else self.vit.finish(begun, self.layer, frozen)
 
     @torch.no_grad()
     def standardise(self, features: torch.Tensor) -> None:

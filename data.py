@@ -674,9 +674,7 @@ class Encoded:
         self.args = args
         self.bad: dict[int, str] = {}
         self.kept = None
-        self.layer = vlm.config.get("layer")
-        self.frozen = vlm.vit.frozen_blocks(self.layer)
-        self.shape = vlm.vit.feature_shape(self.layer, self.frozen)  # of one picture
+        self.shape = vlm.begun_shape
         self.dtype = vlm.vit.positions.dtype
         if keep and args.features:
             self.kept = self.encode_to_file()
@@ -744,10 +742,10 @@ class Encoded:
 
     def key(self) -> str:
         """A digest of what is kept: the encoder, as far as it is frozen, how it sees, and what."""
-        vit = self.vlm.vit
-        settings = (vit.config, vars(vit.preprocess), self.layer, self.vlm.dtype, self.captions.stamp())
-        if self.frozen is not None:
-            settings += (self.frozen,)
+        vlm, vit = self.vlm, self.vlm.vit
+        settings = (vit.config, vars(vit.preprocess), vlm.layer, vlm.dtype, self.captions.stamp())
+        if vlm.frozen_blocks is not None:
+            settings += (vlm.frozen_blocks,)
         digest = hashlib.sha256(repr(settings).encode())
         for name, p in vit.named_parameters():
             if not p.requires_grad and not name.endswith((".A", ".B", ".m")):  # of a LoRA on unread blocks

@@ -437,8 +437,7 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
 
     # A LoRA of PEFT's or of a run, or a new one
     parts = list(dict.fromkeys(args.lora_on.split(",")))
-    layer = vlm.config.get("layer")
-    read = max(vlm.vit.states_of(layer))  # how many blocks of the encoder
+    read = max(vlm.vit.states_of(vlm.layer))  # how many blocks of the encoder
     if (args.lora or args.lora_from) and "vit" in parts and not read:
         raise InputError("--lora-on vit means nothing with --layer 0: no block is read")
     if args.lora_from:
@@ -455,7 +454,7 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
                 blocks = blocks[max(0, read - args.lora_vit_blocks):read]
             add_lora(blocks, args.lora, alpha, targets, args.lora_dropout)
 
-    if layer is not None:  # no gradient reaches what isn't read
+    if vlm.layer is not None:  # no gradient reaches what isn't read
         for unread in (vlm.vit.blocks[read:], vlm.vit.norm, vlm.vit.neck):
             unread.requires_grad_(False)
 
@@ -545,7 +544,7 @@ class Run:
         self.check_contents(val)
 
         # All that is slow, after all that may be refused
-        frozen = self.vlm.vit.frozen_blocks(self.vlm.config.get("layer"))
+        frozen = self.vlm.frozen_blocks
         self.can_keep_features = frozen != -1 and not args.split
         if frozen == -1 and (args.features or args.cache_features):  # a LoRA of PEFT's may do that
             raise InputError(f"--lora-from {args.lora_from}: it trains what comes before the encoder's first "
@@ -704,9 +703,9 @@ class Run:
     def fit(self, pictures: int) -> bool:
         """Whether the features of so many pictures take less than half of the free memory of each process, or
         are kept in a file."""
-        vit, layer = self.vlm.vit, self.vlm.config.get("layer")
-        size = pictures * math.prod(vit.feature_shape(layer, vit.frozen_blocks(layer)))
-        fits = size * vit.positions.dtype.itemsize < free_memory(self.device) / 2 or bool(self.args.features)
+        numbers = pictures * math.prod(self.vlm.begun_shape)
+        size = numbers * self.vlm.vit.positions.dtype.itemsize
+        fits = bool(self.args.features) or size < free_memory(self.device) / 2
         return bool(sum_over_processes(torch.tensor(int(fits), device=self.device)) == WORLD)
 
     def say(self, text: str) -> None:

@@ -294,8 +294,9 @@ class ViT(nn.Module):
         return found
 
     def frozen_blocks(self, layer: int | list[int] | None) -> int | None:
-        """Returns how many blocks come before the first one that is trained, as far as `layer` is read: what
-        `begin` computes of them never changes. None: nothing is trained. -1: the patch embeddings are."""
+        """Returns how many blocks come before the first one that is trained, at most those that `layer`
+        needs: training doesn't change what `begin` computes of them. None: nothing in the encoder is trained.
+        -1: something before the first block is trained."""
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         if not trained:
             return None

@@ -58,7 +58,7 @@ class RMSNorm(nn.RMSNorm):
 # of the time and 0.85 of the memory. A compiler finds this by itself
 
 def spares(x: torch.Tensor) -> bool:
-    """Whether what is computed of x keeps less, and computes it again."""
+    """Whether a layer keeps less of what it computes from x, and computes it again in the backward pass."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.is_cpu and x.requires_grad and x.dtype != torch.float64
