@@ -122,10 +122,11 @@ def make_parser() -> Parser:
     add("--lora-targets", default="q,v", metavar="NAMES", type=without_spaces,
         help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
              "--data, all)")
-    add("--lora-on", default="llm", metavar="PARTS", type=without_spaces, help="llm, vit, or llm,vit")
+    add("--lora-on", default="llm", metavar="PARTS", type=without_spaces,
+        help="llm, vit, or llm,vit (default: llm; with the LoRA of --data, the encoder's last blocks too)")
     add("--lora-vit-blocks", type=SIZE, metavar="N",
         help="of the encoder's blocks, the last N that are read get it: what comes before them is computed "
-             "once a picture (default: all)")
+             "once a picture (default: all; 6 with --data and no --lora-on)")
     add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
@@ -297,13 +298,17 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
 def options_for_captions(parser: Parser) -> argparse.Namespace:
     """The options of a run on captions of one's own, by defaults that suit them (RESULTS.md, "On
     photographs"): their LLM, unlike the built-in one, was never taught to read pictures."""
-    parser.set_defaults(adapter="pixelshuffle")
+    parser.set_defaults(adapter="pixelshuffle", lora_targets="all", lora_on="")
     args = parser.parse_args()
+    whole = args.train.split(",")
     kind = one_of(ADAPTERS, "adapter", args.adapter)
-    parser.set_defaults(lr=1e-3 if "queries" in default_sizes(kind) else 3e-3)
-    parser.set_defaults(lora_targets="all")
-    if "llm" not in args.train.split(",") and not args.lora_from:
+    parser.set_defaults(lr=1e-3 if "queries" in default_sizes(kind) else 3e-3, lora_on="llm")
+
+    # A new LoRA goes on the LLM and, if no option speaks against it, on the encoder's last blocks
+    if "llm" not in whole and not args.lora_from:
         parser.set_defaults(lora=16)
+        if "vit" not in whole and args.layer != 0 and args.lora_targets == "all" and not args.lora_on:
+            parser.set_defaults(lora_on="llm,vit", lora_vit_blocks=6)
     return parser.parse_args()
 
 
