@@ -449,14 +449,12 @@ def choose_trained(vlm: VLM, args: argparse.Namespace) -> None:
         vlm.load_lora(Path(args.lora_from), parts)
     if args.lora:
         targets = "all" if args.lora_targets == "all" else args.lora_targets.split(",")
-        if args.lora_vit_blocks and any(character.isdigit() for character in args.lora_targets):
-            raise InputError(f"--lora-targets {args.lora_targets}: with --lora-vit-blocks a target names no "
-                             "block")
         alpha = args.lora_alpha or 2 * args.lora
         for part in parts:
             blocks = getattr(vlm, part).blocks
-            if part == "vit" and args.lora_vit_blocks:
-                blocks = blocks[max(0, read - args.lora_vit_blocks):read]
+            if part == "vit" and args.lora_vit_blocks:  # each keeps its number, which a target may name
+                last = range(max(0, read - args.lora_vit_blocks), read)
+                blocks = nn.ModuleDict({str(i): blocks[i] for i in last})
             add_lora(blocks, args.lora, alpha, targets, args.lora_dropout)
 
     if vlm.layer is not None:  # no gradient reaches what isn't read

@@ -522,7 +522,7 @@ def test_a_run_begins_with_a_lora(tmp_path, monkeypatch, capsys):
             (["--lora", "2", "--lora-on", "adapter"], "unknown part 'adapter': choose from llm, vit"),
             (["--lora", "2", "--lora-targets", "q,w"], "no linear layer is called 'w'"),
             (["--lora", "2", "--lora-targets", "0.attention.q", "--lora-on", "vit", "--lora-vit-blocks", "2"],
-             "a target names no block"),
+             "no linear layer is called '0.attention.q'"),
             (["--lora", "-1"], "--lora: '-1' is not a whole number from 0 to 10,000"),
             (["--lora", "2", "--lora-from", "peft"], "leave --lora out"),
             (["--lora-from", "nowhere"], "nowhere/adapter_config.json: No such file"),
@@ -565,6 +565,13 @@ def test_what_comes_before_the_encoders_lora_is_computed_once(tmp_path, monkeypa
     assert all((first[name] - anew[name]).abs().max() < 1e-4 for name in weights)
     assert all(first[name].any() for name in weights if name.endswith(".B"))
     assert len([*Path("kept").iterdir()]) == 3
+
+    # A target may name a block
+    options += ["--lora-on", "vit", "--lora-targets", "3.attention.q", "--cache-features"]
+    assert command(monkeypatch, train, *options, "--out", "named") == 0
+    named = load_file("named/checkpoint.safetensors")
+    [only] = [name for name in named if name.startswith("weight.") and name.endswith(".B")]
+    assert only == "weight.vit.blocks.3.attention.q.B"
 
 
 def test_a_lora_that_trains_what_comes_before_the_first_block(fixtures, tmp_path, monkeypatch, capsys):

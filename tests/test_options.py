@@ -141,6 +141,24 @@ def test_captions_of_ones_own_have_other_defaults(arguments, adapter, lr, lora, 
     assert found == (adapter, lr, lora, targets)
 
 
+@pytest.mark.parametrize("arguments, parts, blocks", (
+    ([], "llm,vit", 6),
+    (["--lora", "4", "--lora-vit-blocks", "2"], "llm,vit", 2),
+    (["--lora-on", "llm"], "llm", None),
+    (["--lora-on", "llm,vit"], "llm,vit", None),
+    (["--lora-targets", "gate"], "llm", None),  # which an encoder may not have
+    (["--layer", "0"], "llm", None),
+    (["--layer", "0,5"], "llm,vit", 6),
+    (["--train", "adapter,vit"], "llm", None),
+    (["--train", "adapter,llm"], "llm", None),
+    (["--lora-from", "x"], "llm", None),
+    (["--from", "x", "--lora", "4"], "llm", None)))
+def test_the_encoders_last_blocks_learn_captions_of_ones_own(arguments, parts, blocks, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "c.csv", *arguments])
+    options = train.read_options()
+    assert (options.lora_on, options.lora_vit_blocks) == (parts, blocks)
+
+
 def test_lists_may_have_spaces():
     parse = train.make_parser().parse_args
     args = parse(["--train", "adapter, llm", "--lora-targets", "q, v",
