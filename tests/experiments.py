@@ -36,7 +36,7 @@ from support.processes import CORES  # noqa: E402
 from assets.sayings import RULES, by_rule, questions  # noqa: E402
 from support.shapes import Shapes, judge  # noqa: E402
 
-LORA = ["--lora", "16", "--lora-targets", "all"]
+LORA = ["--lora", "16", "--lora-targets", "all", "--lora-on", "llm"]
 VICUNA = "USER: <image>\nDescribe this image. ASSISTANT:"
 PUBLIC = "out/public"  # where fixtures/start.py's models go
 USUAL = "layout_image-text|image-position_sequence|shots_0"  # what train.py does unasked
@@ -60,7 +60,7 @@ COMPARISONS = {
               for weight in ("0", "0.3", "1", "3")},
     "lora": {f"{adapter}, {label}": ["--adapter", adapter, *options]
              for adapter in ("qformer", "mlp") for label, options in {
-                 "adapter alone": ["--lora", "0"], "LoRA 4": ["--lora", "4", "--lora-targets", "all"],
+                 "adapter alone": ["--lora", "0"], "LoRA 4": ["--lora", "4", *LORA[2:]],
                  "LoRA 16": LORA,
                  "whole LLM": ["--train", "adapter,llm"]}.items()},
     "from": {"Q-Former, from the parts": ["--adapter", "qformer"],

@@ -1,8 +1,10 @@
 """Options that can't be, or that change nothing, are one line that names them, before a model is read."""
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 import train
@@ -157,6 +159,16 @@ def test_the_encoders_last_blocks_learn_captions_of_ones_own(arguments, parts, b
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "c.csv", *arguments])
     options = train.read_options()
     assert (options.lora_on, options.lora_vit_blocks) == (parts, blocks)
+
+
+@pytest.mark.parametrize("device, data, batch, shots, parts", (
+    ("cpu", "c.csv", 64, 0, 4), ("cpu", "c.csv", 16, 0, 1), ("cpu", "c.csv", 24, 0, 1),
+    ("cpu", "c.csv", 64, 2, 1), ("cpu", "shapes", 64, 0, 1), ("cuda", "c.csv", 64, 0, 1)))
+def test_a_cpu_computes_sixteen_captions_at_a_time(device, data, batch, shots, parts, monkeypatch):
+    args = argparse.Namespace(data=data, batch=batch, shots=shots)
+    assert train.parts_of_a_step(args, torch.device(device)) == parts
+    monkeypatch.setattr(train, "WORLD", 2)
+    assert train.parts_of_a_step(args, torch.device(device)) == (2 if parts == 4 else 1)
 
 
 def test_lists_may_have_spaces():
