@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from formats.files import InputError
 from formats.peft import WEIGHTS, Model, Tensors, Update, read_updates, write_updates
-from support.layers import SparingLoRA, spares
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
@@ -44,16 +43,10 @@ class LoRALinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…,in) to (…,out)
-        A = self.A.to(x.dtype)
-        B = self.B.to(x.dtype)
-        bias = self.bias if self.m is None else None
-        dropout = self.training and self.dropout.p > 0
-        trained = self.weight.requires_grad or bias is not None and bias.requires_grad
-        if spares(x) and not dropout and not trained:
-            h = SparingLoRA.apply(x, self.weight, bias, A, B, self.scale)
-        else:
-            down = F.linear(self.dropout(x), A)  # (…,r)
-            h = F.linear(x, self.weight, bias) + F.linear(self.scale * down, B)
+        # W₀x + B(s·Ax): s scales r numbers, not all of the output
+        down = self.scale * F.linear(self.dropout(x), self.A.to(x.dtype))  # (…,r)
+        h = F.linear(x, self.weight, self.bias if self.m is None else None)
+        h = h + F.linear(down, self.B.to(x.dtype))
         if self.m is None:
             return h
 

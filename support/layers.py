@@ -59,7 +59,7 @@ class RMSNorm(nn.RMSNorm):
 
 def spares(x: torch.Tensor) -> bool:
     """Whether a layer keeps less of what it computes from x, and computes it again in the backward pass."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.is_cpu and x.requires_grad and x.dtype != torch.float64
 
@@ -103,27 +103,3 @@ class SparingNorm(torch.autograd.Function):
         gw = grad.float() * weight
         share = (gw * wide).mean(-1, keepdim=True) * r.square()
         return gw.addcmul_(wide, share, value=-1).mul_(r).to(x.dtype), None, None
-
-
-class SparingLoRA(torch.autograd.Function):
-    """W₀x + b + s·BAx, where W₀ and b aren't trained. Each sum is made by the product that gives its second
-    part, so that nothing as large as x or h is copied or added."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        rows = x.flatten(0, -2)  # (N,in)
-        h = F.linear(rows, weight, bias)  # (N,out)
-        down = rows @ A.T  # (N,r)
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, A, B, down)
-        return h.addmm_(down, B.T, alpha=scale).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, A, B, down = ctx.saved_tensors
-        rows = x.flatten(0, -2)
-        grad = grad.flatten(0, -2)
-        grad_down = (grad @ B).mul_(ctx.scale)
-        grad_x = (grad @ weight).addmm_(grad_down, A).view_as(x)
-        return grad_x, None, None, grad_down.T @ rows, (grad.T @ down).mul_(ctx.scale), None

@@ -93,6 +93,11 @@ class Ours:
         losses, _ = self.vlm(self.batch(ids, where, tokens.flatten(), None, 1, []), features)
         return losses.mean()
 
+    def parts(self, B: int) -> int:
+        """How many parts train.py computes a batch of captions in by default."""
+        from train import parts_of_a_step
+        return parts_of_a_step(SimpleNamespace(batch=B, data="captions", shots=0), self.vlm.device)
+
     def prefill(self, tokens):
         self.llm.generate(tokens, max_tokens=1, end_tokens=())
 
@@ -318,7 +323,11 @@ def encode(size: str, args) -> None:
 
 
 def step(model, optimizer, **inputs) -> None:
-    model.loss(**inputs).backward()
+    B = len(inputs["tokens"])
+    parts = model.parts(B) if isinstance(model, Ours) else 1
+    for rows in torch.arange(B).chunk(parts):
+        loss = model.loss(**{name: x[rows[0]:rows[-1] + 1] for name, x in inputs.items()})
+        (loss / parts).backward()
     torch.nn.utils.clip_grad_norm_(model.trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -388,7 +388,7 @@ def test_features_are_read_where_nothing_changed(tmp_path, monkeypatch, capsys):
     Path("c.csv").write_text("image,caption\n" + "".join(f"{i}.png,a picture {i}\n" for i in range(12)))
     Path("5.png").write_text("no picture")
     options = [*QFORMER, *QUICK_SET, "--data", "c.csv", "--val", "c.csv", "--val-size", "12",
-               "--precision", "bfloat16"]
+               "--precision", "bfloat16", "--lora-on", "llm"]
     encoded = Counter()
     forward = ViT.forward
 
