@@ -158,7 +158,8 @@ def make_parser() -> Parser:
     add("--steps", type=COUNT, default=400, help="optimizer steps")
     add("--batch", type=MANY, default=64, help="pictures a step, of all processes together")
     add("--accumulate", type=COUNT,
-        help="equal parts a step is computed in, to save memory (default: 1; with --data on a CPU, parts of 16)")
+        help="equal parts a step is computed in, to save memory (default: 1; with --data on a CPU, parts "
+             "of 16)")
     add("--lr", type=RATE, default=2e-3,
         help="peak learning rate of adapter and LoRA (default: 2e-3; of a new adapter with --data, 1e-3 "
              "if it has queries, else 3e-3)")
