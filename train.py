@@ -123,10 +123,11 @@ def make_parser() -> Parser:
         help="layers with it: q, k, v, out, gate, up, down; or all (default: q,v; of a new adapter with "
              "--data, all)")
     add("--lora-on", default="llm", metavar="PARTS", type=without_spaces,
-        help="llm, vit, or llm,vit (default: llm; with the LoRA of --data, the encoder's last blocks too)")
+        help="llm, vit, or llm,vit (default: llm; of a new adapter with --data, the encoder's last blocks "
+             "too)")
     add("--lora-vit-blocks", type=SIZE, metavar="N",
         help="of the encoder's blocks, the last N that are read get it: what comes before them is computed "
-             "once a picture (default: all; 6 with --data and no --lora-on)")
+             "once a picture (default: all; of a new adapter with --data and no --lora-on, 6)")
     add("--lora-dropout", type=DROPOUT, default=0.0, help="dropout of its input")
     add("--lora-from", metavar="FOLDER", help="begin with the LoRA in this folder: PEFT's, or a run's lora/")
 
@@ -301,7 +302,7 @@ def meanings(args: argparse.Namespace, whole: list[str], with_lora: list[str]) -
 def options_for_captions(parser: Parser) -> argparse.Namespace:
     """The options of a run on captions of one's own, by defaults that suit them (RESULTS.md, "On
     photographs"): their LLM, unlike the built-in one, was never taught to read pictures."""
-    parser.set_defaults(adapter="pixelshuffle", lora_targets="all", lora_on="")
+    parser.set_defaults(adapter="pixelshuffle", lora_targets="all", lora_on="")  # "": it isn't given
     args = parser.parse_args()
     whole = args.train.split(",")
     kind = one_of(ADAPTERS, "adapter", args.adapter)
@@ -496,9 +497,9 @@ def compiling_pays(vlm: VLM, args: argparse.Namespace) -> bool:
 
 
 def parts_of_a_step(args: argparse.Namespace, device: torch.device) -> int:
-    """--accumulate by default. With captions of one's own a CPU computes 16 at a time: their tensors fit its
-    caches, and a step takes no longer, in a third of the memory. Shots come from the same part: with shots it
-    is all one."""
+    """The default of --accumulate. A CPU computes captions of one's own 16 at a time: a step takes as long as
+    one of 64 at once, and less than half of its memory. Shots are drawn from the same part: with shots, the
+    batch stays in one part."""
     share = args.batch // WORLD
     small = device.type == "cpu" and args.data != "shapes" and not args.shots and share % 16 == 0
     return share // 16 if small else 1

@@ -323,10 +323,10 @@ def encode(size: str, args) -> None:
 
 
 def step(model, optimizer, **inputs) -> None:
-    B = len(inputs["tokens"])
-    parts = model.parts(B) if isinstance(model, Ours) else 1
-    for rows in torch.arange(B).chunk(parts):
-        loss = model.loss(**{name: x[rows[0]:rows[-1] + 1] for name, x in inputs.items()})
+    parts = model.parts(len(inputs["tokens"])) if isinstance(model, Ours) else 1
+    chunks = [x.chunk(parts) for x in inputs.values()]
+    for part in zip(*chunks):
+        loss = model.loss(**dict(zip(inputs, part)))
         (loss / parts).backward()
     torch.nn.utils.clip_grad_norm_(model.trained, 1.0)
     optimizer.step()
