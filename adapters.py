@@ -29,7 +29,7 @@ from formats.weights import Checkpoint, Family, collection_paused, depth, load_w
 from llm import LLM, token_losses
 from lora import fold_lora, load_lora, lora_layers, make_layers, merge_lora, replace_layers
 from support.console import one_of
-from support.kernels import attend, pack
+from support.kernels import PackedLinear, attend, pack
 from support.layers import FeedForward
 from support.runs import BEST, CHECKPOINT, RESUME_STATE, check_run, read_run, updates_in
 from vit import ViT
@@ -677,6 +677,17 @@ class VLM(nn.Module):
         for part in (self.vit, self.adapter):
             pack(part, self.dtype)
 
+    def pack_frozen(self) -> None:
+        """Makes the blocks of the encoder that come before all that is trained faster on a CPU: see
+        kernels.pack."""
+        frozen = self.frozen_blocks
+        if frozen != -1:  # None: all of them
+            pack(self.vit.blocks[:frozen], self.dtype)
+
+        # The other weights may lie in the file, mapped into memory: copies of them let go of it
+        for p in self.vit.parameters():
+            p.data = p.data.clone()
+
     def compile_blocks(self) -> None:
         """Has torch.compile make each kind of block faster when it first runs. All blocks of a kind are one
         graph, whatever a text's length."""
@@ -684,7 +695,8 @@ class VLM(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks in pieces, for buckets of gradients
         for part in (self.vit, self.adapter, self.llm):
             for block in getattr(part, "blocks", ()):
-                block.compile(dynamic=True)
+                if not any(isinstance(layer, PackedLinear) for layer in block.modules()):
+                    block.compile(dynamic=True)
 
     # -----------------------------------------------------------------------------------------------------
     # Pictures to embeddings

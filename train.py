@@ -617,6 +617,8 @@ class Run:
             step = torch.zeros((), device=counter)
             self.optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                            exp_avg_sq=torch.zeros_like(p))
+        if not args.features:  # their file is known by the encoder's weights
+            vlm.pack_frozen()
         compiles = compiling_pays(vlm, args) if args.compile is None else args.compile
         if compiles and can_compile(self.device):
             vlm.compile_blocks()

@@ -76,10 +76,12 @@ class Ours:
         self.llm = self.vlm.llm
         self.trained = list(self.vlm.adapter.parameters())
         self.llm.recomputes = recompute
+        if packed:
+            self.vlm.pack()
+        else:
+            self.vlm.pack_frozen()
         if compiled:
             self.vlm.compile_blocks()
-        elif packed:
-            self.vlm.pack()
         self.open, self.preprocess, self.batch = open_picture, self.vlm.vit.preprocess, Batch
 
     def encode(self, pixels):
@@ -377,9 +379,11 @@ def alone(name: str, size: str, B: int, settings: dict, kept: bool, sizes: dict)
     optimizer = torch.optim.AdamW(model.trained, fused=True)
     took, = race({name: model}, lambda model: step(model, optimizer, tokens=tokens, **inputs), args).values()
     peak = high_water(args.device) - before
-    parts = [part for part in vars(model).values() if isinstance(part, torch.nn.Module)]
-    weights = {p for part in parts for p in part.parameters()}
-    return took, peak, peak - sum(p.nbytes for p in weights)
+    layers = {layer for part in vars(model).values() if isinstance(part, torch.nn.Module)
+              for layer in part.modules()}
+    weights = {p for layer in layers for p in layer.parameters(recurse=False)}
+    weights |= {layer.weight for layer in layers if type(layer).__name__ == "PackedLinear"}
+    return took, peak, peak - sum(p.numel() * p.element_size() for p in weights)
 
 
 def cost(_, args) -> None:

@@ -20,6 +20,8 @@ from formats.weights import Checkpoint, Family, load_weights
 from fixtures.compare import close
 from fixtures.pictures import picture
 from llm import LLM
+from lora import add_lora
+from support.kernels import PackedLinear
 from test_vlm import QUICK, Letters, command, small
 from vit import ViT
 from conftest import ROOT
@@ -101,6 +103,34 @@ def test_a_packed_vlm_says_the_same(adapter, dtype):
     after = vlm.embed_images(vlm.features(torch.ones(1, 3, 96, 96)))
     assert (after - before).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05) * before.abs().max()
     assert dtype == torch.bfloat16 or vlm.caption(pictures, beams=2) == said
+
+
+@pytest.mark.parametrize("lora_from", (None, 1))
+def test_packed_frozen_blocks_train_the_same(lora_from):
+    torch.manual_seed(0)
+    vlm = build(dict(vit="assets/vit", llm="assets/llm", adapter="mlp", prompt="",
+                     adapter_sizes={}), torch.float32)
+    if lora_from:
+        add_lora(vlm.vit.blocks[lora_from:], 2, 4)
+        for name, p in vlm.trained.items():
+            torch.nn.init.normal_(p, std=0.2)  # B isn't zero
+    pixels = torch.rand(2, 3, 96, 96)
+
+    def gradients():
+        features = vlm.features(pixels)
+        grads = torch.autograd.grad(vlm.embed_images(features).square().mean(), [*vlm.trained.values()],
+                                    allow_unused=True)
+        return features.detach(), [grad for grad in grads if grad is not None]
+
+    features, before = gradients()
+    vlm.pack_frozen()
+    packed = [any(type(part) is PackedLinear for part in block.modules()) for block in vlm.vit.blocks]
+    assert packed == [lora_from is None or i < lora_from for i in range(len(packed))]
+    again, after = gradients()
+    assert torch.allclose(again, features, atol=1e-4)
+    assert len(after) == len(before)
+    for new, old in zip(after, before):
+        assert (new - old).abs().max() <= 1e-4 * old.abs().max()
 
 
 def load(module: torch.nn.Module, path, names: dict[str, str]) -> dict[str, torch.Tensor]:
