@@ -165,7 +165,7 @@ class Transformers:
 class NanoVLM:
     def __init__(self, folder: Path, args, autocast: bool = False):
         if str(args.nanovlm) not in sys.path:
-            sys.path.insert(0, str(args.nanovlm))
+            sys.path.append(str(args.nanovlm))
         # its image processor, which isn't measured, wants torchvision; its tokenizer, the network
         sys.modules["data.processors"] = SimpleNamespace(get_tokenizer=lambda *_: SimpleNamespace(
             image_token_id=1, eos_token_id=None))
