@@ -22,7 +22,9 @@ from data import chunks, read_pictures  # noqa: E402
 from formats.captions import Captions  # noqa: E402
 from formats.files import InputError  # noqa: E402
 from formats.shards import caption_data  # noqa: E402
-from support.console import MANY, PROCESSES, Number, Parser, run  # noqa: E402
+from support.console import MANY, PROCESSES, Number, Parser, check_meaning, run  # noqa: E402
+from support.kernels import pack  # noqa: E402
+from support.shapes import Shapes  # noqa: E402
 from support.words import words  # noqa: E402
 from vit import ViT  # noqa: E402
 
@@ -87,7 +89,7 @@ def rank(states: torch.Tensor, said: torch.Tensor, most: int = 4) -> list[tuple[
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--vit", required=True, metavar="NAME", help="encoder: a folder or a hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="captions, as for train.py")
+    parser.add_argument("--data", required=True, metavar="FILE", help="captions, as for train.py; or shapes")
     parser.add_argument("--images", metavar="DIR", help="where their pictures lie")
     parser.add_argument("--image-size", type=Number(int, 1, 4096), metavar="PX",
                         help="side of the squares the encoder sees (default: its own)")
@@ -95,12 +97,17 @@ def main() -> None:
     parser.add_argument("--workers", type=PROCESSES, default=0, metavar="N",
                         help="processes that read pictures (default: this one)")
     args = parser.parse_args()
+    check_meaning(args, parser, [("images", args.data != "shapes", "with --data shapes")])
 
-    captions = caption_data(args.data, args.images)
-    if not isinstance(captions, Captions):
-        raise InputError(f"{args.data}: shards can't be ranked by, a caption file can")
-    _, captions = captions.held_out(args.pictures, 0)  # drawn, for files may be in an order
+    if args.data == "shapes":
+        captions = Shapes(args.pictures, "train")
+    else:
+        captions = caption_data(args.data, args.images)
+        if not isinstance(captions, Captions):
+            raise InputError(f"{args.data}: shards can't be ranked by, a caption file can")
+        _, captions = captions.held_out(args.pictures, 0)  # drawn, for files may be in an order
     vit = ViT.from_pretrained(args.vit, image_size=args.image_size)
+    pack(vit, vit.positions.dtype)
     every = list(range(len(vit.blocks) + 1))
     means, texts, bad = [], [], {}
     batches = chunks(range(len(captions)), 32)

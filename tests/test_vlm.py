@@ -387,6 +387,13 @@ def test_layers_are_ranked(tmp_path, monkeypatch, capsys):
     assert [layer.count(",") for layer, _ in joined] == [1, 2, 3]
     assert command(monkeypatch, layers, "--vit", vit, "--data", "c.csv", "--pictures", "1") == 2
 
+    # The same scenes without files: each has captions in four wordings
+    capsys.readouterr()
+    assert command(monkeypatch, layers, "--vit", vit, "--data", "shapes", "--pictures", "200") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "200 pictures, 0 that can't be read"
+    assert lines[2].split()[0] == alone[0][0]
+
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_another_dtype_is_computed_in(adapter, fixtures):
