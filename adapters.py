@@ -678,11 +678,12 @@ class VLM(nn.Module):
             pack(part, self.dtype)
 
     def pack_frozen(self) -> None:
-        """Makes the blocks of the encoder that come before all that is trained faster on a CPU: see
+        """Makes the encoder faster on a CPU, in the blocks before the first that is trained: see
         kernels.pack."""
         frozen = self.frozen_blocks
-        if frozen != -1:  # None: all of them
-            pack(self.vit.blocks[:frozen], self.dtype)
+        if frozen == -1 or self.device.type != "cpu":
+            return
+        pack(self.vit.blocks[:frozen], self.dtype)  # None: all of them
 
         # The other weights may lie in the file, mapped into memory: copies of them let go of it
         for p in self.vit.parameters():

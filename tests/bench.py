@@ -379,11 +379,18 @@ def alone(name: str, size: str, B: int, settings: dict, kept: bool, sizes: dict)
     optimizer = torch.optim.AdamW(model.trained, fused=True)
     took, = race({name: model}, lambda model: step(model, optimizer, tokens=tokens, **inputs), args).values()
     peak = high_water(args.device) - before
-    layers = {layer for part in vars(model).values() if isinstance(part, torch.nn.Module)
-              for layer in part.modules()}
-    weights = {p for layer in layers for p in layer.parameters(recurse=False)}
-    weights |= {layer.weight for layer in layers if type(layer).__name__ == "PackedLinear"}
-    return took, peak, peak - sum(p.numel() * p.element_size() for p in weights)
+    return took, peak, peak - weights_of(model)
+
+
+def weights_of(model) -> int:
+    """Bytes of the weights of a model's parts, packed ones too."""
+    from support.kernels import PackedLinear
+    weights = set()
+    for part in vars(model).values():
+        if isinstance(part, torch.nn.Module):
+            weights.update(part.parameters())
+            weights.update(layer.weight for layer in part.modules() if isinstance(layer, PackedLinear))
+    return sum(w.numel() * w.element_size() for w in weights)
 
 
 def cost(_, args) -> None:

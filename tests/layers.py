@@ -100,7 +100,7 @@ def main() -> None:
     check_meaning(args, parser, [("images", args.data != "shapes", "with --data shapes")])
 
     if args.data == "shapes":
-        captions = Shapes(args.pictures, "train")
+        captions = Shapes(args.pictures)
     else:
         captions = caption_data(args.data, args.images)
         if not isinstance(captions, Captions):
